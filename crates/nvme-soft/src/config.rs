@@ -1,0 +1,310 @@
+//! What kind of controller to be.
+
+use std::time::Duration;
+
+use crate::store::Store;
+
+/// The properties of a [`SoftController`](crate::SoftController).
+///
+/// Fields that are limits are what the controller announces, in units that are easy to write;
+/// names in parentheses are the specification's.
+#[derive(Debug)]
+pub struct Config {
+    /// Serial number (SN), at most 20 printable ASCII characters.
+    pub serial: String,
+    /// Model number (MN), at most 40 printable ASCII characters.
+    pub model: String,
+    /// Firmware revision (FR), at most 8 printable ASCII characters.
+    pub firmware: String,
+    /// Entries that a queue may have (CAP.MQES), 2 to 65,536.
+    pub max_queue_entries: u32,
+    /// I/O queue pairs that there may be, 1 to 65,534.
+    pub io_queue_pairs: u16,
+    /// The largest data transfer is the smallest page size shifted left by this (MDTS); 0 stands
+    /// for no limit.
+    pub mdts: u8,
+    /// The smallest memory page is 4 KiB shifted left by this (CAP.MPSMIN), at most 15.
+    pub mpsmin: u8,
+    /// The largest memory page is 4 KiB shifted left by this (CAP.MPSMAX), at most 15.
+    pub mpsmax: u8,
+    /// Whether SGLs are accepted for I/O commands.
+    pub sgl: bool,
+    /// Whether there is a volatile write cache. Without, each write is durable when it completes.
+    pub volatile_write_cache: bool,
+    /// Doorbells are 4 bytes shifted left by this apart (CAP.DSTRD), at most 15.
+    pub doorbell_stride: u8,
+    /// How long becoming ready may take, as announced (CAP.TO, CRTO); rounded up to 500 ms.
+    pub ready_timeout: Duration,
+    /// Abort commands that may be outstanding (ACL), 1 to 256.
+    pub abort_limit: u16,
+    /// Asynchronous Event Requests that may be outstanding (AERL), 1 to 256.
+    pub async_event_limit: u16,
+    /// Blocks that are written atomically in normal operation (AWUN), 1 to 65,536. Announced as 1
+    /// to 65,536 whatever the block size.
+    pub atomic_write_normal: u32,
+    /// Blocks that are written atomically across a loss of power (AWUPF), 1 to 65,536.
+    pub atomic_write_power_fail: u32,
+    /// The largest Write Zeroes is the smallest page size shifted left by this (WZSL); 0 stands
+    /// for no limit.
+    pub wzsl: u8,
+    /// Ranges of one deallocating Dataset Management (DMRL); 0 stands for no limit but the 256 of
+    /// the command.
+    pub dmrl: u8,
+    /// Blocks in one such range (DMRSL); 0 stands for no limit.
+    pub dmrsl: u32,
+    /// Blocks in all ranges of one such command (DMSL); 0 stands for no limit.
+    pub dmsl: u64,
+    /// How long each I/O command takes from fetch to completion. Commands do not wait for each
+    /// other; data moves at the end of that time.
+    pub latency: Duration,
+    /// For how long the controller's thread looks for new commands before it sleeps.
+    pub spin: Duration,
+    /// The namespaces; the first one has identifier 1.
+    pub namespaces: Vec<NamespaceConfig>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            serial: "SOFT0001".into(),
+            model: "nvme-soft".into(),
+            firmware: env!("CARGO_PKG_VERSION").into(),
+            max_queue_entries: 1024,
+            io_queue_pairs: 64,
+            mdts: 7,
+            mpsmin: 0,
+            mpsmax: 4,
+            sgl: true,
+            volatile_write_cache: true,
+            doorbell_stride: 0,
+            ready_timeout: Duration::from_secs(5),
+            abort_limit: 4,
+            async_event_limit: 4,
+            atomic_write_normal: 128,
+            atomic_write_power_fail: 1,
+            wzsl: 0,
+            dmrl: 0,
+            dmrsl: 0,
+            dmsl: 0,
+            latency: Duration::ZERO,
+            spin: Duration::from_micros(10),
+            namespaces: Vec::new(),
+        }
+    }
+}
+
+/// One namespace.
+#[derive(Debug)]
+pub struct NamespaceConfig {
+    /// Where the blocks are kept. What exceeds a multiple of the block size is not used.
+    pub store: Box<dyn Store>,
+    /// The size of a logical block in bytes: 512 or 4096.
+    pub lba_size: u32,
+    /// Reads and writes should not cross a multiple of that many blocks (NOIOB); 0 stands for
+    /// no such boundary.
+    pub optimal_io_boundary: u16,
+    /// Blocks to which deallocations should be aligned and of which their length should be a
+    /// multiple (NPDA, NPDG), 1 to 65,536; 0 stands for not announced.
+    pub deallocate_granularity: u32,
+}
+
+impl NamespaceConfig {
+    /// A namespace over `store` with blocks of `lba_size` bytes (512 or 4096).
+    pub fn new(store: impl Store + 'static, lba_size: u32) -> Self {
+        Self {
+            store: Box::new(store),
+            lba_size,
+            optimal_io_boundary: 0,
+            deallocate_granularity: 0,
+        }
+    }
+}
+
+/// Why a controller could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A field of [`Config`] is out of its range.
+    #[error("{field}: {value} is not within {allowed}")]
+    OutOfRange {
+        /// The name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What would be accepted.
+        allowed: &'static str,
+    },
+    /// A text of [`Config`] is too long or not printable ASCII.
+    #[error("{field}: not at most {max} printable ASCII characters: {value:?}")]
+    Text {
+        /// The name of the field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// The longest that is accepted.
+        max: usize,
+    },
+    /// A namespace's store is smaller than one block.
+    #[error("namespace {nsid}: {size} bytes hold no block of {lba_size} bytes")]
+    EmptyNamespace {
+        /// The namespace.
+        nsid: usize,
+        /// The size of its store in bytes.
+        size: u64,
+        /// The size of a block in bytes.
+        lba_size: u32,
+    },
+    /// There is no interrupt vector for the admin queue.
+    #[error("at least one interrupt vector is needed")]
+    NoVectors,
+    /// The thread could not be started.
+    #[error("the controller's thread could not be started: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+impl Config {
+    pub(crate) fn check(&self) -> Result<(), StartError> {
+        let within = |field, value: u64, least: u64, most: u64, allowed| {
+            if (least..=most).contains(&value) {
+                Ok(())
+            } else {
+                Err(StartError::OutOfRange {
+                    field,
+                    value,
+                    allowed,
+                })
+            }
+        };
+        let text = |field, value: &str, max| {
+            if value.len() <= max && value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+                Ok(())
+            } else {
+                Err(StartError::Text {
+                    field,
+                    value: value.into(),
+                    max,
+                })
+            }
+        };
+        text("serial", &self.serial, 20)?;
+        text("model", &self.model, 40)?;
+        text("firmware", &self.firmware, 8)?;
+        within(
+            "max_queue_entries",
+            self.max_queue_entries.into(),
+            2,
+            65_536,
+            "2..=65536",
+        )?;
+        within(
+            "io_queue_pairs",
+            self.io_queue_pairs.into(),
+            1,
+            65_534,
+            "1..=65534",
+        )?;
+        within("mdts", self.mdts.into(), 0, 19, "0..=19")?;
+        within("mpsmax", self.mpsmax.into(), 0, 15, "0..=15")?;
+        within(
+            "mpsmin",
+            self.mpsmin.into(),
+            0,
+            self.mpsmax.into(),
+            "0..=mpsmax",
+        )?;
+        within(
+            "doorbell_stride",
+            self.doorbell_stride.into(),
+            0,
+            15,
+            "0..=15",
+        )?;
+        within("abort_limit", self.abort_limit.into(), 1, 256, "1..=256")?;
+        within(
+            "async_event_limit",
+            self.async_event_limit.into(),
+            1,
+            256,
+            "1..=256",
+        )?;
+        within(
+            "atomic_write_normal",
+            self.atomic_write_normal.into(),
+            1,
+            65_536,
+            "1..=65536",
+        )?;
+        within(
+            "atomic_write_power_fail",
+            self.atomic_write_power_fail.into(),
+            1,
+            self.atomic_write_normal.into(),
+            "1..=atomic_write_normal",
+        )?;
+        within("wzsl", self.wzsl.into(), 0, 19, "0..=19")?;
+        for (index, namespace) in self.namespaces.iter().enumerate() {
+            if !matches!(namespace.lba_size, 512 | 4096) {
+                return Err(StartError::OutOfRange {
+                    field: "lba_size",
+                    value: namespace.lba_size.into(),
+                    allowed: "512, 4096",
+                });
+            }
+            let granularity = namespace.deallocate_granularity.into();
+            within(
+                "deallocate_granularity",
+                granularity,
+                0,
+                65_536,
+                "0..=65536",
+            )?;
+            let size = namespace.store.size();
+            if size < u64::from(namespace.lba_size) {
+                return Err(StartError::EmptyNamespace {
+                    nsid: index + 1,
+                    size,
+                    lba_size: namespace.lba_size,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemoryStore;
+
+    fn refused(change: impl FnOnce(&mut Config)) -> String {
+        let mut config = Config::default();
+        change(&mut config);
+        config.check().expect_err("out of range").to_string()
+    }
+
+    #[test]
+    fn the_default_is_accepted() {
+        Config::default().check().expect("the default");
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_named() {
+        assert_eq!(
+            refused(|config| config.max_queue_entries = 1),
+            "max_queue_entries: 1 is not within 2..=65536"
+        );
+        assert_eq!(
+            refused(|config| config.serial = "Ä".into()),
+            "serial: not at most 20 printable ASCII characters: \"Ä\""
+        );
+        let store = |size| MemoryStore::new(size).expect("small");
+        assert_eq!(
+            refused(|config| config.namespaces = vec![NamespaceConfig::new(store(1024), 1024)]),
+            "lba_size: 1024 is not within 512, 4096"
+        );
+        assert_eq!(
+            refused(|config| config.namespaces = vec![NamespaceConfig::new(store(1024), 4096)]),
+            "namespace 1: 1024 bytes hold no block of 4096 bytes"
+        );
+    }
+}

@@ -1,0 +1,100 @@
+//! What the embedder's threads and the controller's thread share besides the doorbells.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::counters::Cells;
+use crate::doorbells::{ATTENTION_CONTROL, Doorbells};
+use crate::registers::Registers;
+
+/// Which commands the controller leaves in their queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Hold {
+    #[default]
+    Nothing,
+    Io,
+    Everything,
+}
+
+/// State that is set by the embedder and acted on by the controller's thread.
+#[derive(Debug)]
+pub(crate) struct Control {
+    pub(crate) registers: Registers,
+    pub(crate) bus_master: bool,
+    pub(crate) hold: Hold,
+    pub(crate) reset_pending: bool,
+    pub(crate) stop: bool,
+    /// Counts the changes that someone waits for, and how many of them are in effect.
+    requested: u64,
+    acknowledged: u64,
+    /// The thread is gone, so that nothing will be acknowledged any more.
+    ended: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    control: Mutex<Control>,
+    acknowledged: Condvar,
+    pub(crate) doorbells: Arc<Doorbells>,
+    pub(crate) counters: Cells,
+}
+
+impl Shared {
+    pub(crate) fn new(registers: Registers, doorbells: Arc<Doorbells>) -> Self {
+        Self {
+            control: Mutex::new(Control {
+                registers,
+                bus_master: true,
+                hold: Hold::Nothing,
+                reset_pending: false,
+                stop: false,
+                requested: 0,
+                acknowledged: 0,
+                ended: false,
+            }),
+            acknowledged: Condvar::new(),
+            doorbells,
+            counters: Cells::default(),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Control> {
+        // The state is plain data, valid after any partial change.
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a change and returns when the controller's thread has acted on it, which it does
+    /// between two commands.
+    pub(crate) fn change_and_wait(&self, change: impl FnOnce(&mut Control)) {
+        let mut control = self.lock();
+        change(&mut control);
+        control.requested += 1;
+        let ticket = control.requested;
+        self.doorbells.raise_attention(ATTENTION_CONTROL);
+        while control.acknowledged < ticket && !control.ended {
+            control = self
+                .acknowledged
+                .wait(control)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Called by the controller's thread once all changes made under this guard's lock or before
+    /// are in effect.
+    pub(crate) fn acknowledge(&self, control: &mut Control) {
+        if control.acknowledged != control.requested {
+            control.acknowledged = control.requested;
+            self.acknowledged.notify_all();
+        }
+    }
+
+    /// Called when the controller's thread ends, in whatever way.
+    pub(crate) fn end(&self) {
+        let mut control = self.lock();
+        control.ended = true;
+        if !control.stop {
+            // It panicked: to the host this is a controller that died.
+            control.registers.status.set_cfs(true);
+        }
+        self.acknowledged.notify_all();
+    }
+}

@@ -1,0 +1,432 @@
+//! The controller's thread: looks for work, does it, sleeps.
+
+mod lifecycle;
+pub(crate) mod queues;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nvme_spec::{Sqe, Status};
+
+use self::queues::{Completion, QueueError, Queues};
+use crate::admin::Admin;
+use crate::config::Config;
+use crate::control::{Hold, Shared};
+use crate::data::Transfer;
+use crate::dma::Dma;
+use crate::doorbells::Doorbells;
+use crate::namespace::Namespaces;
+use crate::wake::Urgency;
+use crate::{HostMemory, Interrupts};
+
+/// Commands that are fetched in one access to host memory.
+const BATCH: usize = 16;
+/// An interrupt is not put off for longer than this to collect more completions.
+const MAX_INTERRUPT_DELAY: Duration = Duration::from_micros(20);
+/// Timers are late by about this much, so the end of a wait is spent awake.
+const TIMER_MARGIN: Duration = Duration::from_micros(60);
+
+/// Whether commands are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// CC.EN is clear.
+    Disabled,
+    /// CSTS.RDY is set.
+    Ready,
+    /// A shutdown is complete; only a reset leads out.
+    ShutDown,
+    /// CSTS.CFS is set; only a reset leads out.
+    Failed,
+}
+
+/// What a command leads to: its dword 0 of the completion, or the status that says why not.
+pub(crate) type Outcome = Result<u32, Status>;
+
+/// What to do about a fetched command.
+pub(crate) enum Reply {
+    Now(Outcome),
+    /// Another part of the controller completes it some time.
+    Later,
+}
+
+/// A command that completes when its time has come.
+struct Delayed {
+    due: Instant,
+    submission_queue: u16,
+    command: Sqe,
+}
+
+/// The limits that commands are checked against, fixed while the controller is enabled.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// The memory page size that the host chose (CC.MPS), in bytes.
+    pub(crate) page_size: u64,
+    /// The largest data transfer in bytes (MDTS).
+    pub(crate) max_transfer: u64,
+    /// The largest Write Zeroes in bytes (WZSL).
+    pub(crate) max_write_zeroes: u64,
+}
+
+/// All that the controller's thread owns.
+pub(crate) struct Engine {
+    pub(crate) config: Config,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) doorbells: Arc<Doorbells>,
+    pub(crate) dma: Dma,
+    pub(crate) interrupts: Arc<dyn Interrupts>,
+    pub(crate) limits: Limits,
+    pub(crate) queues: Queues,
+    pub(crate) namespaces: Namespaces,
+    pub(crate) admin: Admin,
+    pub(crate) transfer: Transfer,
+    /// Through which data passes between host memory and stores.
+    pub(crate) buffer: Vec<u8>,
+    state: State,
+    bus_master: bool,
+    hold: Hold,
+    delayed: VecDeque<Delayed>,
+    fetched: [Sqe; BATCH],
+}
+
+impl Engine {
+    pub(crate) fn new(
+        mut config: Config,
+        shared: Arc<Shared>,
+        memory: Arc<dyn HostMemory>,
+        interrupts: Arc<dyn Interrupts>,
+    ) -> Self {
+        let min_page = 4096u64 << config.mpsmin;
+        let limit = |shift: u8| {
+            if shift == 0 {
+                u64::MAX
+            } else {
+                min_page << shift
+            }
+        };
+        let namespaces = Namespaces::new(std::mem::take(&mut config.namespaces));
+        Self {
+            limits: Limits {
+                page_size: min_page,
+                max_transfer: limit(config.mdts),
+                max_write_zeroes: limit(config.wzsl),
+            },
+            doorbells: shared.doorbells.clone(),
+            dma: Dma::new(memory, shared.clone()),
+            queues: Queues::new(config.io_queue_pairs),
+            admin: Admin::new(&config, namespaces.count(), interrupts.count()),
+            namespaces,
+            transfer: Transfer::default(),
+            buffer: Vec::new(),
+            state: State::Disabled,
+            bus_master: true,
+            hold: Hold::Nothing,
+            delayed: VecDeque::new(),
+            fetched: [Sqe::default(); BATCH],
+            config,
+            shared,
+            interrupts,
+        }
+    }
+
+    /// Serves until the embedder stops the controller.
+    pub(crate) fn run(mut self) {
+        // A late end of a command's latency is the price of the default slack of 50 µs; refused
+        // only where the kernel lacks it.
+        if !self.config.latency.is_zero() {
+            let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
+        }
+        loop {
+            if self.doorbells.wants_attention() && !self.attend() {
+                return;
+            }
+            if !self.turn() {
+                self.rest();
+            }
+        }
+    }
+
+    fn is_serving(&self) -> bool {
+        self.state == State::Ready && self.bus_master
+    }
+
+    /// Goes over all queues once; returns whether there was anything to do.
+    fn turn(&mut self) -> bool {
+        if !self.is_serving() {
+            return false;
+        }
+        let mut busy = false;
+        if self.queues.waits_for_room() {
+            let posted = self.queues.post_waiting(&self.dma, &self.doorbells);
+            busy |= self.check_queue(posted).unwrap_or(false);
+        }
+        busy |= self.serve_due();
+        let mut index = 0;
+        // By index, since commands of the admin queue create and delete queues.
+        while let Some(&id) = self.queues.active().get(index) {
+            busy |= self.serve(id);
+            index += 1;
+        }
+        self.signal();
+        busy
+    }
+
+    /// Serves a batch of one submission queue; returns whether there was one.
+    fn serve(&mut self, id: u16) -> bool {
+        let count = self.fetch(id);
+        if count == 0 {
+            return false;
+        }
+        self.admin.begin_batch();
+        let mut since = Instant::now();
+        for index in 0..count {
+            if !self.is_serving() {
+                break;
+            }
+            self.dispatch(id, self.fetched[index]);
+            if index + 1 < count && since.elapsed() > MAX_INTERRUPT_DELAY {
+                self.signal();
+                since = Instant::now();
+            }
+        }
+        self.signal();
+        true
+    }
+
+    /// Fetches a batch; returns how many commands it has.
+    fn fetch(&mut self, id: u16) -> usize {
+        if !self.may_fetch(id) || !self.is_serving() {
+            return 0;
+        }
+        let Some(queue) = self.queues.submission(id) else {
+            return 0;
+        };
+        if !queue.has_work(id, &self.doorbells) {
+            return 0;
+        }
+        let completion_queue = queue.completion_queue;
+        if self.queues.is_congested(completion_queue) {
+            return 0;
+        }
+        let Some(queue) = self.queues.submission(id) else {
+            return 0;
+        };
+        let looked = queue.look(id, &self.doorbells);
+        let fetched = queue.fetch(&self.dma, &mut self.fetched);
+        self.check_queue(looked);
+        self.check_queue(fetched).unwrap_or(0)
+    }
+
+    fn may_fetch(&self, id: u16) -> bool {
+        match self.hold {
+            Hold::Nothing => true,
+            Hold::Io => id == 0,
+            Hold::Everything => false,
+        }
+    }
+
+    fn dispatch(&mut self, id: u16, command: Sqe) {
+        let counters = &self.shared.counters;
+        if id == 0 {
+            counters.admin_commands.add(1)
+        } else {
+            counters.commands.add(1)
+        }
+        let cid = command.cid();
+        if self
+            .queues
+            .submission(id)
+            .is_some_and(|queue| !queue.begin(cid))
+        {
+            return self.post(Completion {
+                submission_queue: id,
+                cid,
+                status: Status::COMMAND_ID_CONFLICT.with_dnr(true),
+                result: 0,
+                ends_command: false,
+            });
+        }
+        let reply = if id == 0 {
+            self.admin_command(&command)
+        } else if self.config.latency.is_zero() {
+            Reply::Now(self.io_command(&command))
+        } else {
+            self.delayed.push_back(Delayed {
+                due: Instant::now() + self.config.latency,
+                submission_queue: id,
+                command,
+            });
+            Reply::Later
+        };
+        if let Reply::Now(outcome) = reply {
+            self.complete(id, &command, outcome);
+        }
+    }
+
+    /// Serves the delayed commands whose time has come.
+    fn serve_due(&mut self) -> bool {
+        let mut busy = false;
+        // One latency for all, so the first fetched is the first due.
+        while let Some(first) = self.delayed.front()
+            && self.is_serving()
+            && first.due <= Instant::now()
+            && let Some(Delayed {
+                submission_queue,
+                command,
+                ..
+            }) = self.delayed.pop_front()
+        {
+            let outcome = self.io_command(&command);
+            self.complete(submission_queue, &command, outcome);
+            self.signal();
+            busy = true;
+        }
+        busy
+    }
+
+    /// Completes a fetched command.
+    pub(crate) fn complete(&mut self, submission_queue: u16, command: &Sqe, outcome: Outcome) {
+        let (status, result) = match outcome {
+            Ok(result) => (Status::SUCCESS, result),
+            Err(status) => (status.with_dnr(!is_transient(status)), 0),
+        };
+        if !status.is_success() {
+            self.shared.counters.failed_commands.add(1);
+            self.admin.note_failure(submission_queue, command, status);
+        }
+        self.post(Completion {
+            submission_queue,
+            cid: command.cid(),
+            status,
+            result,
+            ends_command: true,
+        });
+    }
+
+    fn post(&mut self, completion: Completion) {
+        let posted = self.queues.complete(&self.dma, &self.doorbells, completion);
+        self.check_queue(posted);
+    }
+
+    /// Completes the requests for asynchronous events that there are events for.
+    pub(crate) fn deliver_events(&mut self) {
+        while let Some((request, event)) = self.admin.events.next_delivery() {
+            self.complete(0, &request, Ok(event));
+        }
+    }
+
+    /// Takes a delayed command back before its time. Returns whether it was there.
+    pub(crate) fn abort_delayed(&mut self, submission_queue: u16, cid: u16) -> bool {
+        let Some(index) = self.delayed.iter().position(|delayed| {
+            delayed.submission_queue == submission_queue && delayed.command.cid() == cid
+        }) else {
+            return false;
+        };
+        if let Some(Delayed { command, .. }) = self.delayed.remove(index) {
+            self.complete(submission_queue, &command, Err(Status::ABORT_REQUESTED));
+        }
+        true
+    }
+
+    /// Completes all delayed commands of a queue that is about to be deleted.
+    pub(crate) fn abort_queue(&mut self, submission_queue: u16) {
+        let (aborted, kept) = std::mem::take(&mut self.delayed)
+            .into_iter()
+            .partition::<VecDeque<_>, _>(|delayed| delayed.submission_queue == submission_queue);
+        self.delayed = kept;
+        for Delayed { command, .. } in aborted {
+            self.complete(submission_queue, &command, Err(Status::ABORTED_SQ_DELETION));
+        }
+    }
+
+    /// Raises the interrupts of what was posted since the last call.
+    fn signal(&mut self) {
+        while let Some(vector) = self.queues.next_interrupt() {
+            self.shared.counters.interrupts.add(1);
+            self.interrupts.raise(vector);
+        }
+    }
+
+    /// Turns trouble with a queue into what the host sees of it.
+    fn check_queue<T>(&mut self, result: Result<T, QueueError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(QueueError::InvalidDoorbell) => {
+                self.invalid_doorbell_value();
+                None
+            }
+            Err(QueueError::HostMemory) => {
+                self.fail("a queue is not reachable in host memory");
+                None
+            }
+        }
+    }
+
+    /// Waits for work: awake for a moment, then asleep.
+    fn rest(&mut self) {
+        let spin_end = Instant::now() + self.config.spin;
+        loop {
+            if self.has_work() {
+                return;
+            }
+            if Instant::now() >= spin_end {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        let limit = match self.next_due() {
+            None => None,
+            Some(due) => {
+                let left = due.saturating_duration_since(Instant::now());
+                if left <= TIMER_MARGIN {
+                    return;
+                }
+                Some(left - TIMER_MARGIN)
+            }
+        };
+        let listen = if self.queues.waits_for_room() {
+            Urgency::Low
+        } else {
+            Urgency::High
+        };
+        if self
+            .doorbells
+            .wake()
+            .sleep(listen, limit, || !self.has_work())
+        {
+            self.shared.counters.sleeps.add(1);
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        self.doorbells.wants_attention()
+            || (self.is_serving()
+                && (self
+                    .queues
+                    .has_work(&self.doorbells, |id| self.may_fetch(id))
+                    || self.next_due().is_some_and(|due| due <= Instant::now())))
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        if !self.is_serving() {
+            return None;
+        }
+        self.delayed.front().map(|delayed| delayed.due)
+    }
+}
+
+/// Whether the same command could succeed when it is tried again.
+fn is_transient(status: Status) -> bool {
+    [
+        Status::INTERNAL_ERROR,
+        Status::ABORT_REQUESTED,
+        Status::ABORTED_SQ_DELETION,
+        Status::ABORT_LIMIT_EXCEEDED,
+        Status::ASYNC_EVENT_LIMIT_EXCEEDED,
+        Status::CAPACITY_EXCEEDED,
+        Status::UNRECOVERED_READ_ERROR,
+        Status::WRITE_FAULT,
+    ]
+    .iter()
+    .any(|transient| transient.is(status))
+}

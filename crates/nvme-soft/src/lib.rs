@@ -1,0 +1,154 @@
+//! A software NVMe controller over a regular file or memory.
+//!
+//! [`SoftController`] is an NVMe 2.0 I/O controller with the NVM command set. It sees what a
+//! controller on PCIe sees (registers, doorbells, host memory through an IOMMU, interrupt vectors)
+//! and knows nothing of the driver on the other side. The embedder provides host memory and
+//! interrupts as two small traits, [`HostMemory`] and [`Interrupts`], and passes on the host's
+//! register and doorbell accesses.
+//!
+//! The controller works on one thread of its own, which sleeps, without a timer, when there is
+//! nothing to do. Each kind of bad command is answered with the status that the specification
+//! names, and access to host memory that is refused ends the command and is counted.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use nvme_soft::store::MemoryStore;
+//! use nvme_soft::{AccessFault, Config, HostMemory, Interrupts, NamespaceConfig, SoftController};
+//!
+//! /// A host that grants no access to its memory.
+//! struct Nothing;
+//!
+//! impl HostMemory for Nothing {
+//!     fn read(&self, address: u64, out: &mut [u8]) -> Result<(), AccessFault> {
+//!         Err(AccessFault::read(address, out.len()))
+//!     }
+//!     fn write(&self, address: u64, data: &[u8]) -> Result<(), AccessFault> {
+//!         Err(AccessFault::write(address, data.len()))
+//!     }
+//!     fn store_release(&self, address: u64, _value: u32) -> Result<(), AccessFault> {
+//!         Err(AccessFault::write(address, 4))
+//!     }
+//! }
+//!
+//! impl Interrupts for Nothing {
+//!     fn count(&self) -> u16 {
+//!         1
+//!     }
+//!     fn raise(&self, _vector: u16) {}
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut config = Config::default();
+//! config.namespaces.push(NamespaceConfig::new(MemoryStore::new(1 << 20)?, 512));
+//! let controller = SoftController::start(config, Arc::new(Nothing), Arc::new(Nothing))?;
+//! assert_eq!(controller.read32(0x08), 0x0002_0000); // VS: version 2.0
+//! # Ok(())
+//! # }
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod store;
+
+mod admin;
+mod config;
+mod control;
+mod controller;
+mod counters;
+mod data;
+mod dma;
+mod doorbells;
+mod engine;
+mod namespace;
+mod nvm;
+mod registers;
+mod wake;
+
+use std::fmt;
+
+pub use config::{Config, NamespaceConfig, StartError};
+pub use controller::SoftController;
+pub use counters::Counters;
+pub use doorbells::Doorbells;
+
+/// The host's memory as the controller reaches it: through the IOMMU, by I/O virtual address.
+///
+/// All calls come from the controller's thread. Ranges may span several mappings that touch.
+pub trait HostMemory: Send + Sync {
+    /// Copies from host memory.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessFault`] if any byte may not be read; `out` then holds anything.
+    fn read(&self, address: u64, out: &mut [u8]) -> Result<(), AccessFault>;
+
+    /// Copies to host memory.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessFault`] if any byte may not be written; bytes that may be written may have been.
+    fn write(&self, address: u64, data: &[u8]) -> Result<(), AccessFault>;
+
+    /// Stores one little-endian 32-bit word, after all writes before it, as a host thread that
+    /// loads the word with Acquire observes it. `address` is a multiple of 4.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessFault`] if the word may not be written.
+    fn store_release(&self, address: u64, value: u32) -> Result<(), AccessFault>;
+}
+
+/// The IOMMU refused an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccessFault {
+    /// The first address of the access.
+    pub address: u64,
+    /// Its length in bytes.
+    pub len: usize,
+    /// Whether it was to write host memory.
+    pub is_write: bool,
+}
+
+impl AccessFault {
+    /// A refused read of host memory.
+    pub fn read(address: u64, len: usize) -> Self {
+        Self {
+            address,
+            len,
+            is_write: false,
+        }
+    }
+
+    /// A refused write to host memory.
+    pub fn write(address: u64, len: usize) -> Self {
+        Self {
+            address,
+            len,
+            is_write: true,
+        }
+    }
+}
+
+impl fmt::Display for AccessFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let access = if self.is_write { "write" } else { "read" };
+        write!(
+            f,
+            "{access} of {:#x} bytes at I/O address {:#x} refused",
+            self.len, self.address
+        )
+    }
+}
+
+impl std::error::Error for AccessFault {}
+
+/// Where the controller's interrupts go.
+pub trait Interrupts: Send + Sync {
+    /// How many vectors there are; at least one. It does not change.
+    fn count(&self) -> u16;
+
+    /// Raises a vector below [`Interrupts::count`]. Called on the controller's thread, so it must
+    /// neither block nor wait for the controller.
+    fn raise(&self, vector: u16);
+}

@@ -1,0 +1,230 @@
+//! The commands of the I/O queues (NVM command set specification 1.0, section 3).
+
+use std::io;
+
+use nvme_spec::nvm::BlockRange;
+use nvme_spec::opcode::NvmOpcode;
+use nvme_spec::{DataPointer, Sqe, Status, admin, dsm};
+use zerocopy::FromBytes;
+
+use crate::data::Flow;
+use crate::engine::{Engine, Outcome};
+
+/// Data goes through a buffer of at most this size. What a command transfers up to here is written
+/// all or not at all, even if host memory is refused halfway.
+const BUFFER: usize = 1 << 20;
+
+impl Engine {
+    /// Serves one command.
+    pub(crate) fn io_command(&mut self, command: &Sqe) -> Outcome {
+        let serve = match NvmOpcode(command.opcode()) {
+            NvmOpcode::READ => Self::read,
+            NvmOpcode::WRITE => Self::write,
+            NvmOpcode::FLUSH => Self::flush,
+            NvmOpcode::WRITE_ZEROES => Self::write_zeroes,
+            NvmOpcode::DATASET_MANAGEMENT => Self::dataset_management,
+            _ => return Err(Status::INVALID_OPCODE),
+        };
+        // No fused operations are supported.
+        if command.fuse() != 0 {
+            return Err(Status::INVALID_FIELD);
+        }
+        serve(self, command)
+    }
+
+    fn read(&mut self, command: &Sqe) -> Outcome {
+        let range = BlockRange::from_command(command);
+        let namespace = self.namespaces.find(command.nsid())?;
+        let len = u64::from(range.blocks) << namespace.lba_shift;
+        if len > self.limits.max_transfer {
+            return Err(Status::INVALID_FIELD);
+        }
+        let bytes = namespace.bytes(range.slba, range.blocks.into())?;
+        self.prepare(command, Flow::ToHost, len)?;
+        let namespace = self.namespaces.find(command.nsid())?;
+        // FUA: the data are to come from the media, so they must have got there.
+        if range.fua && self.admin.features.volatile_write_cache() {
+            namespace
+                .flush(&self.shared.counters)
+                .map_err(write_failed)?;
+        }
+        if let Some(contents) = namespace.store.as_slice() {
+            let data = contents
+                .get(bytes.start as usize..bytes.end as usize)
+                .ok_or(Status::INTERNAL_ERROR)?;
+            self.transfer.send(&self.dma, data)?;
+        } else {
+            let mut offset = bytes.start;
+            while offset < bytes.end {
+                let part = (bytes.end - offset).min(BUFFER as u64) as usize;
+                let buffer = part_of(&mut self.buffer, part);
+                namespace.store.read(offset, buffer).map_err(read_failed)?;
+                self.transfer.send(&self.dma, buffer)?;
+                offset += part as u64;
+            }
+        }
+        self.shared.counters.reads.add(1);
+        self.shared.counters.bytes_read.add(len);
+        Ok(0)
+    }
+
+    fn write(&mut self, command: &Sqe) -> Outcome {
+        /// DTYPE in command dword 12; no directive is supported.
+        const DIRECTIVE_TYPE: u32 = 0xf << 20;
+        let range = BlockRange::from_command(command);
+        let namespace = self.namespaces.find(command.nsid())?;
+        let len = u64::from(range.blocks) << namespace.lba_shift;
+        if len > self.limits.max_transfer || command.cdw12() & DIRECTIVE_TYPE != 0 {
+            return Err(Status::INVALID_FIELD);
+        }
+        let bytes = namespace.bytes(range.slba, range.blocks.into())?;
+        self.prepare(command, Flow::FromHost, len)?;
+        let durable = range.fua || !self.admin.features.volatile_write_cache();
+        let namespace = self.namespaces.find(command.nsid())?;
+        let mut offset = bytes.start;
+        while offset < bytes.end {
+            let part = (bytes.end - offset).min(BUFFER as u64) as usize;
+            let buffer = part_of(&mut self.buffer, part);
+            self.transfer.receive(&self.dma, buffer)?;
+            namespace
+                .store
+                .write(offset, buffer, durable)
+                .map_err(write_failed)?;
+            offset += part as u64;
+        }
+        if durable {
+            self.shared.counters.syncs.add(1);
+        }
+        self.shared.counters.writes.add(1);
+        self.shared.counters.bytes_written.add(len);
+        Ok(0)
+    }
+
+    fn flush(&mut self, command: &Sqe) -> Outcome {
+        let needed = self.admin.features.volatile_write_cache();
+        if command.nsid() == admin::ALL_NAMESPACES {
+            if needed {
+                self.flush_all()?;
+            }
+        } else {
+            let namespace = self.namespaces.find(command.nsid())?;
+            if needed {
+                namespace
+                    .flush(&self.shared.counters)
+                    .map_err(write_failed)?;
+            }
+        }
+        Ok(0)
+    }
+
+    /// Makes everything that was written durable.
+    pub(crate) fn flush_all(&mut self) -> Result<(), Status> {
+        self.namespaces
+            .flush_all(&self.shared.counters)
+            .map_err(write_failed)
+    }
+
+    fn write_zeroes(&mut self, command: &Sqe) -> Outcome {
+        let range = BlockRange::from_command(command);
+        let namespace = self.namespaces.find(command.nsid())?;
+        let len = u64::from(range.blocks) << namespace.lba_shift;
+        if len > self.limits.max_write_zeroes {
+            return Err(Status::INVALID_FIELD);
+        }
+        let bytes = namespace.bytes(range.slba, range.blocks.into())?;
+        namespace
+            .store
+            .zero(bytes.start, len, range.deallocate)
+            .map_err(write_failed)?;
+        if range.fua || !self.admin.features.volatile_write_cache() {
+            namespace
+                .flush(&self.shared.counters)
+                .map_err(write_failed)?;
+        }
+        Ok(0)
+    }
+
+    fn dataset_management(&mut self, command: &Sqe) -> Outcome {
+        /// AD in command dword 11. The other attributes are hints, of which nothing is made.
+        const DEALLOCATE: u32 = 1 << 2;
+        const RANGE_SIZE: usize = size_of::<dsm::Range>();
+        let count = (command.cdw10() & 0xff) as usize + 1;
+        let deallocate = command.cdw11() & DEALLOCATE != 0;
+        self.namespaces.find(command.nsid())?;
+        if deallocate && self.config.dmrl != 0 && count > usize::from(self.config.dmrl) {
+            return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED);
+        }
+        let len = count * RANGE_SIZE;
+        self.prepare(command, Flow::FromHost, len as u64)?;
+        let list = part_of(&mut self.buffer, len);
+        self.transfer.receive(&self.dma, list)?;
+        if !deallocate {
+            return Ok(0);
+        }
+        let namespace = self.namespaces.find(command.nsid())?;
+        let ranges = || {
+            list.chunks_exact(RANGE_SIZE)
+                .filter_map(|bytes| dsm::Range::read_from_bytes(bytes).ok())
+        };
+        // All or nothing: no range is touched while a later one may be refused.
+        let mut total = 0;
+        for range in ranges() {
+            let blocks = range.blocks.get();
+            namespace.bytes(range.slba.get(), blocks.into())?;
+            total += u64::from(blocks);
+            if self.config.dmrsl != 0 && blocks > self.config.dmrsl {
+                return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED);
+            }
+        }
+        if self.config.dmsl != 0 && total > self.config.dmsl {
+            return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED);
+        }
+        for range in ranges() {
+            let bytes = namespace.bytes(range.slba.get(), range.blocks.get().into())?;
+            let len = bytes.end - bytes.start;
+            if len > 0 {
+                namespace
+                    .store
+                    .zero(bytes.start, len, true)
+                    .map_err(write_failed)?;
+            }
+        }
+        if !self.admin.features.volatile_write_cache() {
+            namespace
+                .flush(&self.shared.counters)
+                .map_err(write_failed)?;
+        }
+        Ok(0)
+    }
+
+    /// Finds the command's data in host memory.
+    fn prepare(&mut self, command: &Sqe, flow: Flow, len: u64) -> Result<(), Status> {
+        let data = command.data_pointer().map_err(|error| error.status())?;
+        if matches!(data, DataPointer::Sgl(_)) && !self.config.sgl {
+            return Err(Status::INVALID_FIELD);
+        }
+        self.transfer
+            .prepare(&self.dma, data, flow, len, self.limits.page_size)
+    }
+}
+
+/// The first `len` bytes of a buffer that grows as needed and then stays.
+fn part_of(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    &mut buffer[..len]
+}
+
+fn read_failed(error: io::Error) -> Status {
+    tracing::error!(%error, "store failed to read");
+    Status::UNRECOVERED_READ_ERROR
+}
+
+fn write_failed(error: io::Error) -> Status {
+    tracing::error!(%error, "store failed to write");
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Status::CAPACITY_EXCEEDED,
+        _ => Status::WRITE_FAULT,
+    }
+}

@@ -1,0 +1,129 @@
+//! What a namespace keeps its blocks in.
+
+mod file;
+mod memory;
+
+use std::fmt;
+use std::io;
+
+pub use file::FileStore;
+pub use memory::MemoryStore;
+
+/// Keeps the contents of one namespace. Offsets and lengths are in bytes; the controller has
+/// checked them against [`Store::size`] before.
+///
+/// All calls come from the controller's one thread, which serves nothing else meanwhile.
+pub trait Store: fmt::Debug + Send {
+    /// The size in bytes. It does not change.
+    fn size(&self) -> u64;
+
+    /// Fills `out` with the bytes from `offset` on. Bytes never written read as zeros.
+    fn read(&mut self, offset: u64, out: &mut [u8]) -> io::Result<()>;
+
+    /// Stores `data` from `offset` on. With `durable` it returns only when a loss of power no
+    /// longer loses these bytes.
+    fn write(&mut self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
+
+    /// Returns when a loss of power no longer loses anything that was written before.
+    fn flush(&mut self) -> io::Result<()>;
+
+    /// Makes a range read as zeros; with `deallocate` it also gives back the space behind it.
+    fn zero(&mut self, offset: u64, len: u64, deallocate: bool) -> io::Result<()>;
+
+    /// The bytes that have space behind them, for the namespace's utilization.
+    fn allocated(&self) -> u64 {
+        self.size()
+    }
+
+    /// The whole contents, where they are memory: reads then need no copy in between.
+    fn as_slice(&self) -> Option<&[u8]> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Write {
+            offset: u64,
+            len: usize,
+            fill: u8,
+            durable: bool,
+        },
+        Zero {
+            offset: u64,
+            len: u64,
+            deallocate: bool,
+        },
+        Flush,
+    }
+
+    const SIZE: u64 = 64 * 1024;
+
+    fn step() -> impl Strategy<Value = Step> {
+        let range = (0..SIZE, 1..=SIZE).prop_map(|(offset, len)| (offset, len.min(SIZE - offset)));
+        prop_oneof![
+            (range.clone(), any::<u8>(), any::<bool>()).prop_map(
+                |((offset, len), fill, durable)| Step::Write {
+                    offset,
+                    len: len as usize,
+                    fill,
+                    durable
+                }
+            ),
+            (range, any::<bool>()).prop_map(|((offset, len), deallocate)| Step::Zero {
+                offset,
+                len,
+                deallocate
+            }),
+            Just(Step::Flush),
+        ]
+    }
+
+    fn follows_model(store: &mut dyn Store, steps: &[Step]) {
+        let mut model = vec![0; SIZE as usize];
+        for step in steps {
+            match *step {
+                Step::Write {
+                    offset,
+                    len,
+                    fill,
+                    durable,
+                } => {
+                    let data = vec![fill; len];
+                    store.write(offset, &data, durable).expect("in range");
+                    model[offset as usize..][..len].copy_from_slice(&data);
+                }
+                Step::Zero {
+                    offset,
+                    len,
+                    deallocate,
+                } => {
+                    store.zero(offset, len, deallocate).expect("in range");
+                    model[offset as usize..][..len as usize].fill(0);
+                }
+                Step::Flush => store.flush().expect("flushes"),
+            }
+        }
+        let mut contents = vec![0xff; SIZE as usize];
+        store.read(0, &mut contents).expect("in range");
+        assert!(contents == model);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+        #[test]
+        fn stores_keep_what_was_written(steps in prop::collection::vec(step(), 1..16)) {
+            follows_model(&mut MemoryStore::new(SIZE).expect("small"), &steps);
+            let directory = tempfile::tempdir().expect("temporary directory");
+            let path = directory.path().join("disk.img");
+            follows_model(&mut FileStore::create(&path, SIZE).expect("creates"), &steps);
+        }
+    }
+}

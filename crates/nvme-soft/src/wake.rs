@@ -1,0 +1,213 @@
+//! How one thread sleeps and others wake it without a lost wake-up and without a lock.
+//!
+//! A waker first publishes its work with an ordinary store and then calls [`Wake::notify`]; the
+//! sleeper first announces that it sleeps and then looks for work once more. Each side has a
+//! SeqCst fence between its store and its load, so that at least one of them sees the other:
+//! either the sleeper finds the work, or the waker finds the announcement.
+//!
+//! Not every kind of work is worth a wake-up every time, so the sleeper says what it listens for.
+
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU32, Ordering, fence};
+#[cfg(loom)]
+use loom::thread::{self, Thread};
+#[cfg(not(loom))]
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+#[cfg(not(loom))]
+use std::thread::{self, Thread};
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+const AWAKE: u32 = 0;
+
+/// What a sleeper listens for, and what a waker brings. A sleeper that listens for the less
+/// urgent is woken by the more urgent too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Urgency {
+    /// Matters only to a sleeper that waits for precisely this kind of work.
+    Low = 2,
+    /// Always wakes.
+    High = 1,
+}
+
+/// One thread's sleep.
+pub(crate) struct Wake {
+    /// [`AWAKE`], or the [`Urgency`] that the sleeper listens for.
+    sleeping: AtomicU32,
+    sleeper: OnceLock<Thread>,
+}
+
+impl Wake {
+    pub(crate) fn new() -> Self {
+        Self {
+            sleeping: AtomicU32::new(AWAKE),
+            sleeper: OnceLock::new(),
+        }
+    }
+
+    /// Names the thread that sleeps. Notifications before are lost, so this comes before anyone
+    /// else can bring work.
+    pub(crate) fn attach(&self, sleeper: Thread) {
+        // There is one sleeper; a second call can only name the same one.
+        let _ = self.sleeper.set(sleeper);
+    }
+
+    /// Wakes the sleeper if it sleeps and listens for this. To be called after the work was
+    /// published.
+    pub(crate) fn notify(&self, urgency: Urgency) {
+        fence(Ordering::SeqCst);
+        let listening = self.sleeping.load(Ordering::Relaxed);
+        if listening >= urgency as u32 {
+            self.wake();
+        }
+    }
+
+    #[cold]
+    fn wake(&self) {
+        // Of several wakers only one pays for the system call.
+        if self.sleeping.swap(AWAKE, Ordering::Relaxed) != AWAKE
+            && let Some(sleeper) = self.sleeper.get()
+        {
+            sleeper.unpark();
+        }
+    }
+
+    /// Sleeps until notified, but not if `idle` finds work, and at most for `limit`. To be called
+    /// by the attached thread only. May return early; the caller looks for work again.
+    ///
+    /// Returns whether it slept at all.
+    pub(crate) fn sleep(
+        &self,
+        listen: Urgency,
+        limit: Option<Duration>,
+        idle: impl FnOnce() -> bool,
+    ) -> bool {
+        self.sleeping.store(listen as u32, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let idle = idle();
+        if idle {
+            park(limit);
+        }
+        self.sleeping.store(AWAKE, Ordering::Relaxed);
+        idle
+    }
+}
+
+#[cfg(not(loom))]
+fn park(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => thread::park_timeout(limit),
+        None => thread::park(),
+    }
+}
+
+/// loom has no clock: a sleep that a timer would end is none at all.
+#[cfg(loom)]
+fn park(limit: Option<Duration>) {
+    if limit.is_none() {
+        thread::park();
+    }
+}
+
+#[cfg(all(test, loom))]
+mod tests {
+    use loom::sync::Arc;
+
+    use super::*;
+
+    /// Runs a sleeper that waits for `work` to become `rounds`, and wakers that each add one.
+    fn sleeper_sees_all_work(listen: Urgency, bring: Urgency, wakers: u32) {
+        loom::model(move || {
+            let wake = Arc::new(Wake::new());
+            let work = Arc::new(AtomicU32::new(0));
+            wake.attach(thread::current());
+            let threads: Vec<_> = (0..wakers)
+                .map(|_| {
+                    let (wake, work) = (wake.clone(), work.clone());
+                    thread::spawn(move || {
+                        work.fetch_add(1, Ordering::Release);
+                        wake.notify(bring);
+                    })
+                })
+                .collect();
+            // A lost wake-up parks this thread for good, which loom reports as a deadlock.
+            while work.load(Ordering::Acquire) < wakers {
+                wake.sleep(listen, None, || work.load(Ordering::Acquire) < wakers);
+            }
+            for thread in threads {
+                thread.join().expect("wakers do not panic");
+            }
+        });
+    }
+
+    #[test]
+    fn one_waker() {
+        sleeper_sees_all_work(Urgency::High, Urgency::High, 1);
+    }
+
+    #[test]
+    fn two_wakers() {
+        sleeper_sees_all_work(Urgency::High, Urgency::High, 2);
+    }
+
+    #[test]
+    fn low_wakes_who_listens_for_low() {
+        sleeper_sees_all_work(Urgency::Low, Urgency::Low, 1);
+    }
+
+    #[test]
+    fn high_wakes_who_listens_for_low() {
+        sleeper_sees_all_work(Urgency::Low, Urgency::High, 1);
+    }
+
+    /// Also shows that a wake-up that does not come is noticed.
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn a_sleeper_that_does_not_listen_is_not_woken() {
+        sleeper_sees_all_work(Urgency::High, Urgency::Low, 1);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn work_found_on_the_second_look_prevents_sleep() {
+        let wake = Wake::new();
+        wake.attach(thread::current());
+        assert!(!wake.sleep(Urgency::High, None, || false));
+    }
+
+    #[test]
+    fn every_round_of_a_ping_pong_arrives() {
+        const ROUNDS: u32 = 2_000;
+        let wake = Arc::new(Wake::new());
+        let work = Arc::new(AtomicU32::new(0));
+        let done = Arc::new(AtomicU32::new(0));
+        let sleeper = {
+            let (wake, work, done) = (wake.clone(), work.clone(), done.clone());
+            thread::spawn(move || {
+                wake.attach(thread::current());
+                for round in 1..=ROUNDS {
+                    done.store(round, Ordering::Release);
+                    while work.load(Ordering::Acquire) < round {
+                        wake.sleep(Urgency::High, None, || work.load(Ordering::Acquire) < round);
+                    }
+                }
+            })
+        };
+        for round in 1..=ROUNDS {
+            while done.load(Ordering::Acquire) < round {
+                thread::yield_now();
+            }
+            work.store(round, Ordering::Release);
+            wake.notify(Urgency::High);
+        }
+        sleeper.join().expect("the sleeper does not panic");
+    }
+}

@@ -1,0 +1,144 @@
+//! Asynchronous events, and the doorbell writes that cause them.
+
+use nvme_spec::admin;
+use nvme_spec::event::{AsyncEvent, Event};
+use nvme_spec::feature::{AsyncEventConfiguration, TemperatureThreshold, id};
+use nvme_spec::log::{self, CriticalWarning};
+use nvme_spec::registers::DoorbellKind;
+use nvme_spec::{Status, nvm};
+
+use crate::host::{Host, config};
+
+fn event(host: &mut Host, cid: u16) -> Event {
+    let entry = host.wait(0, cid);
+    assert!(entry.status().is_success());
+    AsyncEvent::from_bits(entry.result()).event()
+}
+
+fn read_log(host: &mut Host, page: u8, retain: bool) {
+    host.admin_data(admin::get_log_page(page, 0, 64, 0, retain), 64);
+}
+
+#[test]
+fn invalid_doorbells_raise_an_event_once_until_the_log_is_read() {
+    let mut host = Host::ready(config(512));
+    let first = host.submit(0, admin::async_event_request());
+    let second = host.submit(0, admin::async_event_request());
+    // No such queue.
+    host.ring_raw(2, DoorbellKind::SubmissionTail, 1);
+    assert_eq!(event(&mut host, first), Event::InvalidDoorbellRegister);
+    // Past the end of the queue.
+    host.ring_raw(1, DoorbellKind::SubmissionTail, 64);
+    host.io_ok(nvm::flush(1));
+    read_log(&mut host, log::id::ERROR, true);
+    assert!(host.look(0).is_none());
+    read_log(&mut host, log::id::ERROR, false);
+    assert_eq!(event(&mut host, second), Event::InvalidDoorbellValue);
+    assert_eq!(host.controller.counters().invalid_doorbells, 2);
+}
+
+#[test]
+fn every_kind_of_bad_doorbell_value_is_noticed() {
+    // More entries than fit, a head that passes the tail, and a head that stays.
+    for (kind, value, redundant) in [
+        (DoorbellKind::SubmissionTail, 0, 0),
+        (DoorbellKind::CompletionHead, 200, 0),
+        (DoorbellKind::CompletionHead, 1, 1),
+    ] {
+        let mut host = Host::ready(config(512));
+        host.io_ok(nvm::flush(1));
+        let request = host.submit(0, admin::async_event_request());
+        if kind == DoorbellKind::SubmissionTail {
+            // The controller has taken nothing of 63 entries, so there is no room for more.
+            host.controller.hold();
+            for _ in 0..63 {
+                host.place(1, nvm::flush(1));
+            }
+            host.ring(1);
+            host.controller.release();
+            for _ in 0..63 {
+                host.reap(1);
+            }
+            // 63 are free: going on by 64 is the same place, by any other count it is valid.
+            host.ring_raw(1, kind, 64);
+        } else {
+            host.ring_raw(1, kind, value);
+        }
+        assert_eq!(event(&mut host, request), Event::InvalidDoorbellValue);
+        let counters = host.controller.counters();
+        assert_eq!(counters.redundant_completion_heads, redundant);
+        host.io_ok(nvm::flush(1));
+    }
+}
+
+#[test]
+fn a_head_beyond_the_tail_is_noticed_when_the_queue_fills() {
+    let mut host = Host::enabled(config(512));
+    host.create_pair(1, 4, None);
+    let request = host.submit(0, admin::async_event_request());
+    // Three entries posted, none taken, and a head that claims otherwise.
+    for _ in 0..2 {
+        host.submit(1, nvm::flush(1));
+        crate::host::wait_for(|| host.look(1));
+    }
+    host.ring_raw(1, DoorbellKind::CompletionHead, 3);
+    for _ in 0..2 {
+        host.submit(1, nvm::flush(1));
+    }
+    crate::host::wait_for(|| host.look(1));
+    assert_eq!(event(&mut host, request), Event::InvalidDoorbellValue);
+    assert!(host.look(1).is_none());
+    host.ring_head(1);
+}
+
+#[test]
+fn requests_beyond_the_limit_are_refused_and_can_be_aborted() {
+    let mut host = Host::enabled(config(512));
+    let requests: Vec<_> = (0..4)
+        .map(|_| host.submit(0, admin::async_event_request()))
+        .collect();
+    host.admin_refused(
+        admin::async_event_request(),
+        Status::ASYNC_EVENT_LIMIT_EXCEEDED,
+    );
+    assert_eq!(host.admin_ok(admin::abort(0, requests[2])), 0);
+    assert!(
+        host.wait(0, requests[2])
+            .status()
+            .is(Status::ABORT_REQUESTED)
+    );
+    assert_eq!(host.admin_ok(admin::abort(0, requests[2])), 1);
+    let again = host.submit(0, admin::async_event_request());
+    host.ring_raw(9, DoorbellKind::SubmissionTail, 1);
+    assert_eq!(
+        event(&mut host, requests[0]),
+        Event::InvalidDoorbellRegister
+    );
+    assert_ne!(again, requests[0]);
+}
+
+#[test]
+fn a_threshold_below_the_temperature_is_reported_if_asked_for() {
+    let mut host = Host::enabled(config(512));
+    let request = host.submit(0, admin::async_event_request());
+    let threshold = TemperatureThreshold::new().with_tmpth(300).into_bits();
+    host.admin_ok(admin::set_features(
+        id::TEMPERATURE_THRESHOLD,
+        threshold,
+        false,
+    ));
+    assert!(host.look(0).is_none());
+    let warnings = CriticalWarning::new().with_temperature(true).into_bits();
+    let events = AsyncEventConfiguration::new().with_smart_critical_warnings(warnings);
+    host.admin_ok(admin::set_features(
+        id::ASYNC_EVENT_CONFIGURATION,
+        events.into_bits(),
+        false,
+    ));
+    assert_eq!(event(&mut host, request), Event::TemperatureThreshold);
+    let data = host.admin_data(
+        admin::get_log_page(log::id::SMART_HEALTH, 0, 512, 0, false),
+        512,
+    );
+    assert!(CriticalWarning::from_bits(data[0]).temperature());
+}

@@ -1,0 +1,10 @@
+//! Drives the controller as a host does: registers, queues in plain memory, doorbells.
+
+mod admin_commands;
+mod data;
+mod events;
+mod host;
+mod io;
+mod lifecycle;
+mod model;
+mod queues;
