@@ -1,0 +1,264 @@
+//! A controller: bring-up, what belongs to all of its namespaces, and shutdown.
+
+pub(crate) mod admin;
+mod bring_up;
+mod events;
+mod registers;
+pub(crate) mod registry;
+mod shutdown;
+
+use std::fmt;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nvme_spec::identify::IdentifyController;
+use nvme_spec::registers::{Capabilities, Version};
+use tokio::runtime::{Handle, worker_index};
+
+use self::admin::Admin;
+use self::registers::Registers;
+use crate::engine::eventfd::signal_count;
+use crate::engine::{QueueCounters, SharedQueue};
+use crate::io::{DmaContext, Registration};
+use crate::memory::{DmaBuf, Registered};
+use crate::queue_pair::QueuePair;
+use crate::{Error, Namespace};
+
+/// An open NVMe controller.
+///
+/// It is a handle: clones refer to the same controller, and so do the namespaces and queue pairs
+/// that were opened from it.
+///
+/// [`shutdown`](Self::shutdown) is the way to end its use. When the last handle is dropped
+/// without it, the controller may no longer access memory from then on, and a thread resets it and
+/// frees what it used; a volatile write cache is not flushed then.
+#[derive(Clone)]
+pub struct Controller {
+    pub(crate) inner: Arc<ControllerInner>,
+}
+
+pub(crate) struct ControllerInner {
+    pub(crate) registers: Registers,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) version: Version,
+    pub(crate) admin: Admin,
+    /// For all threads.
+    pub(crate) queues: Vec<Arc<SharedQueue>>,
+    /// To be lent to one thread each.
+    pub(crate) local_queues: Vec<Arc<SharedQueue>>,
+    pub(crate) dma: DmaContext,
+    pub(crate) identify: Box<IdentifyController>,
+    pub(crate) limits: CommandLimits,
+    pub(crate) ready_timeout: Duration,
+    pub(crate) timeout: Option<Duration>,
+    /// Whether shutdown has begun.
+    pub(crate) closing: AtomicBool,
+    /// Dropped when the device has been given up, for those who want to open it again.
+    pub(crate) release: Mutex<Option<registry::Release>>,
+}
+
+/// Limits of the controller on single commands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CommandLimits {
+    /// Bytes of a read or write.
+    pub(crate) max_transfer: u64,
+    /// Logical blocks of a Write Zeroes are limited in bytes (WZSL); nothing for no limit.
+    pub(crate) write_zeroes_bytes: Option<u64>,
+    /// Ranges of a Dataset Management command (DMRL).
+    pub(crate) discard_ranges: usize,
+    /// Logical blocks of one of its ranges (DMRSL).
+    pub(crate) discard_range_blocks: u64,
+    /// Logical blocks of all of its ranges (DMSL).
+    pub(crate) discard_blocks: u64,
+}
+
+/// Events counted since the controller was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counters {
+    /// I/O commands completed.
+    pub completions: u64,
+    /// Those found by looking, without having been told by an interrupt.
+    pub polled_completions: u64,
+    /// Doorbell writes of all I/O queues.
+    pub doorbell_writes: u64,
+    /// Interrupts of the vectors of I/O queues.
+    pub interrupts: u64,
+    /// Completions that were found waiting although no interrupt had come.
+    pub lost_interrupts: u64,
+    /// Bytes copied because the device could not reach them in place.
+    pub bounced_bytes: u64,
+}
+
+impl Controller {
+    /// The address by which it was opened.
+    pub fn address(&self) -> &str {
+        &self.inner.admin.address
+    }
+
+    /// What the controller says of itself (NVMe base specification 2.0, "Identify Controller").
+    pub fn identify(&self) -> &IdentifyController {
+        &self.inner.identify
+    }
+
+    /// The version of the specification that it follows (VS).
+    pub fn version(&self) -> Version {
+        self.inner.version
+    }
+
+    /// Its capabilities register (CAP).
+    pub fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities
+    }
+
+    /// The active namespaces, in order.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it gives up the result only.
+    pub async fn active_namespaces(&self) -> Result<Vec<u32>, Error> {
+        self.inner.admin.active_namespaces().await
+    }
+
+    /// Opens a namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoNamespace`] if it is not active, and [`Error::Unusable`] if its format is not
+    /// supported: metadata is not, and logical blocks must be of 512 bytes to 64 KiB.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it gives up the result only.
+    pub async fn namespace(&self, nsid: u32) -> Result<Namespace, Error> {
+        Namespace::open(self.clone(), nsid).await
+    }
+
+    /// Allocates a buffer of `len` bytes that the device reaches without a copy. Its contents are
+    /// unspecified.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`] when the pool has reached its limit
+    /// ([`OpenOptions::pool_limit`](crate::OpenOptions::pool_limit)) or memory can't be mapped.
+    pub fn allocate(&self, len: usize) -> Result<DmaBuf, Error> {
+        self.inner.dma.buffer(len)
+    }
+
+    /// Maps foreign memory, so that reads and writes of it need no copy.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Mapping`], which says which limit was reached and how to raise it.
+    pub fn register(&self, memory: Arc<dyn Registered>) -> Result<Registration, Error> {
+        Registration::new(&self.inner.dma.space, memory)
+    }
+
+    /// The admin queue, for commands that this crate has no function for.
+    pub fn admin_queue(&self) -> QueuePair {
+        QueuePair::new(self.clone(), self.inner.admin.queue.clone())
+    }
+
+    /// The I/O queue pairs that all threads share, for raw commands.
+    pub fn io_queues(&self) -> impl ExactSizeIterator<Item = QueuePair> + '_ {
+        self.inner
+            .queues
+            .iter()
+            .map(|queue| QueuePair::new(self.clone(), queue.clone()))
+    }
+
+    /// What happened since it was opened.
+    pub fn counters(&self) -> Counters {
+        let mut sum = Counters {
+            bounced_bytes: self.inner.dma.bounced_bytes(),
+            ..Counters::default()
+        };
+        let mut vectors: Vec<_> = Vec::new();
+        for queue in self.inner.queues.iter().chain(&self.inner.local_queues) {
+            let QueueCounters {
+                completions,
+                polled_completions,
+                doorbell_writes,
+                lost_interrupts,
+            } = queue.counters();
+            sum.completions += completions;
+            sum.polled_completions += polled_completions;
+            sum.doorbell_writes += doorbell_writes;
+            sum.lost_interrupts += lost_interrupts;
+            // Queues may share a vector.
+            if !vectors
+                .iter()
+                .any(|known| Arc::ptr_eq(known, queue.vector()))
+            {
+                vectors.push(queue.vector().clone());
+            }
+        }
+        sum.interrupts = vectors.iter().map(|vector| signal_count(vector)).sum();
+        sum
+    }
+
+    /// The kernel's number of the thread that the embedded software controller runs in; nothing
+    /// for other controllers.
+    pub fn software_thread(&self) -> Option<u32> {
+        self.inner.registers.device.software_thread()
+    }
+
+    /// Ends the use of the controller in order: waits for what was submitted, deletes the queues,
+    /// tells the controller to shut down (which flushes its volatile cache), disables it and
+    /// frees everything. Later operations on any handle fail with [`Error::Closed`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] while a [`LocalNamespace`](crate::LocalNamespace) exists; nothing has
+    /// happened then. Otherwise the first error on the way; the rest is done nevertheless, and
+    /// [`Error::NotReady`] or [`Error::Device`] say that the controller may not have flushed its
+    /// cache.
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, the controller stays half shut down and refuses
+    /// commands; call it again or drop all handles.
+    pub async fn shutdown(&self) -> Result<(), Error> {
+        shutdown::shut_down(&self.inner).await
+    }
+}
+
+impl fmt::Debug for Controller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Controller")
+            .field("address", &self.address())
+            .field("model", &self.inner.identify.model_number())
+            .finish_non_exhaustive()
+    }
+}
+
+impl ControllerInner {
+    pub(crate) fn all_queues(&self) -> impl Iterator<Item = &Arc<SharedQueue>> {
+        self.queues.iter().chain(&self.local_queues)
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+}
+
+/// The queue for the current thread.
+///
+/// The first queue serves all that are no worker of a runtime; the others are spread over the
+/// workers, starting at a place that differs from runtime to runtime.
+pub(crate) fn choose_queue<Q>(queues: &[Q]) -> &Q {
+    let (first, others) = match queues {
+        [only] => return only,
+        [first, others @ ..] => (first, others),
+        [] => unreachable!("a controller has at least one queue"),
+    };
+    let Some(worker) = worker_index() else {
+        return first;
+    };
+    let runtime = Handle::try_current().map_or(0, |handle| {
+        BuildHasherDefault::<DefaultHasher>::default().hash_one(handle.id()) as usize
+    });
+    &others[runtime.wrapping_add(worker) % others.len()]
+}

@@ -1,0 +1,218 @@
+//! The controller's registers, and waiting for them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nvme_spec::registers::{
+    Capabilities, ControllerConfiguration, ControllerStatus, ReadyTimeouts, ShutdownNotification,
+    ShutdownStatus, Version, offset,
+};
+
+use crate::Error;
+use crate::device::{Device, DeviceError};
+
+/// Between two looks at a register that is waited for; grows from the first to the last.
+const FIRST_LOOK: Duration = Duration::from_micros(100);
+const LAST_LOOK: Duration = Duration::from_millis(10);
+
+/// The registers of one controller.
+#[derive(Clone)]
+pub(crate) struct Registers {
+    pub(crate) device: Arc<dyn Device>,
+}
+
+/// What a wait for a register may end with, besides success.
+enum Stop {
+    Device(DeviceError),
+    Gone,
+    Fatal(u32),
+}
+
+impl Registers {
+    pub(crate) fn capabilities(&self) -> Result<Capabilities, Error> {
+        let bits = self.device.read64(offset::CAP)?;
+        if bits == u64::MAX {
+            return Err(self.removed());
+        }
+        Ok(Capabilities::from_bits(bits))
+    }
+
+    pub(crate) fn version(&self) -> Result<Version, Error> {
+        Ok(Version::from_bits(self.device.read32(offset::VS)?))
+    }
+
+    /// How long the controller may take to become ready or to become disabled.
+    pub(crate) fn ready_timeout(&self, capabilities: Capabilities) -> Result<Duration, Error> {
+        // CRTO exists where CAP.CRMS says so, and counts in the same units, past CAP.TO's range.
+        let longest = if capabilities.crms() == 0 {
+            0
+        } else {
+            let timeouts = ReadyTimeouts::from_bits(self.device.read32(offset::CRTO)?);
+            u64::from(timeouts.crwmt()) * 500
+        };
+        let stated = u64::from(capabilities.timeout_ms()).max(longest);
+        Ok(Duration::from_millis(stated.max(500)))
+    }
+
+    pub(crate) fn configuration(&self) -> Result<ControllerConfiguration, Error> {
+        Ok(ControllerConfiguration::from_bits(
+            self.device.read32(offset::CC)?,
+        ))
+    }
+
+    pub(crate) fn configure(&self, configuration: ControllerConfiguration) -> Result<(), Error> {
+        Ok(self.device.write32(offset::CC, configuration.into_bits())?)
+    }
+
+    /// Disables the controller and waits until it is (NVMe base specification 2.0, section 3.1.3.5,
+    /// CC.EN). Afterwards it accesses no host memory.
+    pub(crate) async fn disable(&self, timeout: Duration) -> Result<(), Error> {
+        self.clear_enable()?;
+        self.wait("become disabled", timeout, false, |status| !status.rdy())
+            .await
+    }
+
+    /// As [`disable`](Self::disable), for threads outside of a runtime.
+    pub(crate) fn disable_blocking(&self, timeout: Duration) -> Result<(), Error> {
+        self.clear_enable()?;
+        let mut wait = Wait::new(timeout);
+        loop {
+            if self
+                .look(false, |status| !status.rdy())
+                .map_err(|stop| self.error(stop))?
+                .is_none()
+            {
+                return Ok(());
+            }
+            match wait.pause() {
+                Some(pause) => std::thread::sleep(pause),
+                None => return Err(self.not_ready("become disabled", timeout)),
+            }
+        }
+    }
+
+    /// Waits until the controller is ready after it was enabled.
+    pub(crate) async fn ready(&self, timeout: Duration) -> Result<(), Error> {
+        self.wait("become ready", timeout, true, |status| status.rdy())
+            .await
+    }
+
+    /// Announces a normal shutdown and waits until the controller has flushed what it must (NVMe
+    /// base specification 2.0, section 3.6).
+    pub(crate) async fn shut_down(&self, timeout: Duration) -> Result<(), Error> {
+        self.configure(self.configuration()?.with_shn(ShutdownNotification::Normal))?;
+        self.wait("shut down", timeout, false, |status| {
+            status.shst() == ShutdownStatus::Complete
+        })
+        .await
+    }
+
+    fn clear_enable(&self) -> Result<(), Error> {
+        let configuration = self.configuration()?;
+        if configuration.into_bits() == u32::MAX {
+            return Err(self.removed());
+        }
+        if configuration.en() {
+            let disabled = configuration
+                .with_en(false)
+                .with_shn(ShutdownNotification::None);
+            self.configure(disabled)?;
+        }
+        Ok(())
+    }
+
+    async fn wait(
+        &self,
+        action: &'static str,
+        timeout: Duration,
+        fatal_matters: bool,
+        done: impl Fn(ControllerStatus) -> bool,
+    ) -> Result<(), Error> {
+        let mut wait = Wait::new(timeout);
+        loop {
+            if self
+                .look(fatal_matters, &done)
+                .map_err(|stop| self.error(stop))?
+                .is_none()
+            {
+                return Ok(());
+            }
+            match wait.pause() {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => return Err(self.not_ready(action, timeout)),
+            }
+        }
+    }
+
+    /// Nothing once `done`.
+    fn look(
+        &self,
+        fatal_matters: bool,
+        done: impl Fn(ControllerStatus) -> bool,
+    ) -> Result<Option<ControllerStatus>, Stop> {
+        let bits = self.device.read32(offset::CSTS).map_err(Stop::Device)?;
+        let status = ControllerStatus::from_bits(bits);
+        if status.is_gone() {
+            Err(Stop::Gone)
+        } else if fatal_matters && status.cfs() {
+            Err(Stop::Fatal(bits))
+        } else {
+            Ok((!done(status)).then_some(status))
+        }
+    }
+
+    fn error(&self, stop: Stop) -> Error {
+        match stop {
+            Stop::Device(error) => error.into(),
+            Stop::Gone => self.removed(),
+            Stop::Fatal(csts) => Error::ControllerFailed {
+                address: self.address(),
+                csts,
+            },
+        }
+    }
+
+    fn not_ready(&self, action: &'static str, waited: Duration) -> Error {
+        let csts = self.device.read32(offset::CSTS).unwrap_or(u32::MAX);
+        Error::NotReady {
+            address: self.address(),
+            action,
+            waited,
+            csts,
+        }
+    }
+
+    fn removed(&self) -> Error {
+        Error::Removed {
+            address: self.address(),
+        }
+    }
+
+    fn address(&self) -> String {
+        self.device.address().to_owned()
+    }
+}
+
+/// Paces the looks of one wait.
+struct Wait {
+    end: Instant,
+    pause: Duration,
+}
+
+impl Wait {
+    fn new(timeout: Duration) -> Self {
+        Self {
+            end: Instant::now() + timeout,
+            pause: FIRST_LOOK,
+        }
+    }
+
+    fn pause(&mut self) -> Option<Duration> {
+        if Instant::now() >= self.end {
+            return None;
+        }
+        let pause = self.pause;
+        self.pause = (pause * 2).min(LAST_LOOK);
+        Some(pause)
+    }
+}

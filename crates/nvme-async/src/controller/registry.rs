@@ -1,0 +1,123 @@
+//! Which controllers are open in this process, so that two URLs of one device share it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::bring_up::bring_up;
+use super::{Controller, ControllerInner};
+use crate::device::{self, Device};
+use crate::url::Target;
+use crate::{Error, OpenOptions};
+
+/// Held by a controller until its device has been given up.
+#[derive(Debug)]
+pub(crate) struct Release {
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// One device that is or was open.
+#[derive(Clone)]
+struct Entry {
+    /// Held while somebody opens it.
+    opening: Arc<tokio::sync::Mutex<()>>,
+    /// One permit, which the open controller has.
+    device: Arc<Semaphore>,
+    controller: Weak<ControllerInner>,
+}
+
+impl Default for Entry {
+    fn default() -> Self {
+        Self {
+            opening: Arc::default(),
+            device: Arc::new(Semaphore::new(1)),
+            controller: Weak::new(),
+        }
+    }
+}
+
+static OPEN: LazyLock<Mutex<HashMap<String, Entry>>> = LazyLock::new(Mutex::default);
+
+/// Opens the controller that `options` name, or finds it open.
+pub(crate) async fn open(options: OpenOptions) -> Result<Controller, Error> {
+    let target = match &options.target {
+        Some(target) => target.clone()?,
+        None => {
+            return Err(Error::Url(crate::url::UrlError {
+                url: String::new(),
+                reason: "no device was named; call OpenOptions::url or OpenOptions::device"
+                    .to_owned(),
+            }));
+        }
+    };
+    let Some(key) = key(&target) else {
+        let inner = start(&target, &options, Release { _permit: None }).await?;
+        return Ok(Controller { inner });
+    };
+    let entry = lock().entry(key.clone()).or_default().clone();
+    let _opening = entry.opening.lock().await;
+    if let Some(inner) = find(&key) {
+        return Ok(Controller { inner });
+    }
+    // Until whoever had it last has given it up. The semaphore is never closed.
+    let permit = entry.device.acquire_owned().await.ok();
+    let inner = start(&target, &options, Release { _permit: permit }).await?;
+    if let Some(entry) = lock().get_mut(&key) {
+        entry.controller = Arc::downgrade(&inner);
+    }
+    Ok(Controller { inner })
+}
+
+/// Brings up a controller that is not shared by address.
+pub(crate) async fn attach(
+    device: Arc<dyn Device>,
+    options: &OpenOptions,
+) -> Result<Controller, Error> {
+    let inner = bring_up(device, options, Release { _permit: None }).await?;
+    Ok(Controller { inner })
+}
+
+async fn start(
+    target: &Target,
+    options: &OpenOptions,
+    release: Release,
+) -> Result<Arc<ControllerInner>, Error> {
+    let device = open_device(target, options).await?;
+    bring_up(device, options, release).await
+}
+
+/// Opens the device in a thread where it may block: it makes system calls that can take long.
+async fn open_device(target: &Target, options: &OpenOptions) -> Result<Arc<dyn Device>, Error> {
+    let target = target.clone();
+    let vectors = 1 + options.queues.saturating_add(options.local_queues);
+    match tokio::task::spawn_blocking(move || device::open(&target, vectors)).await {
+        Ok(opened) => opened,
+        Err(error) => Err(Error::Open {
+            address: String::new(),
+            reason: Box::new(error),
+        }),
+    }
+}
+
+fn find(key: &str) -> Option<Arc<ControllerInner>> {
+    let inner = lock().get(key)?.controller.upgrade()?;
+    (!inner.is_closing()).then_some(inner)
+}
+
+/// What identifies the device; nothing for memory, which is new each time.
+fn key(target: &Target) -> Option<String> {
+    match target {
+        Target::Pci { address, .. } => Some(format!("nvme://{address}")),
+        #[cfg(feature = "soft")]
+        Target::Soft(soft) => soft.path.as_ref().map(|path| {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let path = path.canonicalize().unwrap_or(path);
+            format!("file:{}", path.display())
+        }),
+    }
+}
+
+fn lock() -> std::sync::MutexGuard<'static, HashMap<String, Entry>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}

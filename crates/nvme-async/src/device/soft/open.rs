@@ -1,0 +1,89 @@
+//! Software controllers as `file:` and `mem:` URLs describe them.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nvme_soft::store::{FileStore, MemoryStore};
+use nvme_soft::{Config, NamespaceConfig};
+
+use super::{SoftDevice, SoftOptions};
+use crate::Error;
+use crate::device::Device;
+use crate::url::SoftTarget;
+
+/// Starts the controller that a URL describes. It blocks for as long as files take to open.
+pub(crate) fn open(target: &SoftTarget, vectors: u16) -> Result<Arc<dyn Device>, Error> {
+    let address = match &target.path {
+        Some(path) => format!("file:{}", path.display()),
+        None => "mem:".to_owned(),
+    };
+    let failed = |reason: Box<dyn std::error::Error + Send + Sync>| Error::Open {
+        address: address.clone(),
+        reason,
+    };
+    let mut config = Config {
+        latency: target.latency,
+        ..Config::default()
+    };
+    for number in 1..=target.namespaces {
+        let namespace = namespace(target, number).map_err(|error| failed(Box::new(error)))?;
+        config.namespaces.push(namespace);
+    }
+    let options = SoftOptions {
+        vectors,
+        fd_only: target.fd_only,
+        ..SoftOptions::default()
+    };
+    match SoftDevice::new(address.clone(), config, &options) {
+        Ok(device) => Ok(Arc::new(device)),
+        Err(error) => Err(failed(Box::new(error))),
+    }
+}
+
+fn namespace(target: &SoftTarget, number: u32) -> Result<NamespaceConfig, OpenFileError> {
+    let Some(path) = &target.path else {
+        // `mem:` without a size is refused when the URL is parsed.
+        let store = MemoryStore::new(target.size.unwrap_or_default());
+        return match store {
+            Ok(store) => Ok(NamespaceConfig::new(store, target.lba_size)),
+            Err(source) => Err(OpenFileError {
+                path: PathBuf::from("memory"),
+                source,
+            }),
+        };
+    };
+    let path = match number {
+        1 => path.clone(),
+        _ => {
+            let mut name = OsString::from(path);
+            name.push(format!(".{number}"));
+            PathBuf::from(name)
+        }
+    };
+    let store = match target.size {
+        Some(size) => FileStore::create(&path, size),
+        None => FileStore::open(&path),
+    };
+    match store {
+        Ok(store) => Ok(NamespaceConfig::new(store, target.lba_size)),
+        Err(source) => Err(OpenFileError { path, source }),
+    }
+}
+
+/// A backing file that could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {source}{}", path.display(), hint(source))]
+struct OpenFileError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "; give a size (file:disk.img?size=1G) to create it",
+        io::ErrorKind::PermissionDenied => "; the file must be readable and writable",
+        _ => "",
+    }
+}

@@ -1,0 +1,108 @@
+//! PCI configuration space: the command register and where MSI-X lies.
+
+use std::io;
+use std::ops::Range;
+
+/// Command register (PCI local bus specification 3.0, section 6.2.2).
+pub(super) const COMMAND: u64 = 0x04;
+/// The function answers accesses to its memory BARs.
+pub(super) const MEMORY_SPACE: u16 = 1 << 1;
+/// The function may access host memory.
+pub(super) const BUS_MASTER: u16 = 1 << 2;
+/// The function does not assert INTx.
+pub(super) const INTX_DISABLE: u16 = 1 << 10;
+
+const STATUS: u64 = 0x06;
+const STATUS_CAPABILITIES: u16 = 1 << 4;
+const CAPABILITIES_POINTER: u64 = 0x34;
+const MSIX: u8 = 0x11;
+
+/// Reads `N` bytes at an offset of configuration space.
+pub(super) trait ReadConfig {
+    fn read<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]>;
+}
+
+/// The parts of BAR 0 that belong to MSI-X: its table and its pending bits (section 6.8.2).
+pub(super) fn msix_in_bar0(config: &impl ReadConfig) -> io::Result<Vec<Range<u64>>> {
+    let Some(at) = find_capability(config, MSIX)? else {
+        return Ok(Vec::new());
+    };
+    let vectors = u64::from(u16::from_le_bytes(config.read(at + 2)?) & 0x7ff) + 1;
+    let table = u32::from_le_bytes(config.read(at + 4)?);
+    let pending = u32::from_le_bytes(config.read(at + 8)?);
+    let parts = [(table, vectors * 16), (pending, vectors.div_ceil(64) * 8)];
+    let in_bar0 = parts.into_iter().filter(|(place, _)| place & 0x7 == 0);
+    Ok(in_bar0
+        .map(|(place, len)| u64::from(place & !0x7)..u64::from(place & !0x7) + len)
+        .collect())
+}
+
+fn find_capability(config: &impl ReadConfig, wanted: u8) -> io::Result<Option<u64>> {
+    if u16::from_le_bytes(config.read(STATUS)?) & STATUS_CAPABILITIES == 0 {
+        return Ok(None);
+    }
+    let [mut next] = config.read(CAPABILITIES_POINTER)?;
+    // There is room for 48 of them; a longer chain leads in a circle.
+    for _ in 0..48 {
+        let at = u64::from(next & !0x3);
+        if at < 0x40 {
+            break;
+        }
+        let [id, following] = config.read(at)?;
+        if id == wanted {
+            return Ok(Some(at));
+        }
+        next = following;
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl ReadConfig for [u8; 256] {
+        fn read<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]> {
+            let bytes = self.get(offset as usize..).and_then(<[u8]>::first_chunk);
+            bytes
+                .copied()
+                .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        }
+    }
+
+    fn config_with_msix(table: u32, pending: u32) -> [u8; 256] {
+        let mut config = [0; 256];
+        config[0x06] = 0x10;
+        config[0x34] = 0x80;
+        config[0x80..0x82].copy_from_slice(&[0x10, 0x40]);
+        config[0x40..0x44].copy_from_slice(&[0x11, 0x00, 64, 0x80]);
+        config[0x44..0x48].copy_from_slice(&table.to_le_bytes());
+        config[0x48..0x4c].copy_from_slice(&pending.to_le_bytes());
+        config
+    }
+
+    #[test]
+    fn msix_table_and_pending_bits() {
+        let parts = msix_in_bar0(&config_with_msix(0x2000, 0x3000)).unwrap();
+        assert_eq!(parts, [0x2000..0x2410, 0x3000..0x3010]);
+    }
+
+    #[test]
+    fn msix_in_another_bar_does_not_matter() {
+        let parts = msix_in_bar0(&config_with_msix(0x2004, 0x3004)).unwrap();
+        assert_eq!(parts, []);
+    }
+
+    #[test]
+    fn no_capabilities_no_msix() {
+        assert_eq!(msix_in_bar0(&[0; 256]).unwrap(), []);
+    }
+
+    #[test]
+    fn a_circle_of_capabilities_ends() {
+        let mut config = config_with_msix(0x2000, 0x3000);
+        config[0x40] = 0x09;
+        config[0x41] = 0x80;
+        assert_eq!(msix_in_bar0(&config).unwrap(), []);
+    }
+}

@@ -1,0 +1,325 @@
+//! IOMMU groups and their containers, shared by all functions that this process has open.
+
+use std::ffi::CString;
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use iova::{Direction, Geometry, MapError};
+use vfio_bindings::bindings::vfio as abi;
+use vfio_ioctls::{VfioContainer, VfioError};
+use zerocopy::IntoBytes;
+
+use super::error::OpenError;
+use super::lease::Unleased;
+use super::pci::{self, PciAddress, Roots};
+use super::registry::{Entry, Opened, Registry};
+use super::{info, sys};
+
+/// The groups that this process has open: the kernel gives a group to one opener at a time, so a
+/// second function of it must find the first one's descriptor.
+static OPEN_GROUPS: Registry<u32, Group> = Registry::new();
+
+/// An IOMMU group in a container of its own. Closed when the last reference is dropped: those of
+/// its functions, of their mapped doorbells, and of whoever maps memory through it.
+pub(super) struct Group {
+    id: u32,
+    geometry: Geometry,
+    unleased: Unleased,
+    file: File,
+    container: VfioContainer,
+    // Last: the next opener is let in when the descriptors are closed.
+    _entry: Entry<u32, Self>,
+}
+
+impl Group {
+    /// The group `id`, opened if this process does not have it open already. `address` is for
+    /// errors.
+    pub(super) fn open(
+        roots: &Roots,
+        id: u32,
+        address: PciAddress,
+    ) -> Result<Arc<Self>, OpenError> {
+        let opened = OPEN_GROUPS.open(id, |entry| Self::new(roots, id, address, entry))?;
+        let (Opened::Before(group) | Opened::Now(group)) = opened;
+        Ok(group)
+    }
+
+    fn new(
+        roots: &Roots,
+        id: u32,
+        address: PciAddress,
+        entry: Entry<u32, Self>,
+    ) -> Result<Self, OpenError> {
+        let (file, container) = open_descriptors(roots, id, address)?;
+        let system = |operation| {
+            move |source| OpenError::System {
+                address,
+                operation,
+                source,
+            }
+        };
+        let reply = sys::iommu_info(sys::container_fd(&container))
+            .map_err(system("asking what the IOMMU can do"))?;
+        let geometry = info::geometry(reply.as_bytes(), sys::page_size())
+            .map_err(system("reading what the IOMMU can do"))?;
+        Ok(Self {
+            id,
+            unleased: Unleased::new(&geometry.usable),
+            geometry,
+            file,
+            container,
+            _entry: entry,
+        })
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Opens a function of this group; the kernel resets it on the way if it can.
+    pub(super) fn device(&self, address: PciAddress) -> io::Result<File> {
+        let name = CString::new(address.to_string()).map_err(io::Error::other)?;
+        sys::group_device(self.file.as_fd(), &name).map(File::from)
+    }
+
+    /// What the IOMMU of the whole container offers.
+    pub(super) fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// The addresses that no function of the group has.
+    pub(super) fn unleased(&self) -> &Unleased {
+        &self.unleased
+    }
+
+    /// Maps memory for all functions of the group.
+    ///
+    /// # Safety
+    ///
+    /// Until that range is unmapped or the group closed, its functions may access those `len`
+    /// bytes at `address` at any time in that direction; they stay valid for it.
+    pub(super) unsafe fn map(
+        &self,
+        iova: u64,
+        address: NonNull<u8>,
+        len: usize,
+        direction: Direction,
+    ) -> Result<(), MapError> {
+        let flags = match direction {
+            Direction::ToDevice => abi::VFIO_DMA_MAP_FLAG_READ,
+            Direction::FromDevice => abi::VFIO_DMA_MAP_FLAG_WRITE,
+            Direction::Bidirectional => abi::VFIO_DMA_MAP_FLAG_READ | abi::VFIO_DMA_MAP_FLAG_WRITE,
+        };
+        // SAFETY: the caller promises that the memory stays valid for the devices until `unmap`.
+        unsafe { sys::map_dma(self.container(), iova, address, len, flags) }.map_err(map_error)
+    }
+
+    /// Unmaps all mappings that lie in a range; gives the number of bytes that were mapped.
+    pub(super) fn unmap(&self, iova: u64, len: u64) -> Result<u64, MapError> {
+        sys::unmap_dma(self.container(), iova, len).map_err(map_error)
+    }
+
+    fn container(&self) -> BorrowedFd<'_> {
+        sys::container_fd(&self.container)
+    }
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Group")
+            .field("id", &self.id)
+            .field("geometry", &self.geometry)
+            .finish()
+    }
+}
+
+/// Opens a group and puts it alone into a new container.
+fn open_descriptors(
+    roots: &Roots,
+    id: u32,
+    address: PciAddress,
+) -> Result<(File, VfioContainer), OpenError> {
+    let system = |operation| {
+        move |source| OpenError::System {
+            address,
+            operation,
+            source,
+        }
+    };
+    let container = VfioContainer::new(None).map_err(container_error)?;
+    let node = roots.group_node(id);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&node)
+        .map_err(|source| group_error(roots, id, address, source))?;
+    let flags = sys::group_flags(file.as_fd()).map_err(system("asking for the group's state"))?;
+    if flags & abi::VFIO_GROUP_FLAGS_VIABLE == 0 {
+        let others = pci::others_in_group(roots, id, address);
+        return Err(OpenError::GroupNotViable {
+            address,
+            group: id,
+            others,
+        });
+    }
+    sys::group_set_container(file.as_fd(), sys::container_fd(&container))
+        .map_err(system("putting the group into a container"))?;
+    sys::set_iommu(sys::container_fd(&container), abi::VFIO_TYPE1v2_IOMMU)
+        .map_err(|source| iommu_error(address, source))?;
+    Ok((file, container))
+}
+
+fn container_error(error: VfioError) -> OpenError {
+    match error {
+        VfioError::OpenContainer(source) => match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenError::ModulesNotLoaded {
+                source: Box::new(source),
+            },
+            _ => OpenError::Container { source },
+        },
+        // The container answers so when it has no driver for an IOMMU.
+        error @ (VfioError::VfioExtension | VfioError::VfioApiVersion) => {
+            OpenError::ModulesNotLoaded {
+                source: Box::new(error),
+            }
+        }
+        error => OpenError::Container {
+            source: io::Error::other(error),
+        },
+    }
+}
+
+fn group_error(roots: &Roots, group: u32, address: PciAddress, source: io::Error) -> OpenError {
+    let node = roots.group_node(group);
+    match source.raw_os_error() {
+        Some(libc::EBUSY) => OpenError::GroupBusy {
+            address,
+            group,
+            holders: pci::holders(roots, group),
+        },
+        // EPERM comes from a container's list of devices.
+        Some(libc::EACCES | libc::EPERM) => OpenError::GroupAccess {
+            owner: pci::owner(&node),
+            node,
+            source,
+        },
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => {
+            OpenError::GroupNodeMissing { address, node }
+        }
+        _ => OpenError::System {
+            address,
+            operation: "opening the IOMMU group",
+            source,
+        },
+    }
+}
+
+fn iommu_error(address: PciAddress, source: io::Error) -> OpenError {
+    match source.raw_os_error() {
+        Some(libc::EPERM) => OpenError::NoInterruptRemapping { address },
+        Some(libc::ENODEV) => OpenError::ModulesNotLoaded {
+            source: Box::new(source),
+        },
+        _ => OpenError::System {
+            address,
+            operation: "choosing the type 1 IOMMU driver",
+            source,
+        },
+    }
+}
+
+fn map_error(error: io::Error) -> MapError {
+    let reason = match error.raw_os_error() {
+        Some(libc::ENOSPC) => return MapError::OutOfEntries,
+        Some(libc::ENOMEM) => return MapError::MemoryLimit,
+        Some(libc::EEXIST) => return MapError::AlreadyMapped,
+        Some(libc::EINVAL) => "address, length or IOVA is misaligned, or in a reserved window",
+        Some(libc::EFAULT) => "there is no memory there, or none that may be accessed so",
+        _ => return MapError::Io(error),
+    };
+    MapError::Invalid {
+        reason: reason.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ADDRESS: PciAddress = PciAddress::new(0, 0x44, 0, 0);
+
+    fn os(code: i32) -> io::Error {
+        io::Error::from_raw_os_error(code)
+    }
+
+    #[test]
+    fn errors_of_mapping() {
+        assert!(matches!(
+            map_error(os(libc::ENOSPC)),
+            MapError::OutOfEntries
+        ));
+        assert!(matches!(map_error(os(libc::ENOMEM)), MapError::MemoryLimit));
+        assert!(matches!(
+            map_error(os(libc::EEXIST)),
+            MapError::AlreadyMapped
+        ));
+        assert!(matches!(
+            map_error(os(libc::EINVAL)),
+            MapError::Invalid { .. }
+        ));
+        assert!(matches!(
+            map_error(os(libc::EFAULT)),
+            MapError::Invalid { .. }
+        ));
+        assert!(matches!(map_error(os(libc::ENODEV)), MapError::Io(_)));
+    }
+
+    #[test]
+    fn errors_of_the_container() {
+        for code in [libc::ENOENT, libc::ENODEV] {
+            let error = container_error(VfioError::OpenContainer(os(code)));
+            assert!(matches!(error, OpenError::ModulesNotLoaded { .. }));
+            assert!(error.to_string().contains("modprobe vfio-pci"), "{error}");
+        }
+        let error = container_error(VfioError::VfioExtension);
+        assert!(matches!(error, OpenError::ModulesNotLoaded { .. }));
+        let error = container_error(VfioError::OpenContainer(os(libc::EACCES)));
+        assert!(matches!(error, OpenError::Container { .. }));
+    }
+
+    #[test]
+    fn errors_of_the_iommu() {
+        let error = iommu_error(ADDRESS, os(libc::EPERM));
+        assert!(matches!(error, OpenError::NoInterruptRemapping { .. }));
+        assert!(matches!(
+            iommu_error(ADDRESS, os(libc::ENODEV)),
+            OpenError::ModulesNotLoaded { .. }
+        ));
+        assert!(matches!(
+            iommu_error(ADDRESS, os(libc::EBUSY)),
+            OpenError::System { .. }
+        ));
+    }
+
+    #[test]
+    fn errors_of_the_groups_node() {
+        let tree = tempfile::tempdir().unwrap();
+        let roots = Roots::under(tree.path());
+        let error = |code| group_error(&roots, 7, ADDRESS, os(code));
+        assert!(matches!(
+            error(libc::EBUSY),
+            OpenError::GroupBusy { group: 7, .. }
+        ));
+        assert!(matches!(error(libc::EACCES), OpenError::GroupAccess { .. }));
+        assert!(matches!(error(libc::EPERM), OpenError::GroupAccess { .. }));
+        assert!(matches!(
+            error(libc::ENOENT),
+            OpenError::GroupNodeMissing { .. }
+        ));
+        assert!(matches!(error(libc::EIO), OpenError::System { .. }));
+    }
+}

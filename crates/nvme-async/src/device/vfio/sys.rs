@@ -1,0 +1,364 @@
+//! The system calls of VFIO, behind safe functions.
+//!
+//! All that is `unsafe` about talking to the kernel is here; what the kernel answers in
+//! variable-length form is taken apart in [`info`](super::info). `vfio-ioctls` opens the container;
+//! the rest it either does not offer (geometry of the IOMMU, map direction, eventfds of requests
+//! and errors), or offers without telling whether it worked (reset, region access, interrupts), or
+//! can't take back safely: its device type can't exist without also opening the group, and its
+//! `drop` finds the group again through sysfs and panics when the device has just been removed.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::{self, NonNull};
+
+use vfio_bindings::bindings::vfio as abi;
+use vfio_ioctls::VfioContainer;
+use zerocopy::IntoBytes;
+
+const SET_IOMMU: libc::Ioctl = request(2);
+const GROUP_GET_STATUS: libc::Ioctl = request(3);
+const GROUP_SET_CONTAINER: libc::Ioctl = request(4);
+const GROUP_GET_DEVICE_FD: libc::Ioctl = request(6);
+const DEVICE_GET_INFO: libc::Ioctl = request(7);
+const DEVICE_GET_REGION_INFO: libc::Ioctl = request(8);
+const DEVICE_GET_IRQ_INFO: libc::Ioctl = request(9);
+const DEVICE_SET_IRQS: libc::Ioctl = request(10);
+const DEVICE_RESET: libc::Ioctl = request(11);
+const IOMMU_GET_INFO: libc::Ioctl = request(12);
+const IOMMU_MAP_DMA: libc::Ioctl = request(13);
+const IOMMU_UNMAP_DMA: libc::Ioctl = request(14);
+
+/// The number of an ioctl, as `_IO(VFIO_TYPE, VFIO_BASE + number)` makes it.
+const fn request(number: u32) -> libc::Ioctl {
+    ((abi::VFIO_TYPE as u32) << 8 | (abi::VFIO_BASE + number)) as libc::Ioctl
+}
+
+/// # Safety
+///
+/// `argument` is what the kernel expects for `request` on this kind of descriptor: a number, or a
+/// pointer to memory of the size that its `argsz` says, live and writable during the call.
+unsafe fn ioctl(
+    fd: BorrowedFd<'_>,
+    request: libc::Ioctl,
+    argument: *mut c_void,
+) -> io::Result<c_int> {
+    // SAFETY: the descriptor is open while borrowed; the argument is the caller's promise.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// The descriptor of a container that `vfio-ioctls` opened.
+pub(super) fn container_fd(container: &VfioContainer) -> BorrowedFd<'_> {
+    // SAFETY: the container owns this descriptor and is borrowed for as long as the result.
+    unsafe { BorrowedFd::borrow_raw(container.as_raw_fd()) }
+}
+
+/// Flags of a group: `VFIO_GROUP_FLAGS_*`.
+pub(super) fn group_flags(group: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut status = abi::vfio_group_status {
+        argsz: size_of::<abi::vfio_group_status>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: the argument is the structure of this request, with its size in argsz.
+    unsafe { ioctl(group, GROUP_GET_STATUS, (&raw mut status).cast())? };
+    Ok(status.flags)
+}
+
+/// Puts a group into a container.
+pub(super) fn group_set_container(
+    group: BorrowedFd<'_>,
+    container: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let mut fd = container.as_raw_fd();
+    // SAFETY: the argument is a pointer to the descriptor's number, which the kernel only reads.
+    unsafe { ioctl(group, GROUP_SET_CONTAINER, (&raw mut fd).cast())? };
+    Ok(())
+}
+
+/// Chooses the IOMMU driver of a container: `VFIO_TYPE1v2_IOMMU` and the like.
+pub(super) fn set_iommu(container: BorrowedFd<'_>, kind: u32) -> io::Result<()> {
+    // SAFETY: the argument of this request is a number.
+    unsafe {
+        ioctl(
+            container,
+            SET_IOMMU,
+            ptr::without_provenance_mut(kind as usize),
+        )?
+    };
+    Ok(())
+}
+
+/// Opens a function of a group by its PCI address.
+pub(super) fn group_device(group: BorrowedFd<'_>, address: &CStr) -> io::Result<OwnedFd> {
+    // SAFETY: the argument is a string with its final zero, which the kernel only reads.
+    let fd = unsafe {
+        ioctl(
+            group,
+            GROUP_GET_DEVICE_FD,
+            address.as_ptr().cast_mut().cast(),
+        )?
+    };
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The reply of `VFIO_IOMMU_GET_INFO`, capabilities included.
+pub(super) fn iommu_info(container: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
+    with_capabilities(
+        container,
+        IOMMU_GET_INFO,
+        size_of::<abi::vfio_iommu_type1_info>(),
+        |_| (),
+    )
+}
+
+/// The reply of `VFIO_DEVICE_GET_REGION_INFO`, capabilities included.
+pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u64>> {
+    let offset = std::mem::offset_of!(abi::vfio_region_info, index);
+    with_capabilities(
+        device,
+        DEVICE_GET_REGION_INFO,
+        size_of::<abi::vfio_region_info>(),
+        |bytes| {
+            bytes[offset..offset + 4].copy_from_slice(&index.to_ne_bytes());
+        },
+    )
+}
+
+/// Calls an information request whose reply may be longer than its structure of `len` bytes,
+/// with as much room as the kernel says it needs. `fill` sets the input fields.
+///
+/// The reply is in 64-bit words, because the structures need that alignment.
+fn with_capabilities(
+    fd: BorrowedFd<'_>,
+    request: libc::Ioctl,
+    len: usize,
+    fill: impl Fn(&mut [u8]),
+) -> io::Result<Vec<u64>> {
+    let mut words = vec![0_u64; len.div_ceil(8)];
+    // What is reported can grow between two calls, so once more may not be enough.
+    for _ in 0..8 {
+        words.fill(0);
+        let bytes = words.as_mut_bytes();
+        let room = bytes.len();
+        fill(bytes);
+        bytes[..4].copy_from_slice(&(room as u32).to_ne_bytes());
+        // SAFETY: the argument is a buffer of at least the structure's size, aligned to 8 bytes,
+        // that begins with its own size, which the kernel does not write beyond.
+        unsafe { ioctl(fd, request, bytes.as_mut_ptr().cast())? };
+        let needed = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize;
+        if needed <= room {
+            return Ok(words);
+        }
+        words.resize(needed.div_ceil(8), 0);
+    }
+    Err(io::Error::other("the kernel's reply kept growing"))
+}
+
+/// Flags and counts of a device.
+pub(super) fn device_info(device: BorrowedFd<'_>) -> io::Result<abi::vfio_device_info> {
+    let mut info = abi::vfio_device_info {
+        argsz: size_of::<abi::vfio_device_info>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: the argument is the structure of this request, with its size in argsz.
+    unsafe { ioctl(device, DEVICE_GET_INFO, (&raw mut info).cast())? };
+    Ok(info)
+}
+
+/// Flags and count of one kind of interrupt: `VFIO_PCI_MSIX_IRQ_INDEX` and the like.
+pub(super) fn irq_info(device: BorrowedFd<'_>, index: u32) -> io::Result<abi::vfio_irq_info> {
+    let mut info = abi::vfio_irq_info {
+        argsz: size_of::<abi::vfio_irq_info>() as u32,
+        index,
+        ..Default::default()
+    };
+    // SAFETY: the argument is the structure of this request, with its size in argsz.
+    unsafe { ioctl(device, DEVICE_GET_IRQ_INFO, (&raw mut info).cast())? };
+    Ok(info)
+}
+
+/// Enables the interrupts `0..eventfds.len()` of one kind, all at once.
+///
+/// Gives the number that could be had: less than asked for means that none is enabled, and that
+/// a call with that many may succeed.
+pub(super) fn set_eventfds(
+    device: BorrowedFd<'_>,
+    index: u32,
+    eventfds: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
+    // The fields of vfio_irq_set, all of 32 bits, and then the descriptors' numbers.
+    let mut words = vec![0, flags, index, 0, eventfds.len() as u32];
+    words.extend(eventfds.iter().map(|fd| fd.as_raw_fd() as u32));
+    words[0] = size_of_val(words.as_slice()) as u32;
+    // SAFETY: the argument is the structure of this request with `count` descriptors behind it,
+    // and its whole size in argsz.
+    let available = unsafe { ioctl(device, DEVICE_SET_IRQS, words.as_mut_ptr().cast())? };
+    Ok(if available == 0 {
+        eventfds.len()
+    } else {
+        available as usize
+    })
+}
+
+/// Resets a function.
+pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: this request takes no argument.
+    unsafe { ioctl(device, DEVICE_RESET, ptr::null_mut())? };
+    Ok(())
+}
+
+/// Maps memory for all devices of a container; `flags` are `VFIO_DMA_MAP_FLAG_*`.
+///
+/// # Safety
+///
+/// Until that range is unmapped or the container closed, devices may access those `len` bytes at
+/// `address` at any time, in the directions that `flags` name; they stay valid for that.
+pub(super) unsafe fn map_dma(
+    container: BorrowedFd<'_>,
+    iova: u64,
+    address: NonNull<u8>,
+    len: usize,
+    flags: u32,
+) -> io::Result<()> {
+    let mut map = abi::vfio_iommu_type1_dma_map {
+        argsz: size_of::<abi::vfio_iommu_type1_dma_map>() as u32,
+        flags,
+        vaddr: address.as_ptr().expose_provenance() as u64,
+        iova,
+        size: len as u64,
+    };
+    // SAFETY: the argument is the structure of this request, with its size in argsz; what the
+    // devices may then do with the memory is the caller's promise.
+    unsafe { ioctl(container, IOMMU_MAP_DMA, (&raw mut map).cast())? };
+    Ok(())
+}
+
+/// Unmaps what was mapped at `iova..iova + len`; gives the number of bytes that were.
+pub(super) fn unmap_dma(container: BorrowedFd<'_>, iova: u64, len: u64) -> io::Result<u64> {
+    let mut unmap = abi::vfio_iommu_type1_dma_unmap {
+        argsz: size_of::<abi::vfio_iommu_type1_dma_unmap>() as u32,
+        iova,
+        size: len,
+        ..Default::default()
+    };
+    // SAFETY: the argument is the structure of this request, with its size in argsz.
+    unsafe { ioctl(container, IOMMU_UNMAP_DMA, (&raw mut unmap).cast())? };
+    Ok(unmap.size)
+}
+
+/// A nonblocking eventfd, closed on exec.
+pub(super) fn eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: the call takes no pointers.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The size of the host's pages in bytes.
+pub(super) fn page_size() -> u64 {
+    // SAFETY: the call takes no pointers.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).unwrap_or(0x1000)
+}
+
+/// A shared, readable and writable mapping of a part of a file; unmapped when dropped.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+impl Mapping {
+    /// Maps `len` bytes from `offset`, which is a multiple of the page size.
+    pub(super) fn new(file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Self> {
+        let offset = libc::off_t::try_from(offset)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping, at an address of the kernel's choice, touches no memory of ours.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                protection,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast())
+            .ok_or_else(|| io::Error::other("the kernel mapped at address 0"))?;
+        Ok(Self { base, len })
+    }
+
+    /// The first byte.
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this mapping is ours alone, and whoever was given its address holds it alive.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread; the address is only given out.
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send.
+unsafe impl Sync for Mapping {}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn request_numbers_are_the_kernels() {
+        assert_eq!(SET_IOMMU, 0x3b66);
+        assert_eq!(GROUP_GET_DEVICE_FD, 0x3b6a);
+        assert_eq!(DEVICE_SET_IRQS, 0x3b6e);
+        assert_eq!(IOMMU_UNMAP_DMA, 0x3b72);
+    }
+
+    #[test]
+    fn what_is_no_vfio_descriptor_gives_an_error() {
+        let fd = eventfd().unwrap();
+        assert_eq!(
+            group_flags(fd.as_fd()).unwrap_err().raw_os_error(),
+            Some(libc::ENOTTY)
+        );
+        assert!(iommu_info(fd.as_fd()).is_err());
+        assert!(region_info(fd.as_fd(), 0).is_err());
+        assert!(set_eventfds(fd.as_fd(), 2, &[fd.as_fd()]).is_err());
+        assert!(unmap_dma(fd.as_fd(), 0, 0x1000).is_err());
+        assert!(reset(fd.as_fd()).is_err());
+    }
+
+    #[test]
+    fn a_mapping_shows_the_file() {
+        let mut file = tempfile::tempfile().unwrap();
+        let page = page_size();
+        file.set_len(2 * page).unwrap();
+        file.write_all(b"first").unwrap();
+        let mapping = Mapping::new(file.as_fd(), 0, page as usize).unwrap();
+        // SAFETY: the mapping is at least one page long and lives.
+        assert_eq!(unsafe { mapping.base().read_volatile() }, b'f');
+        assert!(Mapping::new(file.as_fd(), 1, page as usize).is_err());
+    }
+}

@@ -1,0 +1,69 @@
+//! The async layer around a queue pair: submission futures, the reaper, and where they meet.
+//!
+//! A [`Submission`] puts its command into a queue pair on its first poll and is woken when the
+//! command is done. Completions are taken by whoever looks first: a submission (which looks on
+//! its way), or the queue's reaper, one task that polls the completion queue for as long as that
+//! pays and then sleeps on the interrupt's eventfd.
+
+pub(crate) mod eventfd;
+pub(crate) mod local;
+pub(crate) mod reaper;
+pub(crate) mod shared;
+pub(crate) mod state;
+pub(crate) mod submission;
+pub(crate) mod window;
+
+use std::time::Duration;
+
+pub use self::local::LocalQueue;
+pub use self::shared::SharedQueue;
+pub(crate) use self::state::{Failure, QueueCounters, State};
+pub(crate) use self::submission::Submission;
+
+/// When a queue polls for completions and when it waits for the interrupt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PollMode {
+    /// Poll while a completion is expected soon, then wait for the interrupt.
+    #[default]
+    Adaptive,
+    /// Never poll; wait for the interrupt.
+    Interrupt,
+    /// Poll for as long as commands are outstanding. The queue's interrupt is off.
+    Busy,
+}
+
+/// What a queue needs to know besides its rings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueueSettings {
+    pub(crate) mode: PollMode,
+    /// The longest time without a completion for which an adaptive queue polls.
+    pub(crate) max_window: Duration,
+}
+
+/// How futures reach a queue pair: through a lock, or on one thread without.
+///
+/// [`SharedQueue`] and [`LocalQueue`] are the two ways, and there are no others.
+#[expect(private_bounds, reason = "how it works is nobody else's business")]
+pub trait QueueAccess: access::Access {}
+
+impl QueueAccess for std::sync::Arc<SharedQueue> {}
+impl QueueAccess for std::rc::Rc<LocalQueue> {}
+
+pub(crate) mod access {
+    use nvme_spec::event::AsyncEvent;
+
+    use super::{Failure, State};
+
+    /// Access to the state of a queue pair, and a reaper for it.
+    pub(crate) trait Access: Clone + Unpin + 'static {
+        /// Runs `f` on the state, or returns nothing if the queue pair was taken away.
+        fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R>;
+
+        /// Spawns a reaper on the current runtime, if the queue has none.
+        fn spawn_reaper(&self) -> Result<(), Failure>;
+
+        /// Passes on what the controller reported by itself.
+        fn report(&self, event: AsyncEvent);
+    }
+}

@@ -1,0 +1,599 @@
+//! What one queue pair holds: its protocol core, and the operations that wait for it.
+
+use std::collections::VecDeque;
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use nvme_spec::event::AsyncEvent;
+use nvme_spec::{Cqe, Sqe};
+use slab::Slab;
+use smallvec::SmallVec;
+
+use super::window::Window;
+use super::{PollMode, QueueSettings};
+use crate::device::Doorbell;
+use crate::io::Holdings;
+use crate::memory::DmaWords;
+use crate::queue::{Class, Finished, Lie, QueueCore};
+
+/// So many completions are taken before those who wait for them are woken.
+const REAP_BATCH: usize = 32;
+
+/// How often a sleeping queue with commands outstanding is looked at without an interrupt.
+const FIRST_CHECK: Duration = Duration::from_millis(10);
+const LAST_CHECK: Duration = Duration::from_millis(500);
+
+/// The protocol core of a queue pair on a device.
+pub(crate) type Core = QueueCore<InFlight, DmaWords, Doorbell>;
+
+/// Why a command has no completion.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// The deadline passed.
+    TimedOut {
+        /// Since the submission.
+        after: Duration,
+    },
+    /// The device broke the protocol.
+    Lie(Lie),
+    /// The controller was shut down.
+    Closed,
+    /// Nothing drives the queue, and the future was polled outside of a Tokio runtime.
+    RuntimeGone,
+    /// The current runtime lacks its I/O or time driver.
+    NoDriver,
+    /// A thread-local queue is used outside of a `LocalSet` or `LocalRuntime`.
+    NotLocal,
+}
+
+/// A command that is to be submitted, and what it needs until it is done.
+pub(crate) struct Command {
+    pub(crate) sqe: Sqe,
+    pub(crate) holdings: Holdings,
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// How far [`State::start`] got with a command.
+pub(crate) enum Progress {
+    Done(Outcome),
+    Waiting { key: usize },
+}
+
+/// Why [`State::start`] did not take a command.
+pub(crate) enum Refusal {
+    Failed(Failure, Command),
+    /// Nobody drives the queue.
+    NoReaper(Command),
+}
+
+/// What became of a command. The holdings are gone with a command that the device may still be
+/// working on.
+pub(crate) type Outcome = (Result<Cqe, Failure>, Option<Holdings>);
+
+/// The state of one queue pair.
+pub(crate) struct State {
+    core: Core,
+    operations: Slab<Operation>,
+    /// Commands that wait for a slot, oldest first, and the operations they belong to.
+    backlog: VecDeque<(usize, Command)>,
+    /// Why nothing is accepted any more.
+    failure: Option<Failure>,
+    /// Whether the controller is being shut down.
+    refusing: bool,
+    pub(crate) reaper: ReaperSeat,
+    term: Term,
+    pub(crate) window: Window,
+    /// When a command was last completed, or submitted to an idle queue.
+    last_progress: Instant,
+    settings: QueueSettings,
+    drains: Vec<(u64, Waker)>,
+    events: Vec<AsyncEvent>,
+    pub(crate) counters: QueueCounters,
+}
+
+/// Tells one reaper from another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Term(u64);
+
+/// Who drives the queue.
+pub(crate) enum ReaperSeat {
+    /// Nobody: the next operation that is polled spawns a reaper.
+    Empty,
+    /// A reaper that will look at the queue by itself.
+    Awake,
+    /// A reaper that sleeps until its interrupt, its timer or this waker.
+    Asleep {
+        waker: Waker,
+        /// When it looks again without being woken.
+        next_look: Option<Instant>,
+    },
+}
+
+pub(crate) enum InFlight {
+    Operation { key: usize, holdings: Holdings },
+    AsyncEvent,
+}
+
+struct Operation {
+    waker: Waker,
+    stage: Stage,
+}
+
+enum Stage {
+    Queued,
+    Submitted { slot: u16 },
+    Done(Outcome),
+}
+
+/// Events counted by one queue pair since it was created.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct QueueCounters {
+    /// Commands completed.
+    pub(crate) completions: u64,
+    /// Completions found by looking, without having been told by an interrupt.
+    pub(crate) polled_completions: u64,
+    /// Doorbell writes, submission and completion queue together.
+    pub(crate) doorbell_writes: u64,
+    /// Completions that were found waiting although no interrupt had come.
+    pub(crate) lost_interrupts: u64,
+}
+
+/// What is to be done once the state is not borrowed any more: wakers run arbitrary code, and so
+/// does dropping memory that others gave us.
+#[derive(Default)]
+pub(crate) struct Aftermath {
+    pub(crate) wakers: SmallVec<[Waker; REAP_BATCH]>,
+    garbage: Vec<Holdings>,
+}
+
+impl Aftermath {
+    pub(crate) fn run(self) {
+        for waker in self.wakers {
+            waker.wake();
+        }
+    }
+}
+
+/// What a look at the completion queue is worth.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// Somebody looked without having been told.
+    Polled,
+    /// The interrupt told.
+    Interrupted,
+    /// The check that should find nothing, because an interrupt would have told.
+    Check,
+}
+
+impl State {
+    pub(crate) fn new(core: Core, settings: QueueSettings) -> Self {
+        let capacity = core.capacity();
+        Self {
+            core,
+            operations: Slab::with_capacity(capacity),
+            backlog: VecDeque::new(),
+            failure: None,
+            refusing: false,
+            reaper: ReaperSeat::Empty,
+            term: Term::default(),
+            window: Window::new(settings.max_window),
+            last_progress: Instant::now(),
+            settings,
+            drains: Vec::new(),
+            events: Vec::new(),
+            counters: QueueCounters::default(),
+        }
+    }
+
+    /// Submits a command for an operation, or queues it behind those that wait for a slot.
+    pub(crate) fn start(
+        &mut self,
+        command: Command,
+        waker: &Waker,
+        aftermath: &mut Aftermath,
+    ) -> Result<Progress, Refusal> {
+        if let Some(failure) = &self.failure {
+            return Err(Refusal::Failed(failure.clone(), command));
+        }
+        if self.refusing {
+            return Err(Refusal::Failed(Failure::Closed, command));
+        }
+        if !self.has_reaper() {
+            return Err(Refusal::NoReaper(command));
+        }
+        let now = Instant::now();
+        let was_idle = self.core.in_flight() == 0;
+        let entry = self.operations.vacant_entry();
+        let key = entry.key();
+        let submitted = if self.backlog.is_empty() {
+            submit(&mut self.core, key, command, now, &mut self.counters)
+        } else {
+            Err(command)
+        };
+        let stage = match submitted {
+            Ok(slot) => Stage::Submitted { slot },
+            Err(command) => {
+                self.backlog.push_back((key, command));
+                Stage::Queued
+            }
+        };
+        entry.insert(Operation {
+            waker: waker.clone(),
+            stage,
+        });
+        if was_idle {
+            self.last_progress = now;
+        }
+        self.reap(Look::Polled, now, aftermath);
+        self.rouse_reaper(was_idle, aftermath);
+        Ok(match self.poll_operation(key, waker) {
+            Some(outcome) => Progress::Done(outcome),
+            None => Progress::Waiting { key },
+        })
+    }
+
+    /// The outcome of an operation, if it has one; else `waker` is woken when it has.
+    pub(crate) fn poll_operation(&mut self, key: usize, waker: &Waker) -> Option<Outcome> {
+        let operation = &mut self.operations[key];
+        if !matches!(operation.stage, Stage::Done(_)) {
+            operation.waker.clone_from(waker);
+            return None;
+        }
+        match self.operations.remove(key).stage {
+            Stage::Done(outcome) => Some(outcome),
+            Stage::Queued | Stage::Submitted { .. } => None,
+        }
+    }
+
+    /// Forgets an operation whose future was dropped. What the device may still use stays with
+    /// its slot.
+    pub(crate) fn abandon(&mut self, key: usize, aftermath: &mut Aftermath) {
+        match self.operations.remove(key).stage {
+            Stage::Queued => {
+                if let Some(index) = self.backlog.iter().position(|(waiting, _)| *waiting == key)
+                    && let Some((_, command)) = self.backlog.remove(index)
+                {
+                    aftermath.garbage.push(command.holdings);
+                }
+            }
+            Stage::Submitted { slot } => self.core.orphan(slot),
+            Stage::Done((_, holdings)) => aftermath.garbage.extend(holdings),
+        }
+    }
+
+    /// Takes completions, at most a batch, and puts waiting commands into the slots they leave.
+    /// Returns how many it took.
+    pub(crate) fn reap(&mut self, look: Look, now: Instant, aftermath: &mut Aftermath) -> usize {
+        let mut taken = 0;
+        while taken < REAP_BATCH && self.failure.is_none() {
+            match self.core.next_completion() {
+                None => break,
+                Some(Ok(finished)) => {
+                    taken += 1;
+                    self.finish(finished, now, aftermath);
+                }
+                Some(Err(lie)) => self.fail(Failure::Lie(lie), aftermath),
+            }
+        }
+        if taken > 0 {
+            self.last_progress = now;
+            self.count(look, taken);
+            // Before the lock is released: whoever reaps next starts from the head we tell.
+            self.counters.doorbell_writes += u64::from(self.core.acknowledge());
+            self.refill(now);
+            self.wake_drains(aftermath);
+        }
+        taken
+    }
+
+    /// Rings the doorbell for commands that were left to the reaper.
+    pub(crate) fn ring_deferred(&mut self) {
+        if self.failure.is_none() {
+            self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
+        }
+    }
+
+    /// Resolves operations whose deadline has passed. Their slots stay taken.
+    pub(crate) fn expire(&mut self, now: Instant, aftermath: &mut Aftermath) {
+        let operations = &mut self.operations;
+        self.core.expire(now, |in_flight, submitted| {
+            let InFlight::Operation { key, .. } = in_flight else {
+                return;
+            };
+            let after = now.saturating_duration_since(submitted);
+            operations[*key].resolve((Err(Failure::TimedOut { after }), None), aftermath);
+        });
+    }
+
+    /// Fails everything that is waited for, and everything that comes. Memory that the device may
+    /// still use stays in its slots.
+    pub(crate) fn fail(&mut self, failure: Failure, aftermath: &mut Aftermath) {
+        if self.failure.is_some() {
+            return;
+        }
+        for (_, operation) in &mut self.operations {
+            if let Stage::Submitted { slot } = operation.stage {
+                self.core.orphan(slot);
+                operation.resolve((Err(failure.clone()), None), aftermath);
+            }
+        }
+        for (key, command) in std::mem::take(&mut self.backlog) {
+            let outcome = (Err(failure.clone()), Some(command.holdings));
+            self.operations[key].resolve(outcome, aftermath);
+        }
+        aftermath
+            .wakers
+            .extend(self.drains.drain(..).map(|(_, waker)| waker));
+        self.failure = Some(failure);
+        self.wake_reaper(aftermath);
+    }
+
+    /// Accepts no further commands. Those that are outstanding or wait for a slot go on.
+    pub(crate) fn refuse(&mut self) {
+        self.refusing = true;
+    }
+
+    /// How many commands can be outstanding.
+    pub(crate) fn depth(&self) -> usize {
+        self.core.capacity()
+    }
+
+    /// Keeps one asynchronous event request outstanding.
+    pub(crate) fn request_event(&mut self) {
+        let now = Instant::now();
+        let sqe = nvme_spec::admin::async_event_request();
+        // With all slots taken there is one event request less until the next one completes.
+        let submitted = self
+            .core
+            .submit(sqe, InFlight::AsyncEvent, Class::Background, now, None)
+            .is_ok();
+        if submitted {
+            self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
+        }
+    }
+
+    /// What the controller reported by itself since the last call.
+    pub(crate) fn take_events(&mut self) -> Vec<AsyncEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// The point that a drain which starts now has to wait for.
+    pub(crate) fn drain_mark(&self) -> u64 {
+        self.core.next_sequence()
+    }
+
+    /// Whether everything that was submitted before `mark` is done; if not, `waker` is woken when
+    /// it may be.
+    pub(crate) fn is_drained(&mut self, mark: u64, waker: &Waker) -> bool {
+        if self.failure.is_some() || !self.core.is_outstanding_before(mark) {
+            return true;
+        }
+        self.drains.push((mark, waker.clone()));
+        false
+    }
+
+    /// Commands that somebody submitted and that are not done, given-up ones excepted.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.core.in_flight()
+    }
+
+    /// Whether a completion waits to be taken.
+    pub(crate) fn completion_ready(&self) -> bool {
+        self.failure.is_none() && self.core.completion_ready()
+    }
+
+    pub(crate) fn mode(&self) -> PollMode {
+        self.settings.mode
+    }
+
+    /// When a reaper that sleeps from `now` on has to look again, if ever.
+    pub(crate) fn next_check(&self, now: Instant, checks: u32) -> Option<Instant> {
+        if self.core.in_flight() == 0 {
+            return None;
+        }
+        let check = now
+            + FIRST_CHECK
+                .saturating_mul(1 << checks.min(8))
+                .min(LAST_CHECK);
+        Some(
+            self.core
+                .earliest_deadline()
+                .map_or(check, |deadline| deadline.min(check)),
+        )
+    }
+
+    /// Whether somebody drives the queue.
+    pub(crate) fn has_reaper(&self) -> bool {
+        !matches!(self.reaper, ReaperSeat::Empty)
+    }
+
+    /// Takes the reaper's seat if it is empty.
+    pub(crate) fn claim_reaper(&mut self) -> Option<Term> {
+        if self.has_reaper() {
+            return None;
+        }
+        self.reaper = ReaperSeat::Awake;
+        self.term.0 += 1;
+        Some(self.term)
+    }
+
+    /// Ends the term of the reaper, if there is one, and wakes it so that it notices.
+    pub(crate) fn dismiss_reaper(&mut self, aftermath: &mut Aftermath) {
+        self.wake_reaper(aftermath);
+        self.reaper = ReaperSeat::Empty;
+        self.term.0 += 1;
+    }
+
+    /// Whether the reaper of `term` has the seat.
+    pub(crate) fn is_seated(&self, term: Term) -> bool {
+        self.term == term && self.has_reaper()
+    }
+
+    /// Whether an adaptive queue should poll on.
+    pub(crate) fn window_open(&mut self, now: Instant) -> bool {
+        let length = self.window.length();
+        if length.is_zero() {
+            self.window.slept();
+            return false;
+        }
+        let open = now.saturating_duration_since(self.last_progress) < length;
+        if !open {
+            self.window.miss();
+        }
+        open
+    }
+
+    /// Leaves the queue without a reaper and wakes all who wait, so that one of them provides the
+    /// next one.
+    pub(crate) fn vacate(&mut self, term: Term, aftermath: &mut Aftermath) {
+        if !self.is_seated(term) {
+            return;
+        }
+        self.reaper = ReaperSeat::Empty;
+        for (_, operation) in &self.operations {
+            if !matches!(operation.stage, Stage::Done(_)) {
+                aftermath.wakers.push(operation.waker.clone());
+            }
+        }
+        aftermath
+            .wakers
+            .extend(self.drains.drain(..).map(|(_, waker)| waker));
+    }
+
+    /// Wakes the reaper if it sleeps.
+    pub(crate) fn wake_reaper(&mut self, aftermath: &mut Aftermath) {
+        if let ReaperSeat::Asleep { .. } = self.reaper
+            && let ReaperSeat::Asleep { waker, .. } =
+                std::mem::replace(&mut self.reaper, ReaperSeat::Awake)
+        {
+            aftermath.wakers.push(waker);
+        }
+    }
+
+    fn rouse_reaper(&mut self, was_idle: bool, aftermath: &mut Aftermath) {
+        let ReaperSeat::Asleep { next_look, .. } = self.reaper else {
+            return;
+        };
+        let polls = match self.settings.mode {
+            PollMode::Adaptive => was_idle && !self.window.length().is_zero(),
+            PollMode::Interrupt => false,
+            PollMode::Busy => true,
+        };
+        let looks_in_time = match (next_look, self.core.earliest_deadline()) {
+            (None, _) => self.core.in_flight() == 0,
+            (Some(next_look), Some(deadline)) => next_look <= deadline,
+            (Some(_), None) => true,
+        };
+        if polls || !looks_in_time || self.core.has_deferred() {
+            self.wake_reaper(aftermath);
+        }
+    }
+
+    fn finish(&mut self, finished: Finished<InFlight>, now: Instant, aftermath: &mut Aftermath) {
+        self.counters.completions += 1;
+        match finished.token {
+            InFlight::AsyncEvent => {
+                if finished.cqe.status().is_success() {
+                    self.events
+                        .push(AsyncEvent::from_bits(finished.cqe.result()));
+                    self.request_event();
+                } else {
+                    tracing::debug!(status = %finished.cqe.status(), "event request refused");
+                }
+            }
+            InFlight::Operation { key, holdings } => {
+                debug_assert_eq!(finished.class, Class::Foreground);
+                self.window
+                    .observe(now.saturating_duration_since(finished.submitted));
+                if finished.awaited {
+                    let outcome = (Ok(finished.cqe), Some(holdings));
+                    self.operations[key].resolve(outcome, aftermath);
+                } else {
+                    aftermath.garbage.push(holdings);
+                }
+            }
+        }
+    }
+
+    fn refill(&mut self, now: Instant) {
+        while let Some((key, command)) = self.backlog.pop_front() {
+            match submit(&mut self.core, key, command, now, &mut self.counters) {
+                Ok(slot) => self.operations[key].stage = Stage::Submitted { slot },
+                Err(command) => {
+                    self.backlog.push_front((key, command));
+                    break;
+                }
+            }
+        }
+        self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
+    }
+
+    fn count(&mut self, look: Look, taken: usize) {
+        let taken = taken as u64;
+        match look {
+            Look::Polled => self.counters.polled_completions += taken,
+            Look::Interrupted => {}
+            Look::Check => {
+                self.counters.polled_completions += taken;
+                self.counters.lost_interrupts += taken;
+            }
+        }
+    }
+
+    fn wake_drains(&mut self, aftermath: &mut Aftermath) {
+        if self.drains.is_empty() {
+            return;
+        }
+        let core = &self.core;
+        self.drains.retain(|(mark, waker)| {
+            let outstanding = core.is_outstanding_before(*mark);
+            if !outstanding {
+                aftermath.wakers.push(waker.clone());
+            }
+            outstanding
+        });
+    }
+}
+
+impl Operation {
+    fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
+        self.stage = Stage::Done(outcome);
+        aftermath
+            .wakers
+            .push(std::mem::replace(&mut self.waker, Waker::noop().clone()));
+    }
+}
+
+/// Submits `command`, or gives it back if all slots are taken.
+fn submit(
+    core: &mut Core,
+    key: usize,
+    command: Command,
+    now: Instant,
+    counters: &mut QueueCounters,
+) -> Result<u16, Command> {
+    let Command {
+        sqe,
+        holdings,
+        timeout,
+    } = command;
+    let deadline = timeout.and_then(|timeout| now.checked_add(timeout));
+    let token = InFlight::Operation { key, holdings };
+    match core.submit(sqe, token, Class::Foreground, now, deadline) {
+        Ok(slot) => {
+            // It has rung the doorbell if it left nothing to the reaper.
+            counters.doorbell_writes += u64::from(!core.has_deferred());
+            Ok(slot)
+        }
+        Err(InFlight::Operation { holdings, .. }) => Err(Command {
+            sqe,
+            holdings,
+            timeout,
+        }),
+        Err(InFlight::AsyncEvent) => Err(Command {
+            sqe,
+            holdings: Holdings::default(),
+            timeout,
+        }),
+    }
+}

@@ -1,0 +1,162 @@
+//! One read or write command of a request.
+
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use nvme_spec::{DataPointer, Sqe, Status};
+
+use super::context::{DmaContext, Flow, ReserveBlock, Unready};
+use super::{Holdings, Payload};
+use crate::Error;
+use crate::engine::state::Command;
+use crate::engine::{Failure, QueueAccess, Submission};
+
+/// What a command is to do.
+pub(crate) struct Order {
+    /// The command without identifier and data pointer.
+    pub(crate) sqe: Sqe,
+    pub(crate) flow: Flow,
+    /// Where its data is in the payload, in bytes.
+    pub(crate) range: Range<usize>,
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// How a command ended.
+pub(crate) enum End {
+    Success,
+    Status(Status),
+    Failure(Failure),
+    /// It was not submitted.
+    Unsubmitted(Error),
+}
+
+/// Makes the data of one command reachable, submits it, and takes the data from the bounce buffer
+/// if there was one. It resolves to how the command ended, and the payload unless the device may
+/// still use it.
+///
+/// # Cancel safety
+///
+/// As for [`Submission`]: the payload stays with the queue until the command is done.
+pub(crate) struct Part<'a, Q: QueueAccess> {
+    dma: &'a DmaContext,
+    queue: &'a Q,
+    order: Order,
+    step: Step<'a, Q>,
+}
+
+enum Step<'a, Q: QueueAccess> {
+    Prepare(Payload),
+    Reserve(
+        Payload,
+        Pin<Box<dyn Future<Output = Option<ReserveBlock>> + Send>>,
+    ),
+    Submit(Submission<'a, Q>),
+    Over,
+}
+
+impl<'a, Q: QueueAccess> Part<'a, Q> {
+    pub(crate) fn new(dma: &'a DmaContext, queue: &'a Q, order: Order, payload: Payload) -> Self {
+        Self {
+            dma,
+            queue,
+            order,
+            step: Step::Prepare(payload),
+        }
+    }
+
+    fn submit(&self, (pointer, holdings): (DataPointer, Holdings)) -> Step<'a, Q> {
+        let sqe = self.order.sqe.with_data(pointer);
+        let command = Command {
+            sqe,
+            holdings,
+            timeout: self.order.timeout,
+        };
+        Step::Submit(Submission::new(self.queue, command))
+    }
+
+    fn finish(
+        &self,
+        result: Result<nvme_spec::Cqe, Failure>,
+        holdings: Option<Holdings>,
+    ) -> (End, Option<Payload>) {
+        let end = match result {
+            Ok(cqe) if cqe.status().is_success() => End::Success,
+            Ok(cqe) => End::Status(cqe.status()),
+            Err(failure) => End::Failure(failure),
+        };
+        let payload = holdings.map(|mut holdings| {
+            if self.order.flow == Flow::Read && matches!(end, End::Success) {
+                self.dma.collect(&mut holdings, self.order.range.clone());
+            }
+            let Holdings {
+                mapped,
+                list,
+                bounce,
+                payload,
+            } = holdings;
+            // Mappings of the payload go before the payload goes to the caller.
+            drop((mapped, list, bounce));
+            payload
+        });
+        (end, payload)
+    }
+}
+
+impl<Q: QueueAccess> Future for Part<'_, Q> {
+    type Output = (End, Option<Payload>);
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        loop {
+            this.step = match &mut this.step {
+                Step::Prepare(payload) => {
+                    let payload = std::mem::take(payload);
+                    let range = this.order.range.clone();
+                    match this.dma.prepare(this.order.flow, payload, range) {
+                        Ok(ready) => this.submit(ready),
+                        Err(Unready::PoolExhausted(payload)) => {
+                            Step::Reserve(payload, Box::pin(this.dma.reserve_block()))
+                        }
+                        Err(Unready::Failed(error, payload)) => {
+                            this.step = Step::Over;
+                            return Poll::Ready((End::Unsubmitted(error), Some(payload)));
+                        }
+                    }
+                }
+                Step::Reserve(payload, block) => {
+                    let block = ready!(block.as_mut().poll(cx));
+                    let payload = std::mem::take(payload);
+                    let range = this.order.range.clone();
+                    let Some(block) = block else {
+                        this.step = Step::Over;
+                        return Poll::Ready((End::Failure(Failure::Closed), Some(payload)));
+                    };
+                    match this
+                        .dma
+                        .prepare_in_reserve(this.order.flow, payload, range, block)
+                    {
+                        Ok(ready) => this.submit(ready),
+                        Err(Unready::PoolExhausted(payload)) => {
+                            this.step = Step::Over;
+                            return Poll::Ready((End::Failure(Failure::Closed), Some(payload)));
+                        }
+                        Err(Unready::Failed(error, payload)) => {
+                            this.step = Step::Over;
+                            return Poll::Ready((End::Unsubmitted(error), Some(payload)));
+                        }
+                    }
+                }
+                Step::Submit(submission) => {
+                    let (result, holdings) = ready!(Pin::new(submission).poll(cx));
+                    this.step = Step::Over;
+                    return Poll::Ready(this.finish(result, holdings));
+                }
+                // As with most futures, polling it again after it resolved never resolves.
+                Step::Over => return Poll::Pending,
+            };
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! What a namespace allows in one command.
+
+use std::ops::Range;
+
+use nvme_spec::identify::IdentifyNamespace;
+
+use super::NamespaceInner;
+use crate::io::split::{Limits, fits};
+use crate::{Controller, Error};
+
+/// Most blocks in one command: NLB has 16 bits and counts from 0.
+const MAX_BLOCKS: u64 = 65_536;
+
+impl NamespaceInner {
+    /// Checks what the device says of the namespace.
+    pub(super) fn new(
+        controller: Controller,
+        nsid: u32,
+        identify: Box<IdentifyNamespace>,
+    ) -> Result<Self, Error> {
+        let unusable = |reason: String| Error::Unusable {
+            address: controller.address().to_owned(),
+            reason: format!("namespace {nsid} {reason}"),
+        };
+        let format = identify
+            .format()
+            .ok_or_else(|| unusable("has a format that does not exist".to_owned()))?;
+        if format.ms.get() != 0 {
+            return Err(unusable(format!(
+                "has {} bytes of metadata with each block, which is not supported; \
+                 format it without",
+                format.ms.get()
+            )));
+        }
+        let block_shift = match format.lba_size() {
+            Some(size) if (512..=65_536).contains(&size) => size.trailing_zeros(),
+            _ => {
+                return Err(unusable(format!(
+                    "has logical blocks of 2^{} bytes; 512 to 65536 are supported",
+                    format.lbads
+                )));
+            }
+        };
+        let blocks = identify.nsze.get();
+        if blocks.leading_zeros() < block_shift {
+            return Err(unusable(format!(
+                "claims an absurd size of {blocks} blocks"
+            )));
+        }
+        let max_transfer = controller.inner.limits.max_transfer;
+        if max_transfer < 1 << block_shift {
+            return Err(unusable(format!(
+                "has logical blocks of {} bytes, and the controller transfers at most \
+                 {max_transfer} at a time",
+                1u64 << block_shift
+            )));
+        }
+        let limits = Limits {
+            max_blocks: (max_transfer >> block_shift).min(MAX_BLOCKS),
+            boundary: identify.noiob.get().into(),
+        };
+        Ok(Self {
+            controller,
+            nsid,
+            block_shift,
+            blocks,
+            limits,
+            identify,
+        })
+    }
+
+    pub(crate) fn block_shift(&self) -> u32 {
+        self.block_shift
+    }
+
+    pub(crate) fn block_size(&self) -> u32 {
+        1 << self.block_shift
+    }
+
+    pub(crate) fn transfer_limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The limits of commands that transfer no data.
+    pub(super) fn zeroing_limits(&self) -> Limits {
+        let by_controller = match self.controller.inner.limits.write_zeroes_bytes {
+            Some(bytes) => (bytes >> self.block_shift).max(1),
+            None => MAX_BLOCKS,
+        };
+        Limits {
+            max_blocks: by_controller.min(MAX_BLOCKS),
+            boundary: 0,
+        }
+    }
+
+    /// The logical blocks of a range of bytes.
+    pub(crate) fn blocks(&self, offset: u64, len: u64) -> Result<Range<u64>, Error> {
+        let block_size = self.block_size();
+        let mask = u64::from(block_size) - 1;
+        if offset & mask != 0 || len & mask != 0 || len == 0 {
+            return Err(Error::Unaligned {
+                offset,
+                len,
+                block_size,
+            });
+        }
+        let capacity = self.blocks << self.block_shift;
+        match offset.checked_add(len) {
+            Some(end) if end <= capacity => Ok(offset >> self.block_shift..end >> self.block_shift),
+            _ => Err(Error::OutOfRange {
+                offset,
+                len,
+                capacity,
+            }),
+        }
+    }
+
+    /// In bytes.
+    pub(super) fn atomic_write_limit(&self) -> u64 {
+        u64::from(self.atomic_blocks()) << self.block_shift
+    }
+
+    /// Whether a write of `blocks` is atomic also when power fails (NVM command set specification
+    /// 1.0, "Atomic Operation").
+    pub(crate) fn check_atomic(&self, blocks: &Range<u64>) -> Result<(), Error> {
+        let limit = u64::from(self.atomic_blocks());
+        let count = blocks.end - blocks.start;
+        let not_atomic = |reason: String| {
+            Err(Error::NotAtomic {
+                offset: blocks.start << self.block_shift,
+                len: count << self.block_shift,
+                reason,
+            })
+        };
+        if count > limit {
+            return not_atomic(format!(
+                "the controller promises no more than {} bytes",
+                limit << self.block_shift
+            ));
+        }
+        if !fits(blocks, self.limits) {
+            return not_atomic("it would take more than one command".to_owned());
+        }
+        let (boundary, offset) = self.atomic_boundary();
+        if boundary != 0 {
+            // Boundaries lie at the offset and at multiples of the boundary size from there.
+            let zone = |block: u64| (block + boundary - offset % boundary) / boundary;
+            if zone(blocks.start) != zone(blocks.end - 1) {
+                return not_atomic(format!(
+                    "it crosses one of the atomic boundaries, every {} bytes",
+                    boundary << self.block_shift
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks that are written atomically even when power fails: NAWUPF where the namespace has
+    /// fields of its own, else AWUPF; both count from 0.
+    fn atomic_blocks(&self) -> u32 {
+        let of_controller = self.controller.inner.identify.awupf.get();
+        let blocks = match self.identify.features().atomic_fields() {
+            true if self.identify.nawupf.get() != 0 => self.identify.nawupf.get(),
+            _ => of_controller,
+        };
+        u32::from(blocks) + 1
+    }
+
+    /// The distance of atomic boundaries in blocks (NABSPF, counting from 0 where it exists), and
+    /// where the first one lies (NABO).
+    fn atomic_boundary(&self) -> (u64, u64) {
+        let has_fields = self.identify.features().atomic_fields();
+        match self.identify.nabspf.get() {
+            size if has_fields && size != 0 => {
+                (u64::from(size) + 1, self.identify.nabo.get().into())
+            }
+            _ => (0, 0),
+        }
+    }
+}

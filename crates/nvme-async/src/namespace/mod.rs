@@ -1,0 +1,263 @@
+//! A namespace: reads, writes and what else there is to do with logical blocks.
+
+mod limits;
+mod local;
+mod maintenance;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nvme_spec::identify::IdentifyNamespace;
+
+pub use self::local::LocalNamespace;
+pub use self::maintenance::Zeroes;
+
+use crate::engine::SharedQueue;
+use crate::io::split::Limits;
+use crate::io::{DmaContext, Read, ReadBuffer, ReadInto, Write, WriteBuffer};
+use crate::memory::DmaBuf;
+use crate::{Controller, Error};
+
+/// An open namespace, for any thread and any task.
+///
+/// It is a handle: clones refer to the same namespace. Commands go to the queue pair of the
+/// worker on which their future is first polled, and take one short lock there;
+/// [`LocalNamespace`] takes none.
+///
+/// Offsets and lengths are in bytes and must be multiples of the
+/// [logical block size](Self::block_size). NVMe orders nothing between commands: of a read and a
+/// write of the same blocks that are outstanding together either may come first.
+#[derive(Clone)]
+pub struct Namespace {
+    inner: Arc<NamespaceInner>,
+}
+
+/// What the handles of a namespace share.
+pub(crate) struct NamespaceInner {
+    controller: Controller,
+    nsid: u32,
+    block_shift: u32,
+    blocks: u64,
+    limits: Limits,
+    identify: Box<IdentifyNamespace>,
+}
+
+impl Namespace {
+    pub(crate) async fn open(controller: Controller, nsid: u32) -> Result<Self, Error> {
+        controller.check_open()?;
+        let admin = &controller.inner.admin;
+        let active = admin.active_namespaces().await?;
+        if !active.contains(&nsid) {
+            let address = controller.address().to_owned();
+            return Err(Error::NoNamespace {
+                address,
+                nsid,
+                active,
+            });
+        }
+        let identify = admin.identify_namespace(nsid).await?;
+        let inner = NamespaceInner::new(controller, nsid, identify)?;
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Its controller.
+    pub fn controller(&self) -> &Controller {
+        &self.inner.controller
+    }
+
+    /// Its number.
+    pub fn nsid(&self) -> u32 {
+        self.inner.nsid
+    }
+
+    /// The logical block size in bytes, a power of two.
+    pub fn block_size(&self) -> u32 {
+        self.inner.block_size()
+    }
+
+    /// How many bytes there are.
+    pub fn capacity(&self) -> u64 {
+        self.inner.blocks << self.inner.block_shift
+    }
+
+    /// What the controller says of it (NVM command set specification 1.0, "Identify Namespace").
+    pub fn identify(&self) -> &IdentifyNamespace {
+        &self.inner.identify
+    }
+
+    /// The largest write in bytes, at any offset that suits its boundary, that a power failure
+    /// leaves either wholly done or wholly undone (NAWUPF or AWUPF): at least one logical block.
+    pub fn atomic_write_limit(&self) -> u64 {
+        self.inner.atomic_write_limit()
+    }
+
+    /// Allocates a buffer of `len` bytes that the device reaches without a copy; see
+    /// [`Controller::allocate`].
+    pub fn allocate(&self, len: usize) -> Result<DmaBuf, Error> {
+        self.inner.controller.allocate(len)
+    }
+
+    /// Reads `len` bytes at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unaligned`] and [`Error::OutOfRange`] before anything is submitted,
+    /// [`Error::Command`] with the status when the controller refuses or the media fails, and
+    /// those of a controller that is gone. A request that is larger than the controller takes is
+    /// split; then it is [`Error::Split`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing happens before the first poll. When it is dropped later, the data is lost and the
+    /// memory is freed when the device is done with it.
+    pub fn read(&self, offset: u64, len: usize) -> Read<'_> {
+        Read::new(&self.inner, self.queues(), offset, len)
+    }
+
+    /// Reads into `buffer`, all of it, and gives it back.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read); the buffer comes back inside of the error, except when the device
+    /// may still write to it.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing happens before the first poll. When it is dropped later, the buffer is dropped
+    /// when the device is done with it.
+    pub fn read_into<B: ReadBuffer>(&self, offset: u64, buffer: B) -> ReadInto<'_, B> {
+        ReadInto::new(&self.inner, self.queues(), offset, buffer)
+    }
+
+    /// Writes `buffer`, all of it, and gives it back.
+    ///
+    /// The write is durable once a [`flush`](Self::flush) that was first polled after it resolved
+    /// has succeeded, or at once with [`fua`](Write::fua). A request that is larger than the
+    /// controller takes is split and is not atomic as a whole.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_into`](Self::read_into). After an error the blocks hold old or new data.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing happens before the first poll. When it is dropped later, the write may still reach
+    /// the media until [`quiesce`](Self::quiesce) has resolved, and the buffer is dropped when the
+    /// device is done with it.
+    pub fn write<B: WriteBuffer>(&self, offset: u64, buffer: B) -> Write<'_, B> {
+        Write::new(&self.inner, self.queues(), offset, buffer)
+    }
+
+    /// Makes all writes durable that had resolved before its first poll (NVM command set
+    /// specification 1.0, "Flush command"). Without a volatile write cache there is nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read). After an error nothing is known to be durable.
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, the command goes on.
+    pub async fn flush(&self) -> Result<(), Error> {
+        self.inner.flush(self.queues()).await
+    }
+
+    /// Makes `len` bytes at `offset` read as zeroes, without transferring any where the
+    /// controller can (Write Zeroes); otherwise by writing zeroes. It is as durable as a write.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, any of the blocks may or may not become zero,
+    /// until [`quiesce`](Self::quiesce) has resolved.
+    pub async fn write_zeroes(&self, offset: u64, len: u64, zeroes: Zeroes) -> Result<(), Error> {
+        self.inner
+            .write_zeroes(self.queues(), offset, len, zeroes)
+            .await
+    }
+
+    /// Tells the device that the data in `ranges` (bytes) is not needed any more (Dataset
+    /// Management, Deallocate). It is a hint: afterwards the blocks hold their old data or what
+    /// the controller returns for deallocated blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if the controller has no such command; otherwise as
+    /// [`write`](Self::write).
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, any of the ranges may or may not be discarded.
+    pub async fn discard(&self, ranges: &[Range<u64>]) -> Result<(), Error> {
+        self.inner.discard(self.queues(), ranges).await
+    }
+
+    /// Resolves when all commands on the shared queues that were submitted before its first poll
+    /// are done, those whose futures were dropped included. Afterwards no dropped write reaches
+    /// the media any more.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::RuntimeGone`] if there are such commands and nothing drives their queue.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it has no effect on the commands.
+    pub async fn quiesce(&self) -> Result<(), Error> {
+        self.inner.quiesce(self.queues()).await
+    }
+
+    /// A handle with a queue pair of its own, which pays no lock but stays on this thread.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoFreeQueue`] if all queue pairs that were set apart for this are in use; see
+    /// [`OpenOptions::local_queues`](crate::OpenOptions::local_queues).
+    pub fn local(&self) -> Result<LocalNamespace, Error> {
+        LocalNamespace::new(self.inner.clone())
+    }
+
+    fn queues(&self) -> &[Arc<SharedQueue>] {
+        &self.inner.controller.inner.queues
+    }
+}
+
+impl fmt::Debug for Namespace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Namespace")
+            .field("controller", &self.inner.controller.address())
+            .field("nsid", &self.inner.nsid)
+            .field("capacity", &self.capacity())
+            .field("block_size", &self.block_size())
+            .finish_non_exhaustive()
+    }
+}
+
+impl NamespaceInner {
+    pub(crate) fn address(&self) -> &str {
+        self.controller.address()
+    }
+
+    pub(crate) fn nsid(&self) -> u32 {
+        self.nsid
+    }
+
+    pub(crate) fn dma(&self) -> &DmaContext {
+        &self.controller.inner.dma
+    }
+
+    pub(crate) fn timeout(&self) -> Option<Duration> {
+        self.controller.inner.timeout
+    }
+
+    pub(crate) fn has_volatile_cache(&self) -> bool {
+        self.controller.inner.identify.has_volatile_write_cache()
+    }
+}

@@ -1,0 +1,194 @@
+//! How a controller is opened.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::device::Device;
+use crate::engine::PollMode;
+use crate::url::Target;
+use crate::{Controller, Error, Namespace};
+
+/// What to open, and how.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), nvme_async::Error> {
+/// let namespace = nvme_async::OpenOptions::new()
+///     .device("0000:44:00.0")
+///     .namespace(1)
+///     .queues(4)
+///     .open()
+///     .await?;
+/// # Ok(()) }
+/// ```
+///
+/// Options other than the namespace belong to the controller: when it is open in this process
+/// already, it stays as it is.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    pub(crate) target: Option<Result<Target, crate::url::UrlError>>,
+    pub(crate) namespace: Option<u32>,
+    pub(crate) queues: u16,
+    pub(crate) local_queues: u16,
+    pub(crate) queue_entries: u16,
+    pub(crate) poll_mode: PollMode,
+    pub(crate) max_window: Duration,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) pool_limit: usize,
+    pub(crate) isolate: bool,
+    pub(crate) max_transfer: usize,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        let parallelism =
+            std::thread::available_parallelism().map_or(1, |n| n.get().min(64) as u16);
+        Self {
+            target: None,
+            namespace: None,
+            // One for each worker and one for all who are no worker.
+            queues: parallelism + 1,
+            local_queues: parallelism,
+            queue_entries: 256,
+            poll_mode: PollMode::default(),
+            max_window: Duration::from_micros(50),
+            timeout: Some(Duration::from_secs(30)),
+            pool_limit: 256 << 20,
+            isolate: false,
+            max_transfer: 1 << 20,
+        }
+    }
+}
+
+impl OpenOptions {
+    /// The defaults, with no device.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The PCI function to open, such as `0000:44:00.0`, through the kernel's VFIO.
+    pub fn device(mut self, address: &str) -> Self {
+        self.target = Some(Target::pci(address));
+        self
+    }
+
+    /// The device to open, as a URL; see [`open`](crate::open) for their forms. A namespace in the
+    /// URL counts unless [`namespace`](Self::namespace) is called.
+    pub fn url(mut self, url: &str) -> Self {
+        self.target = Some(url.parse());
+        self
+    }
+
+    /// The namespace to open, 1 if neither this nor the URL says otherwise.
+    pub fn namespace(mut self, nsid: u32) -> Self {
+        self.namespace = Some(nsid);
+        self
+    }
+
+    /// How many queue pairs all threads share: at least 1; by default one for each core and one
+    /// more. The controller may grant fewer.
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues.max(1);
+        self
+    }
+
+    /// How many queue pairs are kept for [`LocalNamespace`](crate::LocalNamespace)s; by default
+    /// one for each core. When the controller grants fewer queue pairs, these are cut first.
+    pub fn local_queues(mut self, queues: u16) -> Self {
+        self.local_queues = queues;
+        self
+    }
+
+    /// Entries of each I/O queue, 2 to 4096; by default 256. One entry stays empty. The
+    /// controller's limit (CAP.MQES) is honoured.
+    pub fn queue_entries(mut self, entries: u16) -> Self {
+        self.queue_entries = entries.clamp(2, 4096);
+        self
+    }
+
+    /// When queues poll for completions; by default [`PollMode::Adaptive`].
+    pub fn poll_mode(mut self, mode: PollMode) -> Self {
+        self.poll_mode = mode;
+        self
+    }
+
+    /// The longest time that an adaptive queue polls without a completion; by default 50 µs.
+    pub fn max_window(mut self, window: Duration) -> Self {
+        self.max_window = window;
+        self
+    }
+
+    /// How long a command may take, `None` for ever; by default 30 s.
+    pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The most bytes of memory that the driver maps for buffers, queues and lists; by default
+    /// 256 MiB. Past it, reads go through the heap and are copied.
+    pub fn pool_limit(mut self, bytes: usize) -> Self {
+        self.pool_limit = bytes;
+        self
+    }
+
+    /// Copies all data between memory that the device reaches and memory that it does not, for
+    /// devices that are not trusted to leave memory alone after a command has completed.
+    pub fn isolate(mut self, isolate: bool) -> Self {
+        self.isolate = isolate;
+        self
+    }
+
+    /// The most bytes that one command transfers; by default 1 MiB. The controller's limit (MDTS)
+    /// is honoured; larger requests are split.
+    pub fn max_transfer(mut self, bytes: usize) -> Self {
+        self.max_transfer = bytes.max(4096);
+        self
+    }
+
+    /// Opens the namespace.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](crate::open).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves the controller as a dropped [`Controller`] would.
+    pub async fn open(self) -> Result<Namespace, Error> {
+        let nsid = self.namespace.or_else(|| match &self.target {
+            Some(Ok(target)) => target.namespace(),
+            _ => None,
+        });
+        self.open_controller()
+            .await?
+            .namespace(nsid.unwrap_or(1))
+            .await
+    }
+
+    /// Opens the controller.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](crate::open).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves the controller as a dropped [`Controller`] would.
+    pub async fn open_controller(self) -> Result<Controller, Error> {
+        crate::controller::registry::open(self).await
+    }
+
+    /// Brings up the controller behind a device that was opened otherwise, such as a
+    /// [`SoftDevice`](crate::device::soft::SoftDevice) with a configuration of its own. What was
+    /// said of the device's address does not count.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](crate::open), those of opening the device excepted.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves the controller as a dropped [`Controller`] would.
+    pub async fn attach(self, device: Arc<dyn Device>) -> Result<Controller, Error> {
+        crate::controller::registry::attach(device, &self).await
+    }
+}

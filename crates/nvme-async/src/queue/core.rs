@@ -1,0 +1,301 @@
+//! Slots: which commands are outstanding, and who holds what they use.
+
+use std::time::Instant;
+
+use nvme_spec::{Cqe, Sqe};
+
+use super::Lie;
+use super::ring::{CompletionRing, RingDoorbell, RingMemory, SubmissionRing};
+
+/// After this many entries that the device was not told of, the doorbell is rung at once.
+const MAX_DEFERRED: u32 = 16;
+
+/// Whether a command counts as work that somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Work: it has a deadline, and while it is outstanding the queue is looked at.
+    Foreground,
+    /// An asynchronous event request: outstanding for as long as the controller lives.
+    Background,
+}
+
+/// One queue pair's slots and rings.
+///
+/// `T` is what a command needs until the device is done with it: the memory it uses above all.
+/// From [`submit`](Self::submit) until [`next_completion`](Self::next_completion) returns it, the
+/// slot owns it, whatever happens to those who wait for the result.
+pub(crate) struct QueueCore<T, M, D> {
+    id: u16,
+    submission: SubmissionRing<M, D>,
+    completion: CompletionRing<M, D>,
+    slots: Vec<Slot<T>>,
+    /// Parts of the command identifier above the slot index, so that a stale or repeated
+    /// completion of an earlier command in the same slot is told from a new one.
+    generations: Vec<u16>,
+    index_bits: u32,
+    free: Vec<u16>,
+    foreground: usize,
+    next_sequence: u64,
+    /// No foreground command's deadline is earlier than this.
+    earliest_deadline: Option<Instant>,
+}
+
+enum Slot<T> {
+    Free,
+    /// On its way; somebody waits for it.
+    Submitted(Entry<T>),
+    /// On its way; nobody waits for it any more.
+    Orphaned(Entry<T>),
+    /// Its deadline has passed and its owner was told so. The device may still use its memory.
+    Lost(Entry<T>),
+}
+
+struct Entry<T> {
+    token: T,
+    class: Class,
+    sequence: u64,
+    submitted: Instant,
+    deadline: Option<Instant>,
+}
+
+/// A command that the device is done with.
+pub(crate) struct Finished<T> {
+    pub(crate) token: T,
+    pub(crate) cqe: Cqe,
+    /// Whether somebody waits for it.
+    pub(crate) awaited: bool,
+    pub(crate) class: Class,
+    pub(crate) submitted: Instant,
+}
+
+impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
+    /// A queue pair with identifier `id` over two rings of `entries` entries each.
+    pub(crate) fn new(
+        id: u16,
+        entries: u16,
+        submission: SubmissionRing<M, D>,
+        completion: CompletionRing<M, D>,
+    ) -> Self {
+        // One entry stays empty, so that a full ring differs from an empty one.
+        let capacity = entries - 1;
+        Self {
+            id,
+            submission,
+            completion,
+            slots: (0..capacity).map(|_| Slot::Free).collect(),
+            generations: vec![0; capacity.into()],
+            index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
+            free: (0..capacity).rev().collect(),
+            foreground: 0,
+            next_sequence: 0,
+            earliest_deadline: None,
+        }
+    }
+
+    /// How many commands can be outstanding.
+    pub(crate) fn capacity(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// How many foreground commands are outstanding, those that were given up excepted.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.foreground
+    }
+
+    /// Puts a command into the ring and returns its slot, or gives `token` back if all are taken.
+    ///
+    /// The doorbell is rung at once when nothing else is outstanding; otherwise it may be left to
+    /// [`ring_deferred`](Self::ring_deferred).
+    pub(crate) fn submit(
+        &mut self,
+        sqe: Sqe,
+        token: T,
+        class: Class,
+        now: Instant,
+        deadline: Option<Instant>,
+    ) -> Result<u16, T> {
+        let Some(slot) = self.free.pop() else {
+            return Err(token);
+        };
+        let cid = self.next_cid(slot);
+        self.submission.push(&sqe.with_cid(cid));
+        let sequence = self.next_sequence;
+        self.next_sequence += 1;
+        self.slots[usize::from(slot)] = Slot::Submitted(Entry {
+            token,
+            class,
+            sequence,
+            submitted: now,
+            deadline,
+        });
+        let alone = self.foreground == 0;
+        if class == Class::Foreground {
+            self.foreground += 1;
+            if let Some(deadline) = deadline {
+                self.earliest_deadline = Some(
+                    self.earliest_deadline
+                        .map_or(deadline, |earliest| earliest.min(deadline)),
+                );
+            }
+        }
+        if alone || self.submission.deferred() >= MAX_DEFERRED {
+            self.submission.ring();
+        }
+        Ok(slot)
+    }
+
+    /// Tells the device of commands that [`submit`](Self::submit) did not tell it of.
+    pub(crate) fn ring_deferred(&mut self) -> bool {
+        self.submission.ring()
+    }
+
+    /// Whether there are commands that the device has not been told of.
+    pub(crate) fn has_deferred(&self) -> bool {
+        self.submission.deferred() > 0
+    }
+
+    /// Records that nobody waits for the command in `slot` any more. Its memory stays here.
+    pub(crate) fn orphan(&mut self, slot: u16) {
+        let slot = &mut self.slots[usize::from(slot)];
+        *slot = match std::mem::replace(slot, Slot::Free) {
+            Slot::Submitted(entry) => Slot::Orphaned(entry),
+            other => other,
+        };
+    }
+
+    /// Whether the device has completed something that was not taken yet.
+    pub(crate) fn completion_ready(&self) -> bool {
+        self.completion.ready()
+    }
+
+    /// Takes the next completion, if there is one.
+    pub(crate) fn next_completion(&mut self) -> Option<Result<Finished<T>, Lie>> {
+        let cqe = self.completion.pop()?;
+        Some(self.finish(cqe))
+    }
+
+    /// Tells the device which completions were taken.
+    pub(crate) fn acknowledge(&mut self) -> bool {
+        self.completion.acknowledge()
+    }
+
+    /// The moment before which no deadline passes.
+    pub(crate) fn earliest_deadline(&self) -> Option<Instant> {
+        if self.foreground == 0 {
+            None
+        } else {
+            self.earliest_deadline
+        }
+    }
+
+    /// Gives up commands whose deadline has passed; calls `expired` with the token and the age of
+    /// each that somebody waits for. Their slots, and the memory in them, stay taken.
+    pub(crate) fn expire(&mut self, now: Instant, mut expired: impl FnMut(&T, Instant)) {
+        if self.earliest_deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        let mut earliest: Option<Instant> = None;
+        for slot in &mut self.slots {
+            let (Slot::Submitted(entry) | Slot::Orphaned(entry)) = &*slot else {
+                continue;
+            };
+            let Some(deadline) = entry.deadline else {
+                continue;
+            };
+            if now < deadline {
+                earliest = Some(earliest.map_or(deadline, |earliest| earliest.min(deadline)));
+                continue;
+            }
+            self.foreground -= 1;
+            *slot = match std::mem::replace(slot, Slot::Free) {
+                Slot::Submitted(entry) => {
+                    expired(&entry.token, entry.submitted);
+                    Slot::Lost(entry)
+                }
+                Slot::Orphaned(entry) => Slot::Lost(entry),
+                other => other,
+            };
+        }
+        self.earliest_deadline = earliest;
+    }
+
+    /// The sequence number that the next command will have.
+    pub(crate) fn next_sequence(&self) -> u64 {
+        self.next_sequence
+    }
+
+    /// Whether a foreground command with a sequence number below `sequence` is outstanding.
+    pub(crate) fn is_outstanding_before(&self, sequence: u64) -> bool {
+        self.slots.iter().any(|slot| match slot {
+            Slot::Free => false,
+            Slot::Submitted(entry) | Slot::Orphaned(entry) | Slot::Lost(entry) => {
+                entry.class == Class::Foreground && entry.sequence < sequence
+            }
+        })
+    }
+
+    fn finish(&mut self, cqe: Cqe) -> Result<Finished<T>, Lie> {
+        if cqe.sq_id() != self.id {
+            return Err(Lie::WrongQueue {
+                submission_queue: cqe.sq_id(),
+            });
+        }
+        let cid = cqe.cid();
+        let slot = self.slot_of(cid).ok_or(Lie::UnknownCommand { cid })?;
+        if !self.submission.advance_head(cqe.sq_head()) {
+            return Err(Lie::SubmissionHead {
+                head: cqe.sq_head(),
+            });
+        }
+        let (entry, awaited) =
+            match std::mem::replace(&mut self.slots[usize::from(slot)], Slot::Free) {
+                Slot::Free => return Err(Lie::UnknownCommand { cid }),
+                Slot::Submitted(entry) => (entry, true),
+                Slot::Orphaned(entry) => (entry, false),
+                Slot::Lost(entry) => {
+                    self.free.push(slot);
+                    return Ok(entry.finished(cqe, false));
+                }
+            };
+        if entry.class == Class::Foreground {
+            self.foreground -= 1;
+        }
+        self.free.push(slot);
+        Ok(entry.finished(cqe, awaited))
+    }
+
+    fn next_cid(&mut self, slot: u16) -> u16 {
+        let generation = &mut self.generations[usize::from(slot)];
+        loop {
+            *generation = generation.wrapping_add(1);
+            let cid = cid(*generation, self.index_bits, slot);
+            // FFFFh stands for "no particular command" in the error log (NVMe base specification
+            // 2.0, figure "Command Dword 0").
+            if cid != 0xffff {
+                return cid;
+            }
+        }
+    }
+
+    fn slot_of(&self, wire: u16) -> Option<u16> {
+        let slot = (u32::from(wire) & ((1 << self.index_bits) - 1)) as u16;
+        let generation = *self.generations.get(usize::from(slot))?;
+        (cid(generation, self.index_bits, slot) == wire).then_some(slot)
+    }
+}
+
+impl<T> Entry<T> {
+    fn finished(self, cqe: Cqe, awaited: bool) -> Finished<T> {
+        Finished {
+            token: self.token,
+            cqe,
+            awaited,
+            class: self.class,
+            submitted: self.submitted,
+        }
+    }
+}
+
+fn cid(generation: u16, index_bits: u32, slot: u16) -> u16 {
+    (u32::from(generation) << index_bits) as u16 | slot
+}
