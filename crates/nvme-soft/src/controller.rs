@@ -52,7 +52,7 @@ impl SoftController {
             .name("nvme-soft".into())
             .spawn(move || {
                 let end = end;
-                end.0.doorbells.wake().attach(thread::current());
+                end.0.doorbells.wake().attach();
                 // The receiver is there: start waits for this.
                 let _ = sender.send(
                     rustix::thread::gettid()

@@ -17,7 +17,12 @@ pub(crate) struct Namespace {
     pub(crate) blocks: u64,
     pub(crate) optimal_io_boundary: u16,
     pub(crate) deallocate_granularity: u32,
+    /// Bytes that were written since the last sync and need not be durable.
+    unsynced: u64,
 }
+
+/// With more than this unsynced, a sync of the whole store takes much longer than one of a range.
+const MAX_UNSYNCED: u64 = 1 << 20;
 
 impl Namespace {
     fn new(config: NamespaceConfig) -> Self {
@@ -28,6 +33,7 @@ impl Namespace {
             lba_shift,
             optimal_io_boundary: config.optimal_io_boundary,
             deallocate_granularity: config.deallocate_granularity,
+            unsynced: 0,
         }
     }
 
@@ -39,9 +45,20 @@ impl Namespace {
         }
     }
 
+    pub(crate) fn note_unsynced(&mut self, len: u64) {
+        self.unsynced = self.unsynced.saturating_add(len);
+    }
+
+    /// Whether a sync of everything costs about as much as one of a single write.
+    pub(crate) fn syncs_fast(&self) -> bool {
+        self.unsynced <= MAX_UNSYNCED
+    }
+
     pub(crate) fn flush(&mut self, counters: &Cells) -> io::Result<()> {
         counters.syncs.add(1);
-        self.store.flush()
+        self.store.flush()?;
+        self.unsynced = 0;
+        Ok(())
     }
 }
 

@@ -8,15 +8,51 @@ use nvme_spec::{DataPointer, Sqe, Status, admin, dsm};
 use zerocopy::FromBytes;
 
 use crate::data::Flow;
-use crate::engine::{Engine, Outcome};
+use crate::engine::{Engine, Reply};
 
 /// Data goes through a buffer of at most this size. What a command transfers up to here is written
 /// all or not at all, even if host memory is refused halfway.
 const BUFFER: usize = 1 << 20;
 
+/// What became of a command that did not fail.
+enum Effect {
+    Done,
+    /// It is done once its namespace is synced.
+    NeedsSync,
+}
+
+type Served = Result<Effect, Status>;
+
 impl Engine {
     /// Serves one command.
-    pub(crate) fn io_command(&mut self, command: &Sqe) -> Outcome {
+    pub(crate) fn io_command(&mut self, command: &Sqe) -> Reply {
+        match self.serve_io(command) {
+            Ok(Effect::Done) => Reply::Now(Ok(0)),
+            Ok(Effect::NeedsSync) => Reply::OnceSynced,
+            Err(status) => Reply::Now(Err(status)),
+        }
+    }
+
+    /// Whether the command ends with a sync of its namespace. If there are several such commands
+    /// at a time, one sync serves them all.
+    pub(crate) fn wants_sync(&self, command: &Sqe) -> bool {
+        let cached = self.admin.features.volatile_write_cache();
+        match NvmOpcode(command.opcode()) {
+            NvmOpcode::WRITE => BlockRange::from_command(command).fua || !cached,
+            NvmOpcode::FLUSH => cached,
+            _ => false,
+        }
+    }
+
+    /// Syncs a namespace for commands that were answered with [`Reply::OnceSynced`].
+    pub(crate) fn sync(&mut self, nsid: u32) -> Result<(), Status> {
+        self.namespaces
+            .find(nsid)?
+            .flush(&self.shared.counters)
+            .map_err(write_failed)
+    }
+
+    fn serve_io(&mut self, command: &Sqe) -> Served {
         let serve = match NvmOpcode(command.opcode()) {
             NvmOpcode::READ => Self::read,
             NvmOpcode::WRITE => Self::write,
@@ -32,7 +68,7 @@ impl Engine {
         serve(self, command)
     }
 
-    fn read(&mut self, command: &Sqe) -> Outcome {
+    fn read(&mut self, command: &Sqe) -> Served {
         let range = BlockRange::from_command(command);
         let namespace = self.namespaces.find(command.nsid())?;
         let len = u64::from(range.blocks) << namespace.lba_shift;
@@ -65,10 +101,10 @@ impl Engine {
         }
         self.shared.counters.reads.add(1);
         self.shared.counters.bytes_read.add(len);
-        Ok(0)
+        Ok(Effect::Done)
     }
 
-    fn write(&mut self, command: &Sqe) -> Outcome {
+    fn write(&mut self, command: &Sqe) -> Served {
         /// DTYPE in command dword 12; no directive is supported.
         const DIRECTIVE_TYPE: u32 = 0xf << 20;
         let range = BlockRange::from_command(command);
@@ -81,6 +117,7 @@ impl Engine {
         self.prepare(command, Flow::FromHost, len)?;
         let durable = range.fua || !self.admin.features.volatile_write_cache();
         let namespace = self.namespaces.find(command.nsid())?;
+        let later = durable && self.group.is_open() && namespace.syncs_fast();
         let mut offset = bytes.start;
         while offset < bytes.end {
             let part = (bytes.end - offset).min(BUFFER as u64) as usize;
@@ -88,19 +125,24 @@ impl Engine {
             self.transfer.receive(&self.dma, buffer)?;
             namespace
                 .store
-                .write(offset, buffer, durable)
+                .write(offset, buffer, durable && !later)
                 .map_err(write_failed)?;
             offset += part as u64;
         }
-        if durable {
-            self.shared.counters.syncs.add(1);
-        }
         self.shared.counters.writes.add(1);
         self.shared.counters.bytes_written.add(len);
-        Ok(0)
+        if later {
+            return Ok(Effect::NeedsSync);
+        }
+        if durable {
+            self.shared.counters.syncs.add(1);
+        } else {
+            namespace.note_unsynced(len);
+        }
+        Ok(Effect::Done)
     }
 
-    fn flush(&mut self, command: &Sqe) -> Outcome {
+    fn flush(&mut self, command: &Sqe) -> Served {
         let needed = self.admin.features.volatile_write_cache();
         if command.nsid() == admin::ALL_NAMESPACES {
             if needed {
@@ -108,13 +150,16 @@ impl Engine {
             }
         } else {
             let namespace = self.namespaces.find(command.nsid())?;
+            if needed && self.group.is_open() {
+                return Ok(Effect::NeedsSync);
+            }
             if needed {
                 namespace
                     .flush(&self.shared.counters)
                     .map_err(write_failed)?;
             }
         }
-        Ok(0)
+        Ok(Effect::Done)
     }
 
     /// Makes everything that was written durable.
@@ -124,7 +169,7 @@ impl Engine {
             .map_err(write_failed)
     }
 
-    fn write_zeroes(&mut self, command: &Sqe) -> Outcome {
+    fn write_zeroes(&mut self, command: &Sqe) -> Served {
         let range = BlockRange::from_command(command);
         let namespace = self.namespaces.find(command.nsid())?;
         let len = u64::from(range.blocks) << namespace.lba_shift;
@@ -141,10 +186,10 @@ impl Engine {
                 .flush(&self.shared.counters)
                 .map_err(write_failed)?;
         }
-        Ok(0)
+        Ok(Effect::Done)
     }
 
-    fn dataset_management(&mut self, command: &Sqe) -> Outcome {
+    fn dataset_management(&mut self, command: &Sqe) -> Served {
         /// AD in command dword 11. The other attributes are hints, of which nothing is made.
         const DEALLOCATE: u32 = 1 << 2;
         const RANGE_SIZE: usize = size_of::<dsm::Range>();
@@ -159,7 +204,7 @@ impl Engine {
         let list = part_of(&mut self.buffer, len);
         self.transfer.receive(&self.dma, list)?;
         if !deallocate {
-            return Ok(0);
+            return Ok(Effect::Done);
         }
         let namespace = self.namespaces.find(command.nsid())?;
         let ranges = || {
@@ -194,7 +239,7 @@ impl Engine {
                 .flush(&self.shared.counters)
                 .map_err(write_failed)?;
         }
-        Ok(0)
+        Ok(Effect::Done)
     }
 
     /// Finds the command's data in host memory.

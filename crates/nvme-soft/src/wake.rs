@@ -47,11 +47,11 @@ impl Wake {
         }
     }
 
-    /// Names the thread that sleeps. Notifications before are lost, so this comes before anyone
-    /// else can bring work.
-    pub(crate) fn attach(&self, sleeper: Thread) {
+    /// Makes the calling thread the one that sleeps. Notifications before are lost, so this comes
+    /// before anyone else can bring work.
+    pub(crate) fn attach(&self) {
         // There is one sleeper; a second call can only name the same one.
-        let _ = self.sleeper.set(sleeper);
+        let _ = self.sleeper.set(thread::current());
     }
 
     /// Wakes the sleeper if it sleeps and listens for this. To be called after the work was
@@ -119,10 +119,14 @@ mod tests {
 
     /// Runs a sleeper that waits for `work` to become `rounds`, and wakers that each add one.
     fn sleeper_sees_all_work(listen: Urgency, bring: Urgency, wakers: u32) {
-        loom::model(move || {
+        let mut model = loom::model::Builder::new();
+        // All interleavings with that many forced switches of threads; without a bound two wakers
+        // take hours.
+        model.preemption_bound = Some(3);
+        model.check(move || {
             let wake = Arc::new(Wake::new());
             let work = Arc::new(AtomicU32::new(0));
-            wake.attach(thread::current());
+            wake.attach();
             let threads: Vec<_> = (0..wakers)
                 .map(|_| {
                     let (wake, work) = (wake.clone(), work.clone());
@@ -179,7 +183,7 @@ mod tests {
     #[test]
     fn work_found_on_the_second_look_prevents_sleep() {
         let wake = Wake::new();
-        wake.attach(thread::current());
+        wake.attach();
         assert!(!wake.sleep(Urgency::High, None, || false));
     }
 
@@ -192,7 +196,7 @@ mod tests {
         let sleeper = {
             let (wake, work, done) = (wake.clone(), work.clone(), done.clone());
             thread::spawn(move || {
-                wake.attach(thread::current());
+                wake.attach();
                 for round in 1..=ROUNDS {
                     done.store(round, Ordering::Release);
                     while work.load(Ordering::Acquire) < round {

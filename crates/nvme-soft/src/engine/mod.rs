@@ -1,5 +1,6 @@
 //! The controller's thread: looks for work, does it, sleeps.
 
+pub(crate) mod group;
 mod lifecycle;
 pub(crate) mod queues;
 
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::{Sqe, Status};
 
+use self::group::SyncGroup;
 use self::queues::{Completion, QueueError, Queues};
 use crate::admin::Admin;
 use crate::config::Config;
@@ -48,6 +50,8 @@ pub(crate) enum Reply {
     Now(Outcome),
     /// Another part of the controller completes it some time.
     Later,
+    /// It completes once its namespace is synced.
+    OnceSynced,
 }
 
 /// A command that completes when its time has come.
@@ -79,6 +83,7 @@ pub(crate) struct Engine {
     pub(crate) queues: Queues,
     pub(crate) namespaces: Namespaces,
     pub(crate) admin: Admin,
+    pub(crate) group: SyncGroup,
     pub(crate) transfer: Transfer,
     /// Through which data passes between host memory and stores.
     pub(crate) buffer: Vec<u8>,
@@ -116,6 +121,7 @@ impl Engine {
             queues: Queues::new(config.io_queue_pairs),
             admin: Admin::new(&config, namespaces.count(), interrupts.count()),
             namespaces,
+            group: SyncGroup::default(),
             transfer: Transfer::default(),
             buffer: Vec::new(),
             state: State::Disabled,
@@ -178,6 +184,7 @@ impl Engine {
             return false;
         }
         self.admin.begin_batch();
+        self.open_group(id, count);
         let mut since = Instant::now();
         for index in 0..count {
             if !self.is_serving() {
@@ -189,6 +196,7 @@ impl Engine {
                 since = Instant::now();
             }
         }
+        self.close_group();
         self.signal();
         true
     }
@@ -211,9 +219,11 @@ impl Engine {
         let Some(queue) = self.queues.submission(id) else {
             return 0;
         };
-        let looked = queue.look(id, &self.doorbells);
+        let tail = queue.look(id, &self.doorbells);
         let fetched = queue.fetch(&self.dma, &mut self.fetched);
-        self.check_queue(looked);
+        let head = self.queues.look_at_head(completion_queue, &self.doorbells);
+        self.check_queue(tail);
+        self.check_queue(head);
         self.check_queue(fetched).unwrap_or(0)
     }
 
@@ -238,28 +248,36 @@ impl Engine {
             .submission(id)
             .is_some_and(|queue| !queue.begin(cid))
         {
+            let status = Status::COMMAND_ID_CONFLICT.with_dnr(true);
+            self.note_failure(id, &command, status);
             return self.post(Completion {
                 submission_queue: id,
                 cid,
-                status: Status::COMMAND_ID_CONFLICT.with_dnr(true),
+                status,
                 result: 0,
                 ends_command: false,
             });
         }
-        let reply = if id == 0 {
-            self.admin_command(&command)
+        if id == 0 {
+            let reply = self.admin_command(&command);
+            self.answer_to(id, command, reply);
         } else if self.config.latency.is_zero() {
-            Reply::Now(self.io_command(&command))
+            let reply = self.io_command(&command);
+            self.answer_to(id, command, reply);
         } else {
             self.delayed.push_back(Delayed {
                 due: Instant::now() + self.config.latency,
                 submission_queue: id,
                 command,
             });
-            Reply::Later
-        };
-        if let Reply::Now(outcome) = reply {
-            self.complete(id, &command, outcome);
+        }
+    }
+
+    fn answer_to(&mut self, id: u16, command: Sqe, reply: Reply) {
+        match reply {
+            Reply::Now(outcome) => self.complete(id, &command, outcome),
+            Reply::OnceSynced => self.group.join(id, command),
+            Reply::Later => {}
         }
     }
 
@@ -276,8 +294,8 @@ impl Engine {
                 ..
             }) = self.delayed.pop_front()
         {
-            let outcome = self.io_command(&command);
-            self.complete(submission_queue, &command, outcome);
+            let reply = self.io_command(&command);
+            self.answer_to(submission_queue, command, reply);
             self.signal();
             busy = true;
         }
@@ -291,8 +309,7 @@ impl Engine {
             Err(status) => (status.with_dnr(!is_transient(status)), 0),
         };
         if !status.is_success() {
-            self.shared.counters.failed_commands.add(1);
-            self.admin.note_failure(submission_queue, command, status);
+            self.note_failure(submission_queue, command, status);
         }
         self.post(Completion {
             submission_queue,
@@ -301,6 +318,11 @@ impl Engine {
             result,
             ends_command: true,
         });
+    }
+
+    fn note_failure(&mut self, submission_queue: u16, command: &Sqe, status: Status) {
+        self.shared.counters.failed_commands.add(1);
+        self.admin.note_failure(submission_queue, command, status);
     }
 
     fn post(&mut self, completion: Completion) {

@@ -294,6 +294,18 @@ impl Queues {
         self.unsignalled.clear();
     }
 
+    /// Takes note of how far the host has consumed a completion queue. Done with each fetch, when
+    /// the doorbells of the pair are at hand: a head that passes the tail is only found as long as
+    /// the queue is not full.
+    pub(crate) fn look_at_head(
+        &mut self,
+        id: u16,
+        doorbells: &Doorbells,
+    ) -> Result<(), QueueError> {
+        self.completion(id)
+            .map_or(Ok(()), |queue| queue.look(id, doorbells))
+    }
+
     /// Whether something waits for room in this completion queue, so that fetching more commands
     /// for it is pointless.
     pub(crate) fn is_congested(&self, completion_queue: u16) -> bool {

@@ -3,7 +3,7 @@ use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, FlockOperation, flock};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::Store;
@@ -24,8 +24,7 @@ impl FileStore {
     ///
     /// # Errors
     ///
-    /// What opening the file returns, and [`io::ErrorKind::InvalidInput`] when it is not a
-    /// regular file.
+    /// What opening the file returns, and the errors of [`FileStore::from_file`].
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
         Self::from_file(OpenOptions::new().read(true).write(true).open(path)?)
     }
@@ -55,7 +54,9 @@ impl FileStore {
     ///
     /// # Errors
     ///
-    /// [`io::ErrorKind::InvalidInput`] when it is not a regular file.
+    /// [`io::ErrorKind::InvalidInput`] when it is not a regular file, and
+    /// [`io::ErrorKind::ResourceBusy`] when another store has it open: two controllers on one file
+    /// would destroy each other's data, so the file is locked (flock(2)) for as long as it is open.
     pub fn from_file(file: File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         if !metadata.is_file() {
@@ -63,6 +64,15 @@ impl FileStore {
                 io::ErrorKind::InvalidInput,
                 "not a regular file",
             ));
+        }
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::ResourceBusy,
+                    "another controller, here or in another process, uses the file",
+                ));
+            }
+            locked => locked?,
         }
         Ok(Self {
             file,
@@ -169,7 +179,19 @@ mod tests {
         let mut out = [0; 16];
         store.read(4096, &mut out).expect("reads");
         assert_eq!(out, [7; 16]);
+        drop(store);
         assert_eq!(FileStore::open(&path).expect("opens").size(), 8192);
+    }
+
+    #[test]
+    fn a_file_has_one_store_at_a_time() {
+        let directory = directory();
+        let path = directory.path().join("disk.img");
+        let store = FileStore::create(&path, 4096).expect("creates");
+        let second = FileStore::open(&path).expect_err("the file is in use");
+        assert_eq!(second.kind(), io::ErrorKind::ResourceBusy);
+        drop(store);
+        FileStore::open(&path).expect("the file is free again");
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Where data is: PRP entries and lists, SGLs.
 
 use nvme_spec::sgl::SglDescriptor;
-use nvme_spec::{DataPointer, Sqe, Status, nvm};
+use nvme_spec::{DataPointer, Sqe, Status, admin, nvm};
 use zerocopy::IntoBytes;
 
-use crate::host::{Host, PAGE, config, pattern, prp};
+use crate::host::{Host, PAGE, config, pattern, prp, usual_configuration, wait_for};
 
 /// Room for transfers of several hundred pages.
 fn large_host() -> Host {
@@ -348,20 +348,23 @@ fn larger_memory_pages_are_honoured() {
     let mut config = config(512);
     config.mpsmin = 1;
     let mut host = Host::new(config);
-    let start = host.allocate(1);
-    if start % 8192 == 0 {
-        host.allocate(1);
-    }
-    // The admin submission queue takes one page of 4 KiB, the completion queue another.
-    host.enable_with(crate::host::usual_configuration().with_mps(1));
-    let status =
-        crate::host::wait_for(|| Some(host.status()).filter(|status| status.cfs() || status.rdy()));
-    // Whichever way the queues fell, a misaligned base is fatal and an aligned one is not.
-    let aligned = [
-        nvme_spec::registers::offset::ASQ,
-        nvme_spec::registers::offset::ACQ,
-    ]
-    .iter()
-    .all(|&register| host.controller.read64(register) % 8192 == 0);
-    assert_eq!(status.rdy(), aligned);
+    host.alignment = 2 * PAGE;
+    host.enable_with(usual_configuration().with_mps(1));
+    wait_for(|| host.status().rdy().then_some(()));
+    host.create_pair(1, 16, None);
+    let data = pattern(1, 16384);
+    let (second, first) = (host.allocate(8192), host.allocate(8192));
+    host.memory.set(first, &data[..8192]);
+    host.memory.set(second, &data[8192..]);
+    let pages = |prp2| DataPointer::Prp { prp1: first, prp2 };
+    host.io_ok(nvm::write(1, 0, 32, false).with_data(pages(second)));
+    let misaligned = nvm::write(1, 0, 32, false).with_data(pages(second + PAGE));
+    host.io_refused(misaligned, Status::PRP_OFFSET_INVALID);
+    host.memory.set(first, &[0; 8192]);
+    host.memory.set(second, &[0; 8192]);
+    host.io_ok(nvm::read(1, 0, 32, false).with_data(pages(second)));
+    assert!(host.memory.get(first, 8192) == data[..8192]);
+    assert!(host.memory.get(second, 8192) == data[8192..]);
+    let queue = admin::create_completion_queue(2, 16, second + PAGE, None);
+    host.admin_refused(queue, Status::PRP_OFFSET_INVALID);
 }

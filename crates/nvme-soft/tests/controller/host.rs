@@ -117,6 +117,7 @@ struct QueuePair {
     submission: u64,
     completion: u64,
     entries: u32,
+    completion_entries: u32,
     tail: u32,
     head: u32,
     phase: bool,
@@ -132,6 +133,8 @@ pub(crate) struct Host {
     stride: u8,
     pairs: Vec<Option<QueuePair>>,
     next_address: u64,
+    /// Allocations are aligned to this.
+    pub(crate) alignment: u64,
 }
 
 /// A configuration with one namespace of 1 MiB in memory.
@@ -163,6 +166,7 @@ impl Host {
             stride,
             pairs: Vec::new(),
             next_address: BASE,
+            alignment: PAGE,
         }
     }
 
@@ -183,7 +187,7 @@ impl Host {
     /// Memory of whole pages, zeroed.
     pub(crate) fn allocate(&mut self, len: u64) -> u64 {
         let address = self.next_address;
-        self.next_address += len.next_multiple_of(PAGE);
+        self.next_address += len.next_multiple_of(self.alignment);
         self.memory.set(address, &vec![0; len as usize]);
         address
     }
@@ -217,7 +221,7 @@ impl Host {
         let attributes = AdminQueueAttributes::new()
             .with_asqs(ADMIN_ENTRIES as u16 - 1)
             .with_acqs(ADMIN_ENTRIES as u16 - 1);
-        let pair = self.new_pair(ADMIN_ENTRIES);
+        let pair = self.new_pair(ADMIN_ENTRIES, ADMIN_ENTRIES);
         self.controller.write32(offset::AQA, attributes.into_bits());
         self.controller.write64(offset::ASQ, pair.submission);
         self.controller.write64(offset::ACQ, pair.completion);
@@ -230,11 +234,12 @@ impl Host {
         wait_for(|| (!self.status().rdy()).then_some(()));
     }
 
-    fn new_pair(&mut self, entries: u32) -> QueuePair {
+    fn new_pair(&mut self, entries: u32, completion_entries: u32) -> QueuePair {
         QueuePair {
             submission: self.allocate(u64::from(entries) * 64),
-            completion: self.allocate(u64::from(entries) * 16),
+            completion: self.allocate(u64::from(completion_entries) * 16),
             entries,
+            completion_entries,
             tail: 0,
             head: 0,
             phase: true,
@@ -244,7 +249,17 @@ impl Host {
     }
 
     pub(crate) fn create_pair(&mut self, id: u16, entries: u32, vector: Option<u16>) {
-        let pair = self.new_pair(entries);
+        self.create_unequal_pair(id, entries, entries, vector);
+    }
+
+    pub(crate) fn create_unequal_pair(
+        &mut self,
+        id: u16,
+        entries: u32,
+        completion_entries: u32,
+        vector: Option<u16>,
+    ) {
+        let pair = self.new_pair(entries, completion_entries);
         let (submission, completion) = (pair.submission, pair.completion);
         let slots = usize::from(id) + 1;
         if self.pairs.len() < slots {
@@ -252,7 +267,10 @@ impl Host {
         }
         self.pairs[usize::from(id)] = Some(pair);
         self.admin_ok(admin::create_completion_queue(
-            id, entries, completion, vector,
+            id,
+            completion_entries,
+            completion,
+            vector,
         ));
         self.admin_ok(admin::create_submission_queue(
             id,
@@ -321,7 +339,7 @@ impl Host {
             return None;
         }
         pair.head += 1;
-        if pair.head == pair.entries {
+        if pair.head == pair.completion_entries {
             pair.head = 0;
             pair.phase = !pair.phase;
         }

@@ -282,6 +282,75 @@ fn durability_costs_a_sync_where_it_must() {
 }
 
 #[test]
+fn commands_that_arrive_together_share_a_sync() {
+    let (_directory, config) = file_config(512);
+    let mut host = Host::ready(config);
+    let buffer = host.allocate(8 * 512);
+    let data = pattern(6, 8 * 512);
+    host.memory.set(buffer, &data);
+    host.controller.hold();
+    let mut cids: Vec<_> = (0..8)
+        .map(|block| {
+            let write = nvm::write(1, block, 1, true).with_data(prp(buffer + block * 512));
+            host.place(1, write)
+        })
+        .collect();
+    cids.push(host.place(1, nvm::flush(1)));
+    host.ring(1);
+    host.controller.release();
+    for cid in cids {
+        assert!(host.wait(1, cid).status().is_success());
+    }
+    assert_eq!(host.controller.counters().syncs, 1);
+    assert!(read(&mut host, 0, 4096, 512) == data);
+    // With much else to write back they do better alone.
+    let large = host.allocate(1 << 19);
+    let pointer = host.prps(large, 1 << 19);
+    for _ in 0..3 {
+        host.io_ok(nvm::write(1, 0, 1024, false).with_data(pointer));
+    }
+    host.controller.hold();
+    let cids: Vec<_> = (0..2)
+        .map(|_| host.place(1, nvm::write(1, 0, 1, true).with_data(prp(buffer))))
+        .collect();
+    host.ring(1);
+    host.controller.release();
+    for cid in cids {
+        assert!(host.wait(1, cid).status().is_success());
+    }
+    assert_eq!(host.controller.counters().syncs, 3);
+}
+
+#[test]
+fn a_sync_that_fails_fails_all_that_share_it() {
+    let mut config = config(512);
+    let store = Broken {
+        writes: true,
+        kind: std::io::ErrorKind::Other,
+    };
+    config.namespaces.push(NamespaceConfig::new(store, 512));
+    let mut host = Host::ready(config);
+    let buffer = host.allocate(512);
+    host.controller.hold();
+    let commands = [
+        (nvm::write(2, 0, 1, true), false),
+        (nvm::flush(1), true),
+        (nvm::write(1, 0, 1, true), true),
+        (nvm::flush(2), false),
+        (nvm::read(1, 0, 1, false), true),
+    ];
+    let placed =
+        commands.map(|(command, good)| (host.place(1, command.with_data(prp(buffer))), good));
+    host.ring(1);
+    host.controller.release();
+    for (cid, good) in placed {
+        let status = host.wait(1, cid).status();
+        assert_eq!(status.is_success(), good, "{status}");
+        assert!(good || status.is(Status::WRITE_FAULT));
+    }
+}
+
+#[test]
 fn without_a_volatile_cache_flush_succeeds_and_does_nothing() {
     let mut config = config(512);
     config.volatile_write_cache = false;
@@ -313,23 +382,31 @@ fn contents_of_a_file_outlive_the_controller() {
 
 /// A store whose medium is broken.
 #[derive(Debug)]
-struct Broken(std::io::ErrorKind);
+struct Broken {
+    /// Writes reach the cache; only the medium is broken.
+    writes: bool,
+    kind: std::io::ErrorKind,
+}
 
 impl nvme_soft::store::Store for Broken {
     fn size(&self) -> u64 {
         1 << 20
     }
     fn read(&mut self, _offset: u64, _out: &mut [u8]) -> std::io::Result<()> {
-        Err(self.0.into())
+        Err(self.kind.into())
     }
     fn write(&mut self, _offset: u64, _data: &[u8], _durable: bool) -> std::io::Result<()> {
-        Err(self.0.into())
+        if self.writes {
+            Ok(())
+        } else {
+            Err(self.kind.into())
+        }
     }
     fn flush(&mut self) -> std::io::Result<()> {
-        Err(self.0.into())
+        Err(self.kind.into())
     }
     fn zero(&mut self, _offset: u64, _len: u64, _deallocate: bool) -> std::io::Result<()> {
-        Err(self.0.into())
+        Err(self.kind.into())
     }
 }
 
@@ -338,9 +415,13 @@ fn errors_of_the_store_are_media_errors() {
     let mut config = Config::default();
     let kinds = [std::io::ErrorKind::Other, std::io::ErrorKind::StorageFull];
     for kind in kinds {
-        config
-            .namespaces
-            .push(NamespaceConfig::new(Broken(kind), 512));
+        config.namespaces.push(NamespaceConfig::new(
+            Broken {
+                writes: false,
+                kind,
+            },
+            512,
+        ));
     }
     let mut host = Host::ready(config);
     let buffer = host.allocate(4096);

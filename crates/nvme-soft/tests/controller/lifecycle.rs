@@ -188,12 +188,14 @@ fn an_idle_controller_sleeps() {
 
 #[test]
 fn limits_show_in_the_capabilities() {
-    let mut config = Config::default();
-    config.max_queue_entries = 256;
-    config.doorbell_stride = 2;
-    config.mpsmin = 1;
-    config.mpsmax = 2;
-    config.ready_timeout = Duration::from_millis(1700);
+    let config = Config {
+        max_queue_entries: 256,
+        doorbell_stride: 2,
+        mpsmin: 1,
+        mpsmax: 2,
+        ready_timeout: Duration::from_millis(1700),
+        ..Config::default()
+    };
     let host = Host::new(config);
     let capabilities =
         nvme_spec::registers::Capabilities::from_bits(host.controller.read64(offset::CAP));

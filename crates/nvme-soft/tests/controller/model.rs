@@ -7,6 +7,7 @@ use nvme_soft::{Config, NamespaceConfig};
 use nvme_spec::dsm::Range;
 use nvme_spec::nvm;
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use zerocopy::IntoBytes;
 
 use crate::host::{Host, pattern, prp};
@@ -120,15 +121,20 @@ fn follows_model(config: Config, steps: &[Step]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 24,
+        rng_seed: RngSeed::Fixed(0x5eed),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn memory_follows_the_model(
         steps in prop::collection::vec(step(), 1..40),
         latency in prop_oneof![Just(0), Just(30)],
     ) {
-        let mut config = Config::default();
-        config.latency = Duration::from_micros(latency);
+        let mut config =
+            Config { latency: Duration::from_micros(latency), ..Config::default() };
         let store = MemoryStore::new(BLOCKS * LBA).unwrap();
         config.namespaces.push(NamespaceConfig::new(store, LBA as u32));
         follows_model(config, &steps);
