@@ -86,6 +86,14 @@ impl QueuePair {
             CommandData::FromDevice(buffer) => (Flow::Read, buffer),
             CommandData::ToDevice(buffer) => (Flow::Write, buffer),
         };
+        if buffer.is_empty() {
+            let payload = Payload::Dma(buffer);
+            let holdings = Holdings {
+                payload,
+                ..Holdings::default()
+            };
+            return self.run(command, holdings, None).await;
+        }
         let range = 0..buffer.len();
         let prepared = match dma.prepare(flow, Payload::Dma(buffer), range.clone()) {
             Err(Unready::PoolExhausted(payload)) => match dma.reserve_block().await {

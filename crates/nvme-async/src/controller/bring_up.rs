@@ -99,6 +99,7 @@ pub(super) async fn bring_up(
         ready_timeout,
         timeout: options.timeout,
         closing: AtomicBool::new(false),
+        ending: tokio::sync::Mutex::default(),
         release: Mutex::new(guard.defuse()),
         identify,
     });
@@ -181,7 +182,9 @@ impl Enabled {
 
 impl Drop for Enabled {
     fn drop(&mut self) {
-        if let Some(keep) = self.keep.take() {
+        if let Some((admin, release)) = self.keep.take() {
+            // Taken away from its reaper, which would keep it for as long as its runtime lives.
+            let keep = (admin.queue.take(), admin, release);
             shutdown::stop_and_drop(self.registers.clone(), self.ready_timeout, keep);
         }
     }

@@ -55,6 +55,8 @@ pub(crate) struct ControllerInner {
     pub(crate) timeout: Option<Duration>,
     /// Whether shutdown has begun.
     pub(crate) closing: AtomicBool,
+    /// Held by the shutdown that is under way.
+    pub(crate) ending: tokio::sync::Mutex<()>,
     /// Dropped when the device has been given up, for those who want to open it again.
     pub(crate) release: Mutex<Option<registry::Release>>,
 }

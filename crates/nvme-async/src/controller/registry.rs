@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::bring_up::bring_up;
@@ -83,18 +84,30 @@ async fn start(
     options: &OpenOptions,
     release: Release,
 ) -> Result<Arc<ControllerInner>, Error> {
-    let device = open_device(target, options).await?;
+    let (device, release) = open_device(target, options, release).await?;
     bring_up(device, options, release).await
 }
 
 /// Opens the device in a thread where it may block: it makes system calls that can take long.
-async fn open_device(target: &Target, options: &OpenOptions) -> Result<Arc<dyn Device>, Error> {
+///
+/// The thread goes on when this is dropped, so it has the release until it is done.
+async fn open_device(
+    target: &Target,
+    options: &OpenOptions,
+    release: Release,
+) -> Result<(Arc<dyn Device>, Release), Error> {
+    let address = key(target).unwrap_or_else(|| "mem:".to_owned());
+    let Ok(runtime) = Handle::try_current() else {
+        return Err(Error::RuntimeGone { address });
+    };
     let target = target.clone();
-    let vectors = 1 + options.queues.saturating_add(options.local_queues);
-    match tokio::task::spawn_blocking(move || device::open(&target, vectors)).await {
+    let queues = options.queues.saturating_add(options.local_queues);
+    let vectors = queues.saturating_add(1);
+    let opening = runtime.spawn_blocking(move || Ok((device::open(&target, vectors)?, release)));
+    match opening.await {
         Ok(opened) => opened,
         Err(error) => Err(Error::Open {
-            address: String::new(),
+            address,
             reason: Box::new(error),
         }),
     }
@@ -112,6 +125,12 @@ fn key(target: &Target) -> Option<String> {
         #[cfg(feature = "soft")]
         Target::Soft(soft) => soft.path.as_ref().map(|path| {
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            // The file may be about to be created; its folder is there.
+            let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+            let path = match (folder, path.file_name()) {
+                (Some(folder), Some(name)) => folder.join(name),
+                _ => path,
+            };
             let path = path.canonicalize().unwrap_or(path);
             format!("file:{}", path.display())
         }),

@@ -21,15 +21,18 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error> {
-    if inner.local_queues.iter().any(|queue| queue.is_lent()) && !inner.is_closing() {
-        return Err(Error::InUse {
-            address: inner.admin.address.to_string(),
-            reason: "a LocalNamespace of it exists; drop it first",
-        });
+    // Several tasks may call it, and again after it was dropped half-way.
+    let _ending = inner.ending.lock().await;
+    if inner.admin.queue.is_taken() {
+        // The device may have another owner by now.
+        return Ok(());
+    }
+    if !inner.is_closing() {
+        end_lending(inner)?;
     }
     inner.closing.store(true, Ordering::Release);
     for queue in inner.all_queues() {
-        queue.with(State::refuse);
+        queue.with(|state| state.set_refusing(true));
     }
     drain(inner).await;
     let mut first_error = None;
@@ -57,13 +60,21 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
                 .map(drop),
         );
     }
-    inner.admin.queue.with(State::refuse);
+    inner.admin.queue.with(|state| state.set_refusing(true));
     let timeout = match inner.identify.rtd3e.get() {
         0 => SHUTDOWN_TIMEOUT,
         micros => Duration::from_micros(micros.into()).max(SHUTDOWN_TIMEOUT),
     };
     note(inner.registers.shut_down(timeout).await);
-    let stopped = match inner.registers.disable(inner.ready_timeout).await {
+    let disabled = inner.registers.disable(inner.ready_timeout).await;
+    // From here on nobody rings a doorbell, which during a reset would be fatal where the
+    // kernel takes the BAR away for that time.
+    let states: Vec<State> = inner
+        .all_queues()
+        .chain([&inner.admin.queue])
+        .filter_map(|queue| queue.take())
+        .collect();
+    let stopped = match disabled {
         Ok(()) => true,
         Err(error) => {
             note(Err(error));
@@ -80,13 +91,31 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
             .set_bus_master(false)
             .map_err(Error::from),
     );
-    for queue in inner.all_queues().chain([&inner.admin.queue]) {
-        end(queue, stopped);
-    }
+    end(states, stopped);
     if let Ok(mut release) = inner.release.lock() {
         *release = None;
     }
     first_error.map_or(Ok(()), Err)
+}
+
+/// Sees to it that no LocalNamespace has a queue pair or gets one.
+fn end_lending(inner: &ControllerInner) -> Result<(), Error> {
+    let set_refusing =
+        |queue: &Arc<SharedQueue>, refusing| queue.with(|state| state.set_refusing(refusing));
+    if inner
+        .local_queues
+        .iter()
+        .all(|queue| set_refusing(queue, true).is_some())
+    {
+        return Ok(());
+    }
+    for queue in &inner.local_queues {
+        set_refusing(queue, false);
+    }
+    Err(Error::InUse {
+        address: inner.admin.address.to_string(),
+        reason: "a LocalNamespace of it exists; drop it first",
+    })
 }
 
 /// Waits for everything that was submitted, for as long as commands may take.
@@ -106,18 +135,17 @@ async fn drain(inner: &ControllerInner) {
     }
 }
 
-/// Fails what is still waited for and frees the memory of the queue, if the device is known to be
+/// Fails what is still waited for and frees the memory of the queues, if the device is known to be
 /// stopped.
-fn end(queue: &SharedQueue, stopped: bool) {
+fn end(mut states: Vec<State>, stopped: bool) {
     let mut aftermath = Aftermath::default();
-    let state = queue.take().map(|mut state| {
+    for state in &mut states {
         state.fail(Failure::Closed, &mut aftermath);
-        state
-    });
+    }
     aftermath.run();
     if !stopped {
         // The device may still write there.
-        std::mem::forget(state);
+        std::mem::forget(states);
     }
 }
 

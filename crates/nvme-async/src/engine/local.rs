@@ -9,7 +9,7 @@ use nvme_spec::event::AsyncEvent;
 
 use super::SharedQueue;
 use super::access::Access;
-use super::reaper::Reaper;
+use super::reaper::{Reaper, check_spawned, vacate};
 use super::state::{Aftermath, Failure, State};
 
 /// A queue pair taken from its [`SharedQueue`] and used without a lock.
@@ -19,9 +19,9 @@ pub struct LocalQueue {
 }
 
 impl LocalQueue {
-    /// Takes the queue pair, or nothing if it is taken already.
+    /// Takes the queue pair, or nothing if it is taken already or about to end.
     pub(crate) fn take(home: &Arc<SharedQueue>) -> Option<Rc<Self>> {
-        let state = home.take()?;
+        let state = home.lend()?;
         Some(Rc::new(Self {
             state: RefCell::new(Some(state)),
             home: home.clone(),
@@ -57,10 +57,13 @@ impl Access for Rc<LocalQueue> {
             catch_unwind(AssertUnwindSafe(|| drop(tokio::task::spawn_local(reaper))))
                 .map_err(|_| Failure::NotLocal)
         });
-        if spawned.is_err() {
-            self.with(|state| state.vacate(term, &mut Aftermath::default()));
+        match spawned {
+            Ok(()) => check_spawned(self, term),
+            Err(failure) => {
+                vacate(self, term);
+                Err(failure)
+            }
         }
-        spawned
     }
 
     fn report(&self, event: AsyncEvent) {

@@ -13,6 +13,9 @@ pub(crate) mod state;
 pub(crate) mod submission;
 pub(crate) mod window;
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 pub use self::local::LocalQueue;

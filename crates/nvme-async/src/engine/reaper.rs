@@ -109,6 +109,7 @@ impl<Q: Access> Future for Reaper<Q> {
             if !state.is_seated(term) {
                 return None;
             }
+            state.reaper = ReaperSeat::Awake;
             state.reap(look, now, &mut aftermath);
             state.ring_deferred();
             state.expire(now, &mut aftermath);
@@ -147,10 +148,23 @@ impl<Q: Access> Future for Reaper<Q> {
 
 impl<Q: Access> Drop for Reaper<Q> {
     fn drop(&mut self) {
-        let mut aftermath = Aftermath::default();
-        self.queue
-            .with(|state| state.vacate(self.term, &mut aftermath));
-        aftermath.run();
+        vacate(&self.queue, self.term);
+    }
+}
+
+/// Ends the term of a reaper that is gone or could not be spawned.
+pub(crate) fn vacate<Q: Access>(queue: &Q, term: Term) {
+    let mut aftermath = Aftermath::default();
+    queue.with(|state| state.vacate(term, &mut aftermath));
+    aftermath.run();
+}
+
+/// Whether a reaper that was just spawned is on duty: a runtime that is shutting down drops it at
+/// once.
+pub(crate) fn check_spawned<Q: Access>(queue: &Q, term: Term) -> Result<(), Failure> {
+    match queue.with(|state| state.is_seated(term)) {
+        Some(false) => Err(Failure::RuntimeGone),
+        Some(true) | None => Ok(()),
     }
 }
 

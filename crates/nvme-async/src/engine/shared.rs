@@ -7,7 +7,7 @@ use nvme_spec::event::AsyncEvent;
 use tokio::runtime::Handle;
 
 use super::access::Access;
-use super::reaper::Reaper;
+use super::reaper::{Reaper, check_spawned, vacate};
 use super::state::{Aftermath, Failure, QueueCounters, State};
 
 /// A queue pair behind a lock, which is held for the time of one submission or one batch of
@@ -30,18 +30,31 @@ impl SharedQueue {
 
     /// Takes the state away; futures that are still polled fail, and the reaper ends.
     pub(crate) fn take(&self) -> Option<State> {
+        self.take_if(|_| true)
+    }
+
+    /// Takes the state away for a [`LocalQueue`](super::LocalQueue), unless another one has it or
+    /// the queue pair is about to end.
+    pub(crate) fn lend(&self) -> Option<State> {
+        self.take_if(|state| !state.is_refusing())
+    }
+
+    fn take_if(&self, condition: impl FnOnce(&State) -> bool) -> Option<State> {
         let mut aftermath = Aftermath::default();
-        let state = self.lock().take().map(|mut state| {
-            state.dismiss_reaper(&mut aftermath);
-            state
-        });
+        let state = self
+            .lock()
+            .take_if(|state| condition(state))
+            .map(|mut state| {
+                state.dismiss_reaper(&mut aftermath);
+                state
+            });
         aftermath.run();
         state
     }
 
     /// Puts a state back that was taken, and sees to it that outstanding commands are reaped.
     pub(crate) fn put_back(self: &Arc<Self>, state: State) {
-        let unfinished = state.in_flight() > 0;
+        let unfinished = state.is_watched();
         *self.lock() = Some(state);
         // Without a runtime here, the next one to use the queue takes care of them.
         if unfinished && self.spawn_reaper().is_err() {
@@ -49,8 +62,8 @@ impl SharedQueue {
         }
     }
 
-    /// Whether a [`LocalQueue`](super::LocalQueue) has the queue pair.
-    pub(crate) fn is_lent(&self) -> bool {
+    /// Whether the queue pair is elsewhere or has ended.
+    pub(crate) fn is_taken(&self) -> bool {
         self.lock().is_none()
     }
 
@@ -90,10 +103,10 @@ impl Access for Arc<SharedQueue> {
         match Reaper::new(self.clone(), term, &self.vector) {
             Ok(reaper) => {
                 runtime.spawn(reaper);
-                Ok(())
+                check_spawned(self, term)
             }
             Err(failure) => {
-                self.with(|state| state.vacate(term, &mut Aftermath::default()));
+                vacate(self, term);
                 Err(failure)
             }
         }

@@ -74,8 +74,8 @@ pub(crate) type Outcome = (Result<Cqe, Failure>, Option<Holdings>);
 pub(crate) struct State {
     core: Core,
     operations: Slab<Operation>,
-    /// Commands that wait for a slot, oldest first, and the operations they belong to.
-    backlog: VecDeque<(usize, Command)>,
+    /// Commands that wait for a slot, oldest first.
+    backlog: VecDeque<Waiting>,
     /// Why nothing is accepted any more.
     failure: Option<Failure>,
     /// Whether the controller is being shut down.
@@ -86,7 +86,7 @@ pub(crate) struct State {
     /// When a command was last completed, or submitted to an idle queue.
     last_progress: Instant,
     settings: QueueSettings,
-    drains: Vec<(u64, Waker)>,
+    drains: Slab<Draining>,
     events: Vec<AsyncEvent>,
     pub(crate) counters: QueueCounters,
 }
@@ -114,6 +114,19 @@ pub(crate) enum InFlight {
     AsyncEvent,
 }
 
+/// A command that waits for a slot, and the operation that it belongs to.
+struct Waiting {
+    key: usize,
+    command: Command,
+    since: Instant,
+}
+
+/// Somebody who waits until all commands with lower sequence numbers are done.
+struct Draining {
+    mark: u64,
+    waker: Option<Waker>,
+}
+
 struct Operation {
     waker: Waker,
     stage: Stage,
@@ -139,11 +152,12 @@ pub(crate) struct QueueCounters {
 }
 
 /// What is to be done once the state is not borrowed any more: wakers run arbitrary code, and so
-/// does dropping memory that others gave us.
+/// does dropping them, or memory that others gave us.
 #[derive(Default)]
 pub(crate) struct Aftermath {
-    pub(crate) wakers: SmallVec<[Waker; REAP_BATCH]>,
+    wakers: SmallVec<[Waker; REAP_BATCH]>,
     garbage: Vec<Holdings>,
+    unused: SmallVec<[Waker; 1]>,
 }
 
 impl Aftermath {
@@ -179,7 +193,7 @@ impl State {
             window: Window::new(settings.max_window),
             last_progress: Instant::now(),
             settings,
-            drains: Vec::new(),
+            drains: Slab::new(),
             events: Vec::new(),
             counters: QueueCounters::default(),
         }
@@ -189,16 +203,16 @@ impl State {
     pub(crate) fn start(
         &mut self,
         command: Command,
-        waker: &Waker,
+        waker: Waker,
         aftermath: &mut Aftermath,
     ) -> Result<Progress, Refusal> {
-        if let Some(failure) = &self.failure {
-            return Err(Refusal::Failed(failure.clone(), command));
-        }
-        if self.refusing {
-            return Err(Refusal::Failed(Failure::Closed, command));
+        let closed = self.refusing.then_some(Failure::Closed);
+        if let Some(failure) = self.failure.clone().or(closed) {
+            aftermath.unused.push(waker);
+            return Err(Refusal::Failed(failure, command));
         }
         if !self.has_reaper() {
+            aftermath.unused.push(waker);
             return Err(Refusal::NoReaper(command));
         }
         let now = Instant::now();
@@ -213,30 +227,30 @@ impl State {
         let stage = match submitted {
             Ok(slot) => Stage::Submitted { slot },
             Err(command) => {
-                self.backlog.push_back((key, command));
+                let since = now;
+                self.backlog.push_back(Waiting {
+                    key,
+                    command,
+                    since,
+                });
                 Stage::Queued
             }
         };
-        entry.insert(Operation {
-            waker: waker.clone(),
-            stage,
-        });
+        entry.insert(Operation { waker, stage });
         if was_idle {
             self.last_progress = now;
         }
         self.reap(Look::Polled, now, aftermath);
         self.rouse_reaper(was_idle, aftermath);
-        Ok(match self.poll_operation(key, waker) {
+        Ok(match self.take_outcome(key) {
             Some(outcome) => Progress::Done(outcome),
             None => Progress::Waiting { key },
         })
     }
 
-    /// The outcome of an operation, if it has one; else `waker` is woken when it has.
-    pub(crate) fn poll_operation(&mut self, key: usize, waker: &Waker) -> Option<Outcome> {
-        let operation = &mut self.operations[key];
-        if !matches!(operation.stage, Stage::Done(_)) {
-            operation.waker.clone_from(waker);
+    /// The outcome of an operation, which is over then, if it has one.
+    pub(crate) fn take_outcome(&mut self, key: usize) -> Option<Outcome> {
+        if !matches!(self.operations[key].stage, Stage::Done(_)) {
             return None;
         }
         match self.operations.remove(key).stage {
@@ -245,15 +259,38 @@ impl State {
         }
     }
 
+    /// Whether the task of `waker` is woken when the operation has an outcome. If it is not, it
+    /// will be from the next call on with a clone of it in `fresh`, where the old one is left.
+    pub(crate) fn will_wake(
+        &mut self,
+        key: usize,
+        waker: &Waker,
+        fresh: &mut Option<Waker>,
+    ) -> bool {
+        let operation = &mut self.operations[key];
+        if operation.waker.will_wake(waker) {
+            return true;
+        }
+        match fresh {
+            Some(fresh) => {
+                std::mem::swap(&mut operation.waker, fresh);
+                true
+            }
+            None => false,
+        }
+    }
+
     /// Forgets an operation whose future was dropped. What the device may still use stays with
     /// its slot.
     pub(crate) fn abandon(&mut self, key: usize, aftermath: &mut Aftermath) {
-        match self.operations.remove(key).stage {
+        let Operation { waker, stage } = self.operations.remove(key);
+        aftermath.unused.push(waker);
+        match stage {
             Stage::Queued => {
-                if let Some(index) = self.backlog.iter().position(|(waiting, _)| *waiting == key)
-                    && let Some((_, command)) = self.backlog.remove(index)
+                if let Some(index) = self.backlog.iter().position(|waiting| waiting.key == key)
+                    && let Some(waiting) = self.backlog.remove(index)
                 {
-                    aftermath.garbage.push(command.holdings);
+                    aftermath.garbage.push(waiting.command.holdings);
                 }
             }
             Stage::Submitted { slot } => self.core.orphan(slot),
@@ -294,6 +331,9 @@ impl State {
     }
 
     /// Resolves operations whose deadline has passed. Their slots stay taken.
+    ///
+    /// Commands that wait for a slot have as much time again, but only once all slots are lost:
+    /// as long as others complete, their turn comes.
     pub(crate) fn expire(&mut self, now: Instant, aftermath: &mut Aftermath) {
         let operations = &mut self.operations;
         self.core.expire(now, |in_flight, submitted| {
@@ -303,6 +343,19 @@ impl State {
             let after = now.saturating_duration_since(submitted);
             operations[*key].resolve((Err(Failure::TimedOut { after }), None), aftermath);
         });
+        if self.core.in_flight() > 0 || self.core.lost() == 0 {
+            return;
+        }
+        for waiting in std::mem::take(&mut self.backlog) {
+            let after = now.saturating_duration_since(waiting.since);
+            if waiting.command.timeout.is_some_and(|limit| after >= limit) {
+                let holdings = Some(waiting.command.holdings);
+                let outcome = (Err(Failure::TimedOut { after }), holdings);
+                self.operations[waiting.key].resolve(outcome, aftermath);
+            } else {
+                self.backlog.push_back(waiting);
+            }
+        }
     }
 
     /// Fails everything that is waited for, and everything that comes. Memory that the device may
@@ -317,20 +370,23 @@ impl State {
                 operation.resolve((Err(failure.clone()), None), aftermath);
             }
         }
-        for (key, command) in std::mem::take(&mut self.backlog) {
-            let outcome = (Err(failure.clone()), Some(command.holdings));
-            self.operations[key].resolve(outcome, aftermath);
+        for waiting in std::mem::take(&mut self.backlog) {
+            let outcome = (Err(failure.clone()), Some(waiting.command.holdings));
+            self.operations[waiting.key].resolve(outcome, aftermath);
         }
-        aftermath
-            .wakers
-            .extend(self.drains.drain(..).map(|(_, waker)| waker));
         self.failure = Some(failure);
+        self.wake_drains(aftermath);
         self.wake_reaper(aftermath);
     }
 
-    /// Accepts no further commands. Those that are outstanding or wait for a slot go on.
-    pub(crate) fn refuse(&mut self) {
-        self.refusing = true;
+    /// Whether no further commands are accepted. Those that are outstanding or wait for a slot go
+    /// on.
+    pub(crate) fn set_refusing(&mut self, refusing: bool) {
+        self.refusing = refusing;
+    }
+
+    pub(crate) fn is_refusing(&self) -> bool {
+        self.refusing
     }
 
     /// How many commands can be outstanding.
@@ -357,24 +413,48 @@ impl State {
         std::mem::take(&mut self.events)
     }
 
-    /// The point that a drain which starts now has to wait for.
-    pub(crate) fn drain_mark(&self) -> u64 {
-        self.core.next_sequence()
+    /// Begins to wait for everything that was started so far; returns the key of that wait.
+    pub(crate) fn begin_drain(&mut self) -> usize {
+        // What waits for a slot has the next sequence numbers.
+        let mark = self.core.next_sequence() + self.backlog.len() as u64;
+        self.drains.insert(Draining { mark, waker: None })
     }
 
-    /// Whether everything that was submitted before `mark` is done; if not, `waker` is woken when
-    /// it may be.
-    pub(crate) fn is_drained(&mut self, mark: u64, waker: &Waker) -> bool {
-        if self.failure.is_some() || !self.core.is_outstanding_before(mark) {
-            return true;
+    /// How a drain ended; if it has not, the waker is woken when it may have. Another one is left
+    /// in its place.
+    pub(crate) fn poll_drain(
+        &mut self,
+        key: usize,
+        waker: &mut Option<Waker>,
+    ) -> Option<Result<(), Failure>> {
+        let draining = &mut self.drains[key];
+        if is_past(&self.core, &self.backlog, draining.mark) {
+            return Some(Ok(()));
         }
-        self.drains.push((mark, waker.clone()));
-        false
+        if let Some(failure) = &self.failure {
+            return Some(Err(failure.clone()));
+        }
+        std::mem::swap(&mut draining.waker, waker);
+        None
     }
 
-    /// Commands that somebody submitted and that are not done, given-up ones excepted.
+    /// Ends a drain.
+    pub(crate) fn end_drain(&mut self, key: usize) -> Option<Waker> {
+        self.drains.remove(key).waker
+    }
+
+    /// Commands that somebody submitted and whose completion is worth waiting for: those that were
+    /// given up are not counted.
     pub(crate) fn in_flight(&self) -> usize {
-        self.core.in_flight()
+        match self.failure {
+            Some(_) => 0,
+            None => self.core.in_flight(),
+        }
+    }
+
+    /// Whether the queue is looked at every so often even without an interrupt.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.failure.is_none() && self.core.in_flight() + self.core.lost() > 0
     }
 
     /// Whether a completion waits to be taken.
@@ -388,7 +468,7 @@ impl State {
 
     /// When a reaper that sleeps from `now` on has to look again, if ever.
     pub(crate) fn next_check(&self, now: Instant, checks: u32) -> Option<Instant> {
-        if self.core.in_flight() == 0 {
+        if !self.is_watched() {
             return None;
         }
         let check = now
@@ -449,15 +529,16 @@ impl State {
         if !self.is_seated(term) {
             return;
         }
+        self.wake_reaper(aftermath);
         self.reaper = ReaperSeat::Empty;
-        for (_, operation) in &self.operations {
+        for (_, operation) in &mut self.operations {
             if !matches!(operation.stage, Stage::Done(_)) {
-                aftermath.wakers.push(operation.waker.clone());
+                aftermath.wakers.push(operation.take_waker());
             }
         }
-        aftermath
-            .wakers
-            .extend(self.drains.drain(..).map(|(_, waker)| waker));
+        for (_, draining) in &mut self.drains {
+            aftermath.wakers.extend(draining.waker.take());
+        }
     }
 
     /// Wakes the reaper if it sleeps.
@@ -480,7 +561,7 @@ impl State {
             PollMode::Busy => true,
         };
         let looks_in_time = match (next_look, self.core.earliest_deadline()) {
-            (None, _) => self.core.in_flight() == 0,
+            (None, _) => !self.is_watched(),
             (Some(next_look), Some(deadline)) => next_look <= deadline,
             (Some(_), None) => true,
         };
@@ -516,11 +597,20 @@ impl State {
     }
 
     fn refill(&mut self, now: Instant) {
-        while let Some((key, command)) = self.backlog.pop_front() {
+        while let Some(Waiting {
+            key,
+            command,
+            since,
+        }) = self.backlog.pop_front()
+        {
             match submit(&mut self.core, key, command, now, &mut self.counters) {
                 Ok(slot) => self.operations[key].stage = Stage::Submitted { slot },
                 Err(command) => {
-                    self.backlog.push_front((key, command));
+                    self.backlog.push_front(Waiting {
+                        key,
+                        command,
+                        since,
+                    });
                     break;
                 }
             }
@@ -541,27 +631,28 @@ impl State {
     }
 
     fn wake_drains(&mut self, aftermath: &mut Aftermath) {
-        if self.drains.is_empty() {
-            return;
-        }
-        let core = &self.core;
-        self.drains.retain(|(mark, waker)| {
-            let outstanding = core.is_outstanding_before(*mark);
-            if !outstanding {
-                aftermath.wakers.push(waker.clone());
+        for (_, draining) in &mut self.drains {
+            if self.failure.is_some() || is_past(&self.core, &self.backlog, draining.mark) {
+                aftermath.wakers.extend(draining.waker.take());
             }
-            outstanding
-        });
+        }
     }
 }
 
 impl Operation {
     fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
         self.stage = Stage::Done(outcome);
-        aftermath
-            .wakers
-            .push(std::mem::replace(&mut self.waker, Waker::noop().clone()));
+        aftermath.wakers.push(self.take_waker());
     }
+
+    fn take_waker(&mut self) -> Waker {
+        std::mem::replace(&mut self.waker, Waker::noop().clone())
+    }
+}
+
+/// Whether all commands with sequence numbers below `mark` are done.
+fn is_past(core: &Core, backlog: &VecDeque<Waiting>, mark: u64) -> bool {
+    !core.is_outstanding_before(mark) && (backlog.is_empty() || core.next_sequence() >= mark)
 }
 
 /// Submits `command`, or gives it back if all slots are taken.

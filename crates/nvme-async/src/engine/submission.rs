@@ -27,6 +27,13 @@ enum Step {
     Over,
 }
 
+/// What a look at an operation found.
+enum Polled {
+    Done(Outcome),
+    Waiting { driven: bool },
+    WakesAnother,
+}
+
 impl<'a, Q: Access> Submission<'a, Q> {
     pub(crate) fn new(queue: &'a Q, command: Command) -> Self {
         Self {
@@ -38,10 +45,11 @@ impl<'a, Q: Access> Submission<'a, Q> {
     fn start(&mut self, mut command: Command, cx: &Context<'_>) -> Poll<Outcome> {
         loop {
             let mut aftermath = Aftermath::default();
-            let mut unsubmitted = Some(command);
+            // Cloned here, since that too may run arbitrary code.
+            let mut unsubmitted = Some((command, cx.waker().clone()));
             let started = self.queue.with(|state| {
-                let command = unsubmitted.take()?;
-                Some(state.start(command, cx.waker(), &mut aftermath))
+                let (command, waker) = unsubmitted.take()?;
+                Some(state.start(command, waker, &mut aftermath))
             });
             aftermath.run();
             match started.flatten() {
@@ -60,7 +68,7 @@ impl<'a, Q: Access> Submission<'a, Q> {
                     command = refused;
                 }
                 None => {
-                    let holdings = unsubmitted.map(|command| command.holdings);
+                    let holdings = unsubmitted.map(|(command, _)| command.holdings);
                     return Poll::Ready((Err(Failure::Closed), holdings));
                 }
             }
@@ -68,28 +76,28 @@ impl<'a, Q: Access> Submission<'a, Q> {
     }
 
     fn wait(&mut self, key: usize, cx: &Context<'_>) -> Poll<Outcome> {
-        let polled = self.queue.with(|state| {
-            let outcome = state.poll_operation(key, cx.waker());
-            (outcome, state.has_reaper())
-        });
-        match polled {
-            None => Poll::Ready((Err(Failure::Closed), None)),
-            Some((Some(outcome), _)) => Poll::Ready(outcome),
-            Some((None, true)) => {
-                self.step = Step::Waiting { key };
-                Poll::Pending
+        let mut fresh = None;
+        let driven = loop {
+            let polled = self.queue.with(|state| match state.take_outcome(key) {
+                Some(outcome) => Polled::Done(outcome),
+                None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting {
+                    driven: state.has_reaper(),
+                },
+                None => Polled::WakesAnother,
+            });
+            match polled {
+                None => return Poll::Ready((Err(Failure::Closed), None)),
+                Some(Polled::Done(outcome)) => return Poll::Ready(outcome),
+                Some(Polled::Waiting { driven }) => break driven,
+                Some(Polled::WakesAnother) => fresh = Some(cx.waker().clone()),
             }
-            Some((None, false)) => match self.queue.spawn_reaper() {
-                Ok(()) => {
-                    self.step = Step::Waiting { key };
-                    Poll::Pending
-                }
-                Err(failure) => {
-                    abandon(self.queue, key);
-                    Poll::Ready((Err(failure), None))
-                }
-            },
+        };
+        if !driven && let Err(failure) = self.queue.spawn_reaper() {
+            abandon(self.queue, key);
+            return Poll::Ready((Err(failure), None));
         }
+        self.step = Step::Waiting { key };
+        Poll::Pending
     }
 }
 
@@ -126,8 +134,8 @@ fn abandon<Q: Access>(queue: &Q, key: usize) {
     aftermath.run();
 }
 
-/// Resolves when all commands that one queue pair held at the first poll are done, those whose
-/// futures were dropped included.
+/// Resolves when all commands that were started on one queue pair before the first poll are done,
+/// those whose futures were dropped included.
 ///
 /// # Cancel safety
 ///
@@ -135,12 +143,12 @@ fn abandon<Q: Access>(queue: &Q, key: usize) {
 #[must_use = "futures do nothing unless polled"]
 pub(crate) struct Drain<'a, Q: Access> {
     queue: &'a Q,
-    mark: Option<u64>,
+    key: Option<usize>,
 }
 
 impl<'a, Q: Access> Drain<'a, Q> {
     pub(crate) fn new(queue: &'a Q) -> Self {
-        Self { queue, mark: None }
+        Self { queue, key: None }
     }
 }
 
@@ -149,19 +157,28 @@ impl<Q: Access> Future for Drain<'_, Q> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
-        let mut mark = this.mark;
+        let mut waker = Some(cx.waker().clone());
         let polled = this.queue.with(|state| {
-            let mark = *mark.get_or_insert_with(|| state.drain_mark());
-            (state.is_drained(mark, cx.waker()), state.has_reaper())
+            let key = *this.key.get_or_insert_with(|| state.begin_drain());
+            (state.poll_drain(key, &mut waker), state.has_reaper())
         });
-        this.mark = mark;
         match polled {
-            None | Some((true, _)) => Poll::Ready(Ok(())),
-            Some((false, true)) => Poll::Pending,
-            Some((false, false)) => match this.queue.spawn_reaper() {
+            None => Poll::Ready(Ok(())),
+            Some((Some(done), _)) => Poll::Ready(done),
+            Some((None, true)) => Poll::Pending,
+            Some((None, false)) => match this.queue.spawn_reaper() {
                 Ok(()) => Poll::Pending,
                 Err(failure) => Poll::Ready(Err(failure)),
             },
+        }
+    }
+}
+
+impl<Q: Access> Drop for Drain<'_, Q> {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            // Its waker is dropped when the queue is not borrowed any more.
+            self.queue.with(|state| state.end_drain(key));
         }
     }
 }

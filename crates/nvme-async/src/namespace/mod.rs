@@ -205,7 +205,8 @@ impl Namespace {
     ///
     /// # Errors
     ///
-    /// [`Error::RuntimeGone`] if there are such commands and nothing drives their queue.
+    /// If there are such commands: [`Error::RuntimeGone`] if nothing drives their queue, and the
+    /// error of the queue if it has failed. They may still be under way then.
     ///
     /// # Cancel safety
     ///

@@ -35,7 +35,10 @@ pub(crate) struct QueueCore<T, M, D> {
     index_bits: u32,
     free: Vec<u16>,
     foreground: usize,
+    lost: usize,
     next_sequence: u64,
+    /// The sequence number of the first command that the device was not told of.
+    untold: u64,
     /// No foreground command's deadline is earlier than this.
     earliest_deadline: Option<Instant>,
 }
@@ -48,6 +51,15 @@ enum Slot<T> {
     Orphaned(Entry<T>),
     /// Its deadline has passed and its owner was told so. The device may still use its memory.
     Lost(Entry<T>),
+}
+
+impl<T> Slot<T> {
+    fn entry(&self) -> Option<&Entry<T>> {
+        match self {
+            Self::Free => None,
+            Self::Submitted(entry) | Self::Orphaned(entry) | Self::Lost(entry) => Some(entry),
+        }
+    }
 }
 
 struct Entry<T> {
@@ -87,7 +99,9 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
             free: (0..capacity).rev().collect(),
             foreground: 0,
+            lost: 0,
             next_sequence: 0,
+            untold: 0,
             earliest_deadline: None,
         }
     }
@@ -102,10 +116,15 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.foreground
     }
 
+    /// How many commands were given up whose slots the device has not returned yet.
+    pub(crate) fn lost(&self) -> usize {
+        self.lost
+    }
+
     /// Puts a command into the ring and returns its slot, or gives `token` back if all are taken.
     ///
     /// The doorbell is rung at once when nothing else is outstanding; otherwise it may be left to
-    /// [`ring_deferred`](Self::ring_deferred).
+    /// [`ring_deferred`](Self::ring_deferred). Background commands have no deadline.
     pub(crate) fn submit(
         &mut self,
         sqe: Sqe,
@@ -121,6 +140,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.submission.push(&sqe.with_cid(cid));
         let sequence = self.next_sequence;
         self.next_sequence += 1;
+        let deadline = deadline.filter(|_| class == Class::Foreground);
         self.slots[usize::from(slot)] = Slot::Submitted(Entry {
             token,
             class,
@@ -131,21 +151,22 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         let alone = self.foreground == 0;
         if class == Class::Foreground {
             self.foreground += 1;
-            if let Some(deadline) = deadline {
-                self.earliest_deadline = Some(
-                    self.earliest_deadline
-                        .map_or(deadline, |earliest| earliest.min(deadline)),
-                );
-            }
+        }
+        if let Some(deadline) = deadline {
+            self.earliest_deadline = Some(
+                self.earliest_deadline
+                    .map_or(deadline, |earliest| earliest.min(deadline)),
+            );
         }
         if alone || self.submission.deferred() >= MAX_DEFERRED {
-            self.submission.ring();
+            self.ring_deferred();
         }
         Ok(slot)
     }
 
     /// Tells the device of commands that [`submit`](Self::submit) did not tell it of.
     pub(crate) fn ring_deferred(&mut self) -> bool {
+        self.untold = self.next_sequence;
         self.submission.ring()
     }
 
@@ -207,6 +228,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 continue;
             }
             self.foreground -= 1;
+            self.lost += 1;
             *slot = match std::mem::replace(slot, Slot::Free) {
                 Slot::Submitted(entry) => {
                     expired(&entry.token, entry.submitted);
@@ -226,12 +248,10 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     /// Whether a foreground command with a sequence number below `sequence` is outstanding.
     pub(crate) fn is_outstanding_before(&self, sequence: u64) -> bool {
-        self.slots.iter().any(|slot| match slot {
-            Slot::Free => false,
-            Slot::Submitted(entry) | Slot::Orphaned(entry) | Slot::Lost(entry) => {
-                entry.class == Class::Foreground && entry.sequence < sequence
-            }
-        })
+        self.slots
+            .iter()
+            .filter_map(Slot::entry)
+            .any(|entry| entry.class == Class::Foreground && entry.sequence < sequence)
     }
 
     fn finish(&mut self, cqe: Cqe) -> Result<Finished<T>, Lie> {
@@ -241,7 +261,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             });
         }
         let cid = cqe.cid();
-        let slot = self.slot_of(cid).ok_or(Lie::UnknownCommand { cid })?;
+        let unknown = Lie::UnknownCommand { cid };
+        let slot = self.outstanding(cid).ok_or(unknown)?;
         if !self.submission.advance_head(cqe.sq_head()) {
             return Err(Lie::SubmissionHead {
                 head: cqe.sq_head(),
@@ -249,19 +270,28 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
         let (entry, awaited) =
             match std::mem::replace(&mut self.slots[usize::from(slot)], Slot::Free) {
-                Slot::Free => return Err(Lie::UnknownCommand { cid }),
-                Slot::Submitted(entry) => (entry, true),
-                Slot::Orphaned(entry) => (entry, false),
+                Slot::Free => return Err(unknown),
+                Slot::Submitted(entry) => {
+                    self.count_out(&entry);
+                    (entry, true)
+                }
+                Slot::Orphaned(entry) => {
+                    self.count_out(&entry);
+                    (entry, false)
+                }
                 Slot::Lost(entry) => {
-                    self.free.push(slot);
-                    return Ok(entry.finished(cqe, false));
+                    self.lost -= 1;
+                    (entry, false)
                 }
             };
+        self.free.push(slot);
+        Ok(entry.finished(cqe, awaited))
+    }
+
+    fn count_out(&mut self, entry: &Entry<T>) {
         if entry.class == Class::Foreground {
             self.foreground -= 1;
         }
-        self.free.push(slot);
-        Ok(entry.finished(cqe, awaited))
     }
 
     fn next_cid(&mut self, slot: u16) -> u16 {
@@ -277,10 +307,13 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
     }
 
-    fn slot_of(&self, wire: u16) -> Option<u16> {
+    /// The slot of the command that has this identifier and that the device was told of.
+    fn outstanding(&self, wire: u16) -> Option<u16> {
         let slot = (u32::from(wire) & ((1 << self.index_bits) - 1)) as u16;
-        let generation = *self.generations.get(usize::from(slot))?;
-        (cid(generation, self.index_bits, slot) == wire).then_some(slot)
+        let entry = self.slots.get(usize::from(slot))?.entry()?;
+        let generation = self.generations[usize::from(slot)];
+        let is_current = cid(generation, self.index_bits, slot) == wire;
+        (is_current && entry.sequence < self.untold).then_some(slot)
     }
 }
 

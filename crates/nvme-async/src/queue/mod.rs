@@ -9,7 +9,7 @@ pub(crate) mod data_pointer;
 pub(crate) mod ring;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use self::core::{Class, Finished, QueueCore};
 pub(crate) use self::ring::{CompletionRing, SubmissionRing};

@@ -1,0 +1,354 @@
+//! What becomes of operations.
+
+use std::time::Duration;
+
+use nvme_spec::Status;
+
+use super::rig::{Rig, TIMEOUT};
+use crate::engine::PollMode;
+use crate::engine::state::{Failure, Refusal};
+use crate::queue::Lie;
+
+const MOMENT: Duration = Duration::from_millis(1);
+
+fn rig(entries: u16) -> Rig {
+    Rig::new(entries, PollMode::Interrupt)
+}
+
+#[test]
+fn a_command_completes() {
+    let mut rig = rig(4);
+    let started = rig.start();
+    assert!(rig.outcome(&started).is_none());
+    assert_eq!(rig.reap(), 0);
+    assert_eq!(started.wakes.count(), 0);
+    assert_eq!(rig.work(), 1);
+    assert_eq!(started.wakes.count(), 1);
+    rig.success(&started);
+    assert_eq!(rig.state.in_flight(), 0);
+    assert_eq!(rig.state.counters.completions, 1);
+    assert_eq!(rig.state.counters.doorbell_writes, 2);
+}
+
+#[test]
+fn a_status_is_an_outcome_like_success() {
+    let mut rig = rig(4);
+    let started = rig.start();
+    rig.device.fetch(1);
+    let cid = rig.device.fetched[0].cid();
+    rig.device
+        .post(rig.device.honest(cid, Status::INVALID_FIELD));
+    rig.reap();
+    let (result, holdings) = rig.outcome(&started).unwrap();
+    assert_eq!(result.unwrap().status(), Status::INVALID_FIELD);
+    assert!(holdings.is_some());
+}
+
+#[test]
+fn a_start_takes_what_others_wait_for() {
+    let mut rig = rig(8);
+    let first = rig.start();
+    rig.device.work();
+    let second = rig.start();
+    assert_eq!((first.wakes.count(), second.wakes.count()), (1, 0));
+    rig.success(&first);
+    assert!(rig.outcome(&second).is_none());
+}
+
+#[test]
+fn the_backlog_is_served_in_order() {
+    let mut rig = rig(3);
+    let started: Vec<_> = (0..7).map(|_| rig.start()).collect();
+    assert_eq!(rig.fetched(), [0, 1]);
+    // One slot is free for a moment; what came first gets it, not what comes now.
+    rig.device.complete(1).unwrap();
+    rig.start();
+    assert_eq!(started[1].wakes.count(), 1);
+    assert_eq!(rig.fetched(), [0, 2]);
+    let mut order = Vec::new();
+    while let [next, ..] = rig.fetched()[..] {
+        order.push(next);
+        rig.device.complete(0).unwrap();
+        rig.reap();
+    }
+    assert_eq!(order, [0, 2, 3, 4, 5, 6, 7]);
+    for started in &started {
+        rig.success(started);
+    }
+}
+
+#[test]
+fn the_backlog_is_rung_for() {
+    let mut rig = rig(3);
+    for _ in 0..4 {
+        rig.start();
+    }
+    rig.fetched();
+    rig.device.complete(0).unwrap();
+    rig.reap();
+    // Without anybody else ringing the doorbell.
+    assert_eq!(rig.device.fetch(usize::MAX), 1);
+}
+
+#[test]
+fn abandoned_while_it_waits_for_a_slot() {
+    let mut rig = rig(2);
+    let first = rig.start();
+    let second = rig.start();
+    let third = rig.start();
+    rig.abandon(&second);
+    assert!(!second.memory.is_alive(), "the device never heard of it");
+    assert_eq!(rig.work(), 1);
+    rig.success(&first);
+    assert_eq!(rig.fetched(), [2]);
+    rig.work();
+    rig.success(&third);
+    assert_eq!(second.wakes.count(), 0);
+}
+
+#[test]
+fn abandoned_while_the_device_works() {
+    let mut rig = rig(2);
+    let started = rig.start();
+    rig.abandon(&started);
+    assert!(started.memory.is_alive(), "the device may use it");
+    assert_eq!(rig.state.in_flight(), 1);
+    let next = rig.start();
+    assert_eq!(rig.fetched(), [0], "its slot is taken");
+    rig.device.work();
+    rig.after(|state, aftermath| {
+        state.reap(
+            crate::engine::state::Look::Polled,
+            std::time::Instant::now(),
+            aftermath,
+        );
+        assert!(
+            started.memory.is_alive(),
+            "others' memory is not dropped under the lock"
+        );
+    });
+    assert!(
+        !started.memory.is_alive(),
+        "freed when it completes, not when somebody polls"
+    );
+    assert_eq!(started.wakes.count(), 0);
+    rig.work();
+    rig.success(&next);
+}
+
+#[test]
+fn abandoned_when_it_is_done() {
+    let mut rig = rig(2);
+    let started = rig.start();
+    rig.work();
+    assert!(started.memory.is_alive());
+    rig.abandon(&started);
+    assert!(!started.memory.is_alive());
+}
+
+#[test]
+fn keys_are_used_again() {
+    let mut rig = rig(4);
+    for _ in 0..10 {
+        let started = rig.start();
+        assert_eq!(started.key, 0);
+        rig.work();
+        rig.success(&started);
+    }
+}
+
+#[test]
+fn a_failure_ends_everything_and_frees_nothing_in_use() {
+    let mut rig = rig(3);
+    let submitted = [rig.start(), rig.start()];
+    let orphan = &submitted[1];
+    rig.abandon(orphan);
+    let queued = rig.start();
+    rig.fail();
+
+    assert_eq!(submitted[0].wakes.count(), 1);
+    let (result, holdings) = rig.outcome(&submitted[0]).unwrap();
+    assert_eq!(result.unwrap_err(), Failure::Closed);
+    assert!(holdings.is_none(), "the device may still use it");
+    assert_eq!(queued.wakes.count(), 1);
+    let (result, holdings) = rig.outcome(&queued).unwrap();
+    assert_eq!(result.unwrap_err(), Failure::Closed);
+    assert!(holdings.is_some(), "the device never heard of it");
+
+    match rig.try_start() {
+        Err(Refusal::Failed(Failure::Closed, _)) => {}
+        _ => panic!("accepted after a failure"),
+    }
+    // Nothing is believed, rung or waited for any more.
+    let rung = rig.device.submission_tail.writes();
+    rig.device.work();
+    assert_eq!(rig.reap(), 0);
+    rig.state.ring_deferred();
+    assert_eq!(rig.device.submission_tail.writes(), rung);
+    assert!(!rig.state.completion_ready() && !rig.state.is_watched());
+    assert_eq!(
+        rig.state.in_flight(),
+        0,
+        "or a busy reaper would poll for ever"
+    );
+    assert!(submitted.iter().all(|started| started.memory.is_alive()));
+    let Rig { state, .. } = rig;
+    drop(state);
+    assert!(submitted.iter().all(|started| !started.memory.is_alive()));
+}
+
+#[test]
+fn only_the_first_failure_counts() {
+    let mut rig = rig(4);
+    let started = rig.start();
+    rig.device.post(rig.device.honest(0x7777, Status::SUCCESS));
+    assert_eq!(rig.reap(), 0);
+    rig.fail();
+    let lie = Failure::Lie(Lie::UnknownCommand { cid: 0x7777 });
+    assert_eq!(rig.outcome(&started).unwrap().0.unwrap_err(), lie);
+    match rig.try_start() {
+        Err(Refusal::Failed(failure, _)) => assert_eq!(failure, lie),
+        _ => panic!("accepted after a lie"),
+    }
+}
+
+#[test]
+fn what_came_before_a_lie_is_believed() {
+    let mut rig = rig(8);
+    let (true_one, other) = (rig.start(), rig.start());
+    rig.state.ring_deferred();
+    rig.device.fetch(2);
+    rig.device.complete(0).unwrap();
+    rig.device.post(rig.device.honest(0x7777, Status::SUCCESS));
+    rig.device.complete(0).unwrap();
+    assert_eq!(rig.reap(), 1);
+    rig.success(&true_one);
+    assert!(rig.outcome(&other).unwrap().0.is_err());
+    assert!(other.memory.is_alive());
+}
+
+#[test]
+fn refusing_lets_go_on_what_was_accepted() {
+    let mut rig = rig(2);
+    let (submitted, queued) = (rig.start(), rig.start());
+    rig.state.set_refusing(true);
+    assert!(matches!(
+        rig.try_start(),
+        Err(Refusal::Failed(Failure::Closed, _))
+    ));
+    rig.work();
+    rig.success(&submitted);
+    rig.work();
+    rig.success(&queued);
+    rig.state.set_refusing(false);
+    rig.start();
+}
+
+#[test]
+fn a_deadline_passes() {
+    let mut rig = rig(3);
+    let (late, orphan) = (rig.start(), rig.start());
+    rig.abandon(&orphan);
+    rig.expire(TIMEOUT - Duration::from_secs(1));
+    assert!(rig.outcome(&late).is_none());
+    rig.expire(TIMEOUT + MOMENT);
+    assert_eq!(late.wakes.count(), 1);
+    let (result, holdings) = rig.outcome(&late).unwrap();
+    match result.unwrap_err() {
+        Failure::TimedOut { after } => assert!(after >= TIMEOUT),
+        other => panic!("{other:?}"),
+    }
+    assert!(holdings.is_none() && late.memory.is_alive() && orphan.memory.is_alive());
+    assert_eq!(rig.state.in_flight(), 0);
+
+    // The late completion frees the slot for what waits for it.
+    let next = rig.start();
+    assert!(rig.state.is_watched());
+    assert_eq!(rig.work(), 2);
+    assert!(!late.memory.is_alive() && !orphan.memory.is_alive());
+    rig.work();
+    rig.success(&next);
+    assert!(!rig.state.is_watched());
+}
+
+#[test]
+fn late_for_a_slot_only_when_all_slots_are_lost() {
+    let mut rig = rig(3);
+    let held = [rig.start(), rig.start()];
+    let queued = rig.start();
+    rig.fetched();
+    rig.expire(TIMEOUT - Duration::from_secs(1));
+    rig.device.complete(0).unwrap();
+    rig.reap();
+    assert_eq!(rig.fetched(), [1, 2], "its turn has come");
+    let waits = rig.start();
+
+    rig.expire(TIMEOUT + MOMENT);
+    for late in [&held[1], &queued] {
+        let (result, holdings) = rig.outcome(late).unwrap();
+        assert!(matches!(result.unwrap_err(), Failure::TimedOut { .. }) && holdings.is_none());
+    }
+    // Nothing else would ever end it.
+    let (result, holdings) = rig.outcome(&waits).unwrap();
+    assert!(matches!(result.unwrap_err(), Failure::TimedOut { .. }) && holdings.is_some());
+    assert_eq!(waits.wakes.count(), 1);
+
+    let new = rig.start();
+    rig.expire(TIMEOUT - Duration::from_secs(1));
+    assert!(rig.outcome(&new).is_none(), "it has its own time");
+    rig.expire(TIMEOUT + MOMENT);
+    assert!(rig.outcome(&new).is_some());
+}
+
+#[test]
+fn no_deadline_passes_for_the_backlog_while_others_are_under_way() {
+    let mut rig = rig(2);
+    rig.start();
+    rig.expire(TIMEOUT + MOMENT);
+    rig.device.work();
+    rig.reap();
+    // The slot is free again: a new command is under way, and another waits.
+    let (under_way, waits) = (rig.start(), rig.start());
+    rig.after(|state, aftermath| {
+        state.expire(std::time::Instant::now() + TIMEOUT - MOMENT, aftermath);
+    });
+    assert!(rig.outcome(&under_way).is_none() && rig.outcome(&waits).is_none());
+}
+
+#[test]
+fn events_are_reported_and_asked_for_again() {
+    let mut rig = rig(8);
+    for _ in 0..2 {
+        rig.state.request_event();
+    }
+    assert_eq!((rig.state.in_flight(), rig.state.is_watched()), (0, false));
+    assert_eq!(rig.device.fetch(usize::MAX), 2, "rung for at once");
+    rig.expire(TIMEOUT * 1000);
+    let cid = rig.device.fetched[0].cid();
+    rig.device.post(
+        rig.device
+            .honest(cid, Status::SUCCESS)
+            .with_result(0x0001_0203),
+    );
+    assert_eq!(rig.reap(), 1);
+    let events = rig.state.take_events();
+    assert_eq!(events.len(), 1);
+    assert_eq!(events[0].log_page(), 1);
+    assert!(rig.state.take_events().is_empty());
+    assert_eq!(
+        rig.device.fetch(usize::MAX),
+        1,
+        "another one is outstanding"
+    );
+
+    let cid = rig.device.fetched[1].cid();
+    rig.device
+        .post(rig.device.honest(cid, Status::INVALID_FIELD));
+    assert_eq!(rig.reap(), 1);
+    assert!(rig.state.take_events().is_empty());
+    assert_eq!(
+        rig.device.fetch(usize::MAX),
+        0,
+        "a refusal is not asked for again"
+    );
+}

@@ -1,0 +1,209 @@
+//! Who drives the queue, and when it is woken.
+
+use std::time::{Duration, Instant};
+
+use super::rig::{Rig, TIMEOUT, Wakes};
+use crate::engine::PollMode;
+use crate::engine::state::{ReaperSeat, Refusal};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// How often the reaper is woken by one more command, when it sleeps until `next_look` with
+/// `in_flight` commands outstanding that the device knows of.
+fn wakes(mode: PollMode, in_flight: usize, next_look: Option<Duration>, slow: bool) -> usize {
+    let mut rig = Rig::new(64, mode);
+    if slow {
+        // Far slower than the window: polling for it does not pay.
+        for _ in 0..20 {
+            rig.state.window.observe(Duration::from_secs(1));
+        }
+    }
+    for _ in 0..in_flight {
+        rig.start();
+    }
+    rig.state.ring_deferred();
+    rig.sleep(next_look.map(|after| Instant::now() + after));
+    rig.start();
+    rig.reaper.count()
+}
+
+#[test]
+fn it_is_woken_to_poll() {
+    assert_eq!(wakes(PollMode::Adaptive, 0, None, false), 1);
+    assert_eq!(wakes(PollMode::Adaptive, 0, Some(Duration::ZERO), false), 1);
+    assert_eq!(wakes(PollMode::Busy, 0, None, false), 1);
+    assert_eq!(wakes(PollMode::Busy, 0, Some(Duration::ZERO), true), 1);
+}
+
+#[test]
+fn it_is_woken_to_look_in_time() {
+    for mode in [PollMode::Interrupt, PollMode::Adaptive] {
+        assert_eq!(
+            wakes(mode, 0, None, true),
+            1,
+            "or a lost interrupt is never noticed"
+        );
+        assert_eq!(
+            wakes(mode, 0, Some(HOUR), true),
+            1,
+            "or the deadline passes unnoticed"
+        );
+        assert_eq!(wakes(mode, 0, Some(Duration::from_millis(10)), true), 0);
+    }
+}
+
+#[test]
+fn it_is_woken_to_ring_the_doorbell() {
+    let soon = Some(Duration::from_millis(10));
+    for mode in [PollMode::Interrupt, PollMode::Adaptive, PollMode::Busy] {
+        assert_eq!(wakes(mode, 1, soon, true), 1);
+        assert_eq!(wakes(mode, 3, soon, true), 1);
+    }
+}
+
+/// At any moment either the doorbell was rung for every command, or somebody awake will.
+#[test]
+fn no_command_is_left_without_a_doorbell() {
+    for mode in [PollMode::Interrupt, PollMode::Adaptive, PollMode::Busy] {
+        let mut rig = Rig::new(64, mode);
+        rig.sleep(Some(Instant::now()));
+        for started in 1..40 {
+            rig.start();
+            let awake = matches!(rig.state.reaper, ReaperSeat::Awake);
+            let known = rig.device.submission_tail.writes().last().copied() == Some(started);
+            assert!(known || awake);
+            if started % 5 == 0 {
+                rig.state.ring_deferred();
+                rig.sleep(Some(Instant::now()));
+            }
+        }
+    }
+}
+
+#[test]
+fn it_is_woken_once() {
+    let mut rig = Rig::new(64, PollMode::Busy);
+    rig.sleep(None);
+    for _ in 0..5 {
+        rig.start();
+    }
+    assert_eq!(rig.reaper.count(), 1);
+    assert!(matches!(rig.state.reaper, ReaperSeat::Awake));
+}
+
+#[test]
+fn nothing_starts_without_a_reaper() {
+    let mut rig = Rig::new(8, PollMode::Adaptive);
+    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    let Err(Refusal::NoReaper(command)) = rig.try_start() else {
+        panic!("started without a reaper");
+    };
+    drop(command);
+    assert_eq!(rig.state.in_flight(), 0);
+    assert!(rig.state.claim_reaper().is_some());
+    rig.start();
+}
+
+#[test]
+fn one_reaper_at_a_time() {
+    let mut rig = Rig::new(8, PollMode::Adaptive);
+    assert_eq!(rig.state.claim_reaper(), None);
+    rig.sleep(None);
+    assert_eq!(rig.state.claim_reaper(), None);
+
+    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    assert_eq!(rig.reaper.count(), 1, "woken, so that it notices");
+    let first = rig.state.claim_reaper().unwrap();
+    assert!(rig.state.is_seated(first));
+    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    assert!(!rig.state.is_seated(first));
+    let second = rig.state.claim_reaper().unwrap();
+    assert!(!rig.state.is_seated(first) && rig.state.is_seated(second));
+
+    let started = rig.start();
+    rig.after(|state, aftermath| state.vacate(first, aftermath));
+    assert!(
+        rig.state.is_seated(second),
+        "one that was dismissed takes nobody's seat"
+    );
+    assert_eq!(started.wakes.count(), 0);
+    rig.after(|state, aftermath| state.vacate(second, aftermath));
+    assert!(!rig.state.has_reaper());
+}
+
+#[test]
+fn all_who_wait_are_woken_when_it_leaves() {
+    let mut rig = Rig::new(3, PollMode::Adaptive);
+    let started: Vec<_> = (0..3).map(|_| rig.start()).collect();
+    let drain = rig.state.begin_drain();
+    let (drain_wakes, waker) = Wakes::new();
+    assert_eq!(rig.state.poll_drain(drain, &mut Some(waker)), None);
+    rig.fetched();
+    rig.device.complete(0).unwrap();
+    rig.reap();
+    assert_eq!(started[0].wakes.count(), 1);
+
+    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    let term = rig.state.claim_reaper().unwrap();
+    rig.sleep(None);
+    rig.after(|state, aftermath| state.vacate(term, aftermath));
+    let counts: Vec<_> = started
+        .iter()
+        .map(|started| started.wakes.count())
+        .collect();
+    assert_eq!(counts, [1, 1, 1]);
+    assert_eq!(drain_wakes.count(), 1);
+
+    // The next reaper's completions wake whoever was polled since.
+    rig.state.claim_reaper().unwrap();
+    let (wakes, waker) = Wakes::new();
+    assert!(!rig.state.will_wake(started[1].key, &waker, &mut None));
+    assert!(
+        rig.state
+            .will_wake(started[1].key, &waker, &mut Some(waker.clone()))
+    );
+    assert!(rig.state.will_wake(started[1].key, &waker, &mut None));
+    rig.work();
+    assert_eq!((wakes.count(), started[1].wakes.count()), (1, 1));
+}
+
+#[test]
+fn the_next_check() {
+    let mut rig = Rig::new(8, PollMode::Interrupt);
+    let now = Instant::now();
+    assert_eq!(rig.state.next_check(now, 0), None, "nothing is in flight");
+    rig.start();
+    let after = |rig: &Rig, checks| rig.state.next_check(now, checks).unwrap() - now;
+    let milliseconds: Vec<_> = (0..8)
+        .map(|checks| after(&rig, checks).as_millis())
+        .collect();
+    assert_eq!(milliseconds, [10, 20, 40, 80, 160, 320, 500, 500]);
+    assert_eq!(after(&rig, u32::MAX).as_millis(), 500);
+
+    // Not later than the deadline.
+    let late = now + TIMEOUT - Duration::from_millis(1);
+    let check = rig.state.next_check(late, 8).unwrap();
+    assert!(check >= now + TIMEOUT && check < late + Duration::from_millis(500));
+
+    rig.expire(TIMEOUT * 2);
+    assert_eq!(rig.state.in_flight(), 0);
+    assert!(
+        rig.state.next_check(now, 0).is_some(),
+        "its memory is to be freed some time"
+    );
+    rig.work();
+    assert_eq!(rig.state.next_check(now, 0), None);
+
+    rig.start();
+    rig.fail();
+    assert_eq!(rig.state.next_check(now, 0), None);
+}
+
+#[test]
+fn the_window_opens_with_work_and_closes_with_time() {
+    let mut rig = Rig::new(8, PollMode::Adaptive);
+    let now = Instant::now();
+    rig.start();
+    assert!(rig.state.window_open(now));
+    assert!(!rig.state.window_open(now + Duration::from_secs(1)));
+}

@@ -1,0 +1,288 @@
+//! A queue pair's state, a model device at its rings, and memory and wakers that are watched.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::task::{Wake, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use iova::{AddressSpace, Direction, DmaMapper, Geometry, HostMemory, IovaRange, MapError};
+use nvme_spec::{Cqe, nvm};
+
+use crate::device::Doorbell;
+use crate::engine::state::{
+    Aftermath, Command, Failure, Look, Outcome, Progress, ReaperSeat, Refusal,
+};
+use crate::engine::{PollMode, QueueSettings, State};
+use crate::io::{Holdings, Payload};
+use crate::memory::{DmaWords, Pool};
+use crate::queue::tests::device::{ModelDevice, Words};
+use crate::queue::{CompletionRing, QueueCore, SubmissionRing};
+
+pub(super) const ID: u16 = 1;
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Remembers where mapped memory is, so that the model device reaches it by its file.
+#[derive(Default)]
+struct Files(Mutex<BTreeMap<u64, (File, u64)>>);
+
+#[expect(unsafe_code, reason = "what stands in for an IOMMU")]
+// SAFETY: no hardware is behind it; the model device uses the file, which it keeps open.
+unsafe impl DmaMapper for Files {
+    fn geometry(&self) -> Geometry {
+        let usable = vec![IovaRange {
+            first: 0x10_0000,
+            last: 0xff_ffff_ffff,
+        }];
+        Geometry {
+            usable,
+            page_sizes: 4096,
+            max_mappings: None,
+        }
+    }
+
+    unsafe fn map(&self, iova: u64, memory: &HostMemory<'_>, _: Direction) -> Result<(), MapError> {
+        let (fd, offset) = memory.file().ok_or(MapError::NeedsFile)?;
+        let file = fd.try_clone_to_owned()?.into();
+        self.0.lock().unwrap().insert(iova, (file, offset));
+        Ok(())
+    }
+
+    fn unmap(&self, iova: u64, _: u64) -> Result<(), MapError> {
+        self.0.lock().unwrap().remove(&iova);
+        Ok(())
+    }
+}
+
+impl Files {
+    fn words(&self, words: &DmaWords) -> FileWords {
+        let files = self.0.lock().unwrap();
+        let (start, (file, offset)) = files.range(..=words.iova()).next_back().unwrap();
+        FileWords {
+            file: file.try_clone().unwrap(),
+            offset: offset + words.iova() - start,
+        }
+    }
+}
+
+/// Ring memory by way of its file.
+pub(super) struct FileWords {
+    file: File,
+    offset: u64,
+}
+
+impl Words for FileWords {
+    fn load(&self, index: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.file
+            .read_exact_at(&mut bytes, self.offset + index as u64 * 4)
+            .unwrap();
+        u32::from_ne_bytes(bytes)
+    }
+
+    fn store(&self, index: usize, value: u32) {
+        self.file
+            .write_all_at(&value.to_ne_bytes(), self.offset + index as u64 * 4)
+            .unwrap();
+    }
+}
+
+pub(super) type Device = ModelDevice<FileWords>;
+
+/// A state and its device, with a reaper's seat that is taken.
+pub(super) fn state(entries: u16, mode: PollMode) -> (State, Device) {
+    let files = Arc::new(Files::default());
+    let pool = Pool::new(AddressSpace::new(files.clone()).unwrap(), 4 << 20);
+    let submission = DmaWords::new(&pool, usize::from(entries) * 16).unwrap();
+    let completion = DmaWords::new(&pool, usize::from(entries) * 4).unwrap();
+    let device = ModelDevice::new(
+        ID,
+        entries,
+        files.words(&submission),
+        files.words(&completion),
+    );
+    let doorbell = |register: &crate::queue::tests::device::Register| Doorbell::Call {
+        target: Arc::new(register.clone()),
+        offset: 0,
+    };
+    let core = QueueCore::new(
+        ID,
+        entries,
+        SubmissionRing::new(submission, doorbell(&device.submission_tail), entries),
+        CompletionRing::new(completion, doorbell(&device.completion_head), entries),
+    );
+    let settings = QueueSettings {
+        mode,
+        max_window: Duration::from_micros(50),
+    };
+    let mut state = State::new(core, settings);
+    state.claim_reaper().unwrap();
+    (state, device)
+}
+
+/// An interrupt vector that never fires.
+pub(super) fn vector() -> (Arc<OwnedFd>, std::io::PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    (Arc::new(reader.into()), writer)
+}
+
+/// Counts how often it is woken.
+#[derive(Default)]
+pub(super) struct Wakes(AtomicUsize);
+
+impl Wake for Wakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Wakes {
+    pub(super) fn new() -> (Arc<Self>, Waker) {
+        let wakes = Arc::new(Self::default());
+        (wakes.clone(), wakes.into())
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+struct Owner(Arc<[u8; 16]>);
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        &*self.0
+    }
+}
+
+/// Tells whether a command's memory still exists.
+pub(super) struct Memory(Weak<[u8; 16]>);
+
+impl Memory {
+    pub(super) fn is_alive(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+}
+
+pub(super) fn command(number: u32) -> (Command, Memory) {
+    let memory = Arc::new([number as u8; 16]);
+    let watch = Memory(Arc::downgrade(&memory));
+    let holdings = Holdings {
+        payload: Payload::Bytes(Bytes::from_owner(Owner(memory))),
+        ..Holdings::default()
+    };
+    let command = Command {
+        sqe: nvm::read(1, number.into(), 1, false),
+        holdings,
+        timeout: Some(TIMEOUT),
+    };
+    (command, watch)
+}
+
+/// An operation that was started: what a future would know of it.
+pub(super) struct Started {
+    pub(super) key: usize,
+    pub(super) wakes: Arc<Wakes>,
+    pub(super) memory: Memory,
+}
+
+pub(super) struct Rig {
+    pub(super) state: State,
+    pub(super) device: Device,
+    /// Woken when the reaper is.
+    pub(super) reaper: Arc<Wakes>,
+    next_number: u32,
+}
+
+impl Rig {
+    pub(super) fn new(entries: u16, mode: PollMode) -> Self {
+        let (state, device) = state(entries, mode);
+        Self {
+            state,
+            device,
+            reaper: Arc::default(),
+            next_number: 0,
+        }
+    }
+
+    pub(super) fn try_start(&mut self) -> Result<Started, Refusal> {
+        let (command, memory) = command(self.next_number);
+        let (wakes, waker) = Wakes::new();
+        let mut aftermath = Aftermath::default();
+        let started = self.state.start(command, waker, &mut aftermath);
+        aftermath.run();
+        let Progress::Waiting { key } = started? else {
+            panic!("done at once");
+        };
+        self.next_number += 1;
+        Ok(Started { key, wakes, memory })
+    }
+
+    pub(super) fn start(&mut self) -> Started {
+        self.try_start().unwrap_or_else(|_| panic!("refused"))
+    }
+
+    pub(super) fn after<R>(&mut self, f: impl FnOnce(&mut State, &mut Aftermath) -> R) -> R {
+        let mut aftermath = Aftermath::default();
+        let result = f(&mut self.state, &mut aftermath);
+        aftermath.run();
+        result
+    }
+
+    pub(super) fn reap(&mut self) -> usize {
+        self.after(|state, aftermath| state.reap(Look::Polled, Instant::now(), aftermath))
+    }
+
+    /// The device does all that it knows of, and the completions are taken.
+    pub(super) fn work(&mut self) -> usize {
+        self.state.ring_deferred();
+        self.device.work();
+        self.reap()
+    }
+
+    pub(super) fn expire(&mut self, after: Duration) {
+        let now = Instant::now() + after;
+        self.after(|state, aftermath| state.expire(now, aftermath));
+    }
+
+    pub(super) fn fail(&mut self) {
+        self.after(|state, aftermath| state.fail(Failure::Closed, aftermath));
+    }
+
+    pub(super) fn abandon(&mut self, started: &Started) {
+        self.after(|state, aftermath| state.abandon(started.key, aftermath));
+    }
+
+    pub(super) fn outcome(&mut self, started: &Started) -> Option<Outcome> {
+        self.state.take_outcome(started.key)
+    }
+
+    /// The completion of an operation that succeeded, with its memory.
+    pub(super) fn success(&mut self, started: &Started) -> Cqe {
+        let (result, holdings) = self.outcome(started).expect("it is done");
+        let cqe = result.expect("it succeeded");
+        assert!(cqe.status().is_success() && holdings.is_some() && started.memory.is_alive());
+        drop(holdings);
+        assert!(!started.memory.is_alive());
+        cqe
+    }
+
+    /// Puts the reaper to sleep.
+    pub(super) fn sleep(&mut self, next_look: Option<Instant>) {
+        self.state.reaper = ReaperSeat::Asleep {
+            waker: self.reaper.clone().into(),
+            next_look,
+        };
+    }
+
+    /// The numbers of the commands that the device has fetched and not completed.
+    pub(super) fn fetched(&mut self) -> Vec<u32> {
+        self.state.ring_deferred();
+        self.device.fetch(usize::MAX);
+        self.device.fetched.iter().map(|sqe| sqe.cdw10()).collect()
+    }
+}
