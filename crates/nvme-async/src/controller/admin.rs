@@ -80,8 +80,8 @@ impl Admin {
         self.fetch_as(admin::identify_namespace(nsid)).await
     }
 
-    /// All active namespaces, in order.
-    pub(crate) async fn active_namespaces(&self) -> Result<Vec<u32>, Error> {
+    /// All active namespaces, in order, of the `most` that there can be (NN).
+    pub(crate) async fn active_namespaces(&self, most: u32) -> Result<Vec<u32>, Error> {
         let mut all = Vec::new();
         loop {
             let after = all.last().copied().unwrap_or(0);
@@ -91,7 +91,7 @@ impl Admin {
             let full = page.len() == ActiveNamespaces::ENTRIES;
             // Strictly increasing, or a device could keep us here for ever.
             for nsid in page {
-                if all.last().is_some_and(|&last| nsid <= last) {
+                if all.last().is_some_and(|&last| nsid <= last) || nsid > most {
                     return Ok(all);
                 }
                 all.push(nsid);

@@ -88,7 +88,8 @@ pub(super) async fn bring_up(
     let shared = usize::from(options.queues).min(queues.len());
     let local_queues = queues.split_off(shared);
     let inner = Arc::new(ControllerInner {
-        registers,
+        registers: Mutex::new(Some(registers)),
+        software_thread: device.software_thread(),
         capabilities,
         version,
         admin: admin.clone(),
@@ -184,8 +185,9 @@ impl Drop for Enabled {
     fn drop(&mut self) {
         if let Some((admin, release)) = self.keep.take() {
             // Taken away from its reaper, which would keep it for as long as its runtime lives.
-            let keep = (admin.queue.take(), admin, release);
-            shutdown::stop_and_drop(self.registers.clone(), self.ready_timeout, keep);
+            let keep = (admin.queue.take(), admin);
+            let registers = self.registers.clone();
+            shutdown::stop_and_drop(registers, self.ready_timeout, keep, Some(release));
         }
     }
 }
@@ -269,7 +271,7 @@ impl BringUp<'_> {
             max_transfer: max_transfer - max_transfer % DEVICE_PAGE as u64,
             write_zeroes_bytes: nvm
                 .filter(|nvm| nvm.wzsl != 0)
-                .and_then(|nvm| page.checked_shl(nvm.wzsl.into())),
+                .and_then(|nvm| page.checked_mul(1u64.checked_shl(nvm.wzsl.into())?)),
             discard_ranges: nvm
                 .filter(|nvm| nvm.dmrl != 0)
                 .map_or(256, |nvm| usize::from(nvm.dmrl)),

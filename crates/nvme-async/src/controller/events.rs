@@ -45,8 +45,8 @@ pub(super) async fn arm(inner: &Arc<ControllerInner>, requests: u8) {
     });
 }
 
-/// Reports an event and reads its log page, without which the controller sends no other of its
-/// type.
+/// Reports an event, reads its log page, without which the controller sends no other of its type,
+/// and asks for the next one.
 async fn acknowledge(inner: Weak<ControllerInner>, event: AsyncEvent) {
     let Some(inner) = inner.upgrade() else {
         return;
@@ -56,6 +56,8 @@ async fn acknowledge(inner: Weak<ControllerInner>, event: AsyncEvent) {
     if let Err(error) = read_log(&inner, event.log_page()).await {
         tracing::warn!(address, %error, "the log page of an event could not be read");
     }
+    // Only now, so that a controller can't report faster than its events are dealt with.
+    inner.admin.queue.with(|state| state.request_event());
 }
 
 async fn read_log(inner: &ControllerInner, page: u8) -> Result<(), Error> {

@@ -10,7 +10,7 @@ mod shutdown;
 use std::fmt;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nvme_spec::identify::IdentifyController;
@@ -40,7 +40,9 @@ pub struct Controller {
 }
 
 pub(crate) struct ControllerInner {
-    pub(crate) registers: Registers,
+    /// Gone once the device has been given up.
+    pub(crate) registers: Mutex<Option<Registers>>,
+    pub(crate) software_thread: Option<u32>,
     pub(crate) capabilities: Capabilities,
     pub(crate) version: Version,
     pub(crate) admin: Admin,
@@ -121,7 +123,7 @@ impl Controller {
     ///
     /// Dropping it gives up the result only.
     pub async fn active_namespaces(&self) -> Result<Vec<u32>, Error> {
-        self.inner.admin.active_namespaces().await
+        self.inner.active_namespaces().await
     }
 
     /// Opens a namespace.
@@ -204,7 +206,7 @@ impl Controller {
     /// The kernel's number of the thread that the embedded software controller runs in; nothing
     /// for other controllers.
     pub fn software_thread(&self) -> Option<u32> {
-        self.inner.registers.device.software_thread()
+        self.inner.software_thread
     }
 
     /// Ends the use of the controller in order: waits for what was submitted, deletes the queues,
@@ -237,8 +239,17 @@ impl fmt::Debug for Controller {
 }
 
 impl ControllerInner {
+    pub(crate) async fn active_namespaces(&self) -> Result<Vec<u32>, Error> {
+        self.admin.active_namespaces(self.identify.nn.get()).await
+    }
+
     pub(crate) fn all_queues(&self) -> impl Iterator<Item = &Arc<SharedQueue>> {
         self.queues.iter().chain(&self.local_queues)
+    }
+
+    pub(crate) fn registers(&self) -> Option<Registers> {
+        let registers = self.registers.lock();
+        registers.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn is_closing(&self) -> bool {

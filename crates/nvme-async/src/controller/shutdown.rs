@@ -1,19 +1,20 @@
 //! The end of a controller's use, in order or not.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use nvme_spec::admin;
 
 use super::registers::Registers;
+use super::registry::Release;
 use super::{Controller, ControllerInner};
 use crate::Error;
 use crate::engine::access::Access;
-use crate::engine::state::Aftermath;
+use crate::engine::state::Core;
 use crate::engine::submission::Drain;
-use crate::engine::{Failure, SharedQueue, State};
+use crate::engine::{SharedQueue, State};
 
 /// How long outstanding commands may take when nothing says how long a command may take.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -23,10 +24,10 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error> {
     // Several tasks may call it, and again after it was dropped half-way.
     let _ending = inner.ending.lock().await;
-    if inner.admin.queue.is_taken() {
+    let Some(registers) = inner.registers() else {
         // The device may have another owner by now.
         return Ok(());
-    }
+    };
     if !inner.is_closing() {
         end_lending(inner)?;
     }
@@ -65,37 +66,55 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
         0 => SHUTDOWN_TIMEOUT,
         micros => Duration::from_micros(micros.into()).max(SHUTDOWN_TIMEOUT),
     };
-    note(inner.registers.shut_down(timeout).await);
-    let disabled = inner.registers.disable(inner.ready_timeout).await;
+    note(registers.shut_down(timeout).await);
+    let disabled = registers.disable(inner.ready_timeout).await;
     // From here on nobody rings a doorbell, which during a reset would be fatal where the
     // kernel takes the BAR away for that time.
-    let states: Vec<State> = inner
+    let cores: Vec<Core> = inner
         .all_queues()
         .chain([&inner.admin.queue])
-        .filter_map(|queue| queue.take())
+        .filter_map(|queue| queue.end())
         .collect();
     let stopped = match disabled {
         Ok(()) => true,
         Err(error) => {
             note(Err(error));
-            let reset = inner.registers.device.reset();
+            let reset = registers.device.reset();
             let stopped = reset.is_ok();
             note(reset.map_err(Error::from));
             stopped
         }
     };
-    note(
-        inner
-            .registers
-            .device
-            .set_bus_master(false)
-            .map_err(Error::from),
-    );
-    end(states, stopped);
-    if let Ok(mut release) = inner.release.lock() {
-        *release = None;
+    note(registers.device.set_bus_master(false).map_err(Error::from));
+    if stopped {
+        drop(cores);
+    } else {
+        // The device may still write there.
+        std::mem::forget(cores);
     }
+    give_up(inner, registers).await;
     first_error.map_or(Ok(()), Err)
+}
+
+/// Closes the device, which may block, and lets those know who wait for it.
+async fn give_up(inner: &ControllerInner, registers: Registers) {
+    let ours = inner
+        .registers
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    let release = inner
+        .release
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    let closing = tokio::task::spawn_blocking(move || {
+        drop((registers, ours));
+        drop(release);
+    });
+    if let Err(error) = closing.await {
+        tracing::warn!(%error, "while the device was closed");
+    }
 }
 
 /// Sees to it that no LocalNamespace has a queue pair or gets one.
@@ -135,26 +154,13 @@ async fn drain(inner: &ControllerInner) {
     }
 }
 
-/// Fails what is still waited for and frees the memory of the queues, if the device is known to be
-/// stopped.
-fn end(mut states: Vec<State>, stopped: bool) {
-    let mut aftermath = Aftermath::default();
-    for state in &mut states {
-        state.fail(Failure::Closed, &mut aftermath);
-    }
-    aftermath.run();
-    if !stopped {
-        // The device may still write there.
-        std::mem::forget(states);
-    }
-}
-
 /// Stops a controller that is not used any more, in a thread of its own, and drops `keep` when
 /// that is done: memory that the controller may access until then above all.
 pub(super) fn stop_and_drop(
     registers: Registers,
     ready_timeout: Duration,
     keep: impl Send + 'static,
+    release: Option<Release>,
 ) {
     // From here on it accesses no memory, whatever the thread takes.
     if let Err(error) = registers.device.set_bus_master(false) {
@@ -169,11 +175,16 @@ pub(super) fn stop_and_drop(
                 "an unused controller could not be stopped; its memory is never freed"
             );
             std::mem::forget(keep);
+        } else {
+            drop(keep);
         }
+        // The device is closed before another opens it.
+        drop(registers);
+        drop(release);
     };
     // Without a thread the closure, and what it keeps, is dropped by `spawn`; the memory must
     // not be, so it is put where the failure can get at it.
-    let stop = Arc::new(std::sync::Mutex::new(Some(stop)));
+    let stop = Arc::new(Mutex::new(Some(stop)));
     let in_thread = stop.clone();
     let run = move || {
         let stop = in_thread.lock().ok().and_then(|mut stop| stop.take());
@@ -199,15 +210,13 @@ impl Drop for ControllerInner {
             .cloned()
             .collect();
         let states: Vec<State> = queues.iter().filter_map(|queue| queue.take()).collect();
-        if states.is_empty() {
-            // Shut down in order.
-            return;
+        let registers = self.registers.get_mut();
+        let release = self.release.get_mut();
+        if let Some(registers) = registers.unwrap_or_else(PoisonError::into_inner).take() {
+            let release = release.unwrap_or_else(PoisonError::into_inner).take();
+            let keep = (states, self.admin.pool.clone());
+            stop_and_drop(registers, self.ready_timeout, keep, release);
         }
-        let release = self.release.get_mut().ok().and_then(Option::take);
-        // In order: what commands use, the pool that it is from, and then the word to those who
-        // wait for the device.
-        let keep = (states, self.admin.pool.clone(), release);
-        stop_and_drop(self.registers.clone(), self.ready_timeout, keep);
     }
 }
 
@@ -219,5 +228,37 @@ impl Controller {
             });
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, feature = "soft"))]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use crate::{Error, open};
+
+    #[tokio::test]
+    async fn a_result_that_was_not_taken_before_the_end_is_not_lost() {
+        // Slow enough that the first poll does not find it done.
+        let namespace = open("mem:?size=1M&latency=20ms").await.unwrap();
+        let mut write = pin!(namespace.write(4096, vec![7; 4096]));
+        let mut context = Context::from_waker(Waker::noop());
+        if let Poll::Ready(written) = write.as_mut().poll(&mut context) {
+            panic!("resolved at once: {written:?}");
+        }
+        namespace.controller().shutdown().await.unwrap();
+        assert_eq!(write.await.unwrap(), vec![7; 4096]);
+    }
+
+    #[tokio::test]
+    async fn a_closed_controller_refuses_and_gives_buffers_back() {
+        let namespace = open("mem:?size=1M").await.unwrap();
+        namespace.controller().shutdown().await.unwrap();
+        let refused = namespace.write(0, vec![7; 4096]).await.unwrap_err();
+        assert!(matches!(refused.error, Error::Closed { .. }), "{refused}");
+        assert_eq!(refused.buffer, Some(vec![7; 4096]));
+        namespace.controller().shutdown().await.unwrap();
     }
 }

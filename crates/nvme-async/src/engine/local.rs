@@ -10,7 +10,7 @@ use nvme_spec::event::AsyncEvent;
 use super::SharedQueue;
 use super::access::Access;
 use super::reaper::{Reaper, check_spawned, vacate};
-use super::state::{Aftermath, Failure, State};
+use super::state::{Aftermath, Failure, Outcome, State};
 
 /// A queue pair taken from its [`SharedQueue`] and used without a lock.
 pub struct LocalQueue {
@@ -64,6 +64,11 @@ impl Access for Rc<LocalQueue> {
                 Err(failure)
             }
         }
+    }
+
+    fn late_outcome(&self, _key: usize) -> Option<Outcome> {
+        // Its futures borrow the handle that the queue pair is lent to.
+        None
     }
 
     fn report(&self, event: AsyncEvent) {

@@ -56,6 +56,7 @@ impl QueueAccess for std::rc::Rc<LocalQueue> {}
 pub(crate) mod access {
     use nvme_spec::event::AsyncEvent;
 
+    use super::state::Outcome;
     use super::{Failure, State};
 
     /// Access to the state of a queue pair, and a reaper for it.
@@ -65,6 +66,9 @@ pub(crate) mod access {
 
         /// Spawns a reaper on the current runtime, if the queue has none.
         fn spawn_reaper(&self) -> Result<(), Failure>;
+
+        /// The outcome of an operation of a queue pair that has ended.
+        fn late_outcome(&self, key: usize) -> Option<Outcome>;
 
         /// Passes on what the controller reported by itself.
         fn report(&self, event: AsyncEvent);

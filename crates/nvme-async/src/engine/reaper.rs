@@ -13,9 +13,9 @@ use super::state::{Aftermath, Failure, Look, ReaperSeat, State, Term};
 
 /// Looks at the completion queue between two chances for other tasks to run.
 const BURST: u32 = 32;
-/// A timer that goes off sooner after the queue fell asleep is not taken as proof that an
-/// interrupt was lost: it may be on its way.
-const PROOF: Duration = Duration::from_millis(5);
+/// A completion that a check finds is left to its interrupt for so long, since that may be on its
+/// way; then the interrupt is lost.
+const GRACE: Duration = Duration::from_millis(5);
 
 /// Drives one queue pair for as long as its runtime and the queue live.
 ///
@@ -26,10 +26,12 @@ pub(crate) struct Reaper<Q: Access> {
     queue: Q,
     term: Term,
     wakeups: Wakeups,
-    /// Since when it sleeps.
-    asleep: Option<Instant>,
     /// Timer wake-ups in a row that found nothing.
     idle_checks: u32,
+    /// Whether the last one found a completion and left it to its interrupt.
+    doubtful: bool,
+    /// Whether a lost interrupt was reported.
+    warned: bool,
 }
 
 /// What one turn decided.
@@ -40,6 +42,19 @@ enum Turn {
     Burst,
     /// The waker is in the seat; the timer, if any, is to be set.
     Sleep { check: Option<Instant> },
+    /// The same, with a completion waiting whose interrupt may be on its way.
+    Doubt { check: Instant },
+}
+
+impl Turn {
+    /// Until when the reaper sleeps, if it does and if there is such a time.
+    fn sleeps_until(&self) -> Option<Option<Instant>> {
+        match *self {
+            Self::Again | Self::Burst => None,
+            Self::Sleep { check } => Some(check),
+            Self::Doubt { check } => Some(Some(check)),
+        }
+    }
 }
 
 impl<Q: Access> Reaper<Q> {
@@ -50,8 +65,9 @@ impl<Q: Access> Reaper<Q> {
             queue,
             term,
             wakeups,
-            asleep: None,
             idle_checks: 0,
+            doubtful: false,
+            warned: false,
         })
     }
 
@@ -72,18 +88,12 @@ impl<Q: Access> Reaper<Q> {
     }
 
     /// What a completion found now says about the interrupt.
-    fn look(&mut self, cx: &mut Context<'_>, now: Instant) -> Look {
+    fn look(&mut self, cx: &mut Context<'_>) -> Look {
         let interrupted = self.wakeups.poll_interrupt(cx);
         let timer = self.wakeups.poll_timer(cx);
-        let slept = self
-            .asleep
-            .take()
-            .map(|since| now.saturating_duration_since(since));
         if interrupted {
-            self.idle_checks = 0;
             Look::Interrupted
-        } else if timer && slept.is_some_and(|slept| slept >= PROOF) {
-            self.idle_checks += 1;
+        } else if timer {
             Look::Check
         } else {
             Look::Polled
@@ -99,8 +109,9 @@ impl<Q: Access> Future for Reaper<Q> {
         let now = Instant::now();
         // Registers for the interrupt before the look that decides whether to sleep, so that none
         // between the two goes unnoticed.
-        let look = this.look(cx, now);
+        let look = this.look(cx);
         let idle_checks = this.idle_checks;
+        let doubtful = std::mem::take(&mut this.doubtful);
         let timer = this.wakeups.armed_for();
 
         let mut aftermath = Aftermath::default();
@@ -109,25 +120,51 @@ impl<Q: Access> Future for Reaper<Q> {
             if !state.is_seated(term) {
                 return None;
             }
+            // The timer may also go off while the queue is polled, which says nothing.
+            // Nor does it where there are no interrupts.
+            let slept =
+                matches!(state.reaper, ReaperSeat::Asleep { .. }) && state.mode() != PollMode::Busy;
+            let look = if slept || look != Look::Check {
+                look
+            } else {
+                Look::Polled
+            };
             state.reaper = ReaperSeat::Awake;
-            state.reap(look, now, &mut aftermath);
+            let mut taken = 0;
+            let turn = if look == Look::Check && !doubtful && state.completion_ready() {
+                Turn::Doubt { check: now + GRACE }
+            } else {
+                taken = state.reap(look, now, &mut aftermath);
+                state.expire(now, &mut aftermath);
+                decide(state, now, idle_checks, timer)
+            };
             state.ring_deferred();
-            state.expire(now, &mut aftermath);
-            let turn = decide(state, now, idle_checks, timer);
-            if let Turn::Sleep { check } = turn {
+            if let Some(check) = turn.sleeps_until() {
                 state.reaper = ReaperSeat::Asleep {
                     waker: cx.waker().clone(),
                     next_look: check,
                 };
             }
-            Some((turn, state.take_events()))
+            Some((turn, look, taken, state.take_events()))
         });
         aftermath.run();
-        let Some((turn, events)) = turn.flatten() else {
+        let Some((turn, look, taken, events)) = turn.flatten() else {
             return Poll::Ready(());
         };
         for event in events {
             this.queue.report(event);
+        }
+        match look {
+            _ if taken > 0 => this.idle_checks = 0,
+            Look::Check => this.idle_checks = idle_checks.saturating_add(1),
+            Look::Interrupted | Look::Polled => {}
+        }
+        if look == Look::Check && taken > 0 && !std::mem::replace(&mut this.warned, true) {
+            tracing::warn!(
+                completions = taken,
+                "an interrupt was lost: its completion was found by a check; the queue goes on, but \
+                 such completions are late (this is reported once for each queue)"
+            );
         }
         match turn {
             Turn::Again => cx.waker().wake_by_ref(),
@@ -135,11 +172,11 @@ impl<Q: Access> Future for Reaper<Q> {
                 this.burst();
                 cx.waker().wake_by_ref();
             }
-            Turn::Sleep { check } => {
-                this.asleep = Some(now);
-                if let Some(check) = check {
-                    this.wakeups.arm(check, cx);
-                }
+            Turn::Sleep { check: None } => {}
+            Turn::Sleep { check: Some(check) } => this.wakeups.arm(check, cx),
+            Turn::Doubt { check } => {
+                this.doubtful = true;
+                this.wakeups.arm(check, cx);
             }
         }
         Poll::Pending

@@ -8,13 +8,15 @@ use tokio::runtime::Handle;
 
 use super::access::Access;
 use super::reaper::{Reaper, check_spawned, vacate};
-use super::state::{Aftermath, Failure, QueueCounters, State};
+use super::state::{Aftermath, Core, Failure, Outcome, Outcomes, QueueCounters, State};
 
 /// A queue pair behind a lock, which is held for the time of one submission or one batch of
 /// completions and never while anything else runs.
 pub struct SharedQueue {
     /// Empty while a [`LocalQueue`](super::LocalQueue) has the queue pair, and after the end.
     state: Mutex<Option<State>>,
+    /// What futures have not taken before the end.
+    outcomes: Mutex<Outcomes>,
     vector: Arc<OwnedFd>,
     on_event: OnceLock<Box<dyn Fn(AsyncEvent) + Send + Sync>>,
 }
@@ -23,6 +25,7 @@ impl SharedQueue {
     pub(crate) fn new(state: State, vector: Arc<OwnedFd>) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(Some(state)),
+            outcomes: Mutex::default(),
             vector,
             on_event: OnceLock::new(),
         })
@@ -52,6 +55,22 @@ impl SharedQueue {
         state
     }
 
+    /// Ends the queue pair and returns what the device may still use. Futures get the outcomes that
+    /// there are, and the others fail.
+    pub(crate) fn end(&self) -> Option<Core> {
+        let mut aftermath = Aftermath::default();
+        let core = {
+            let mut home = self.lock();
+            home.take().map(|state| {
+                let (outcomes, core) = state.end(&mut aftermath);
+                *lock(&self.outcomes) = outcomes;
+                core
+            })
+        };
+        aftermath.run();
+        core
+    }
+
     /// Puts a state back that was taken, and sees to it that outstanding commands are reaped.
     pub(crate) fn put_back(self: &Arc<Self>, state: State) {
         let unfinished = state.is_watched();
@@ -60,11 +79,6 @@ impl SharedQueue {
         if unfinished && self.spawn_reaper().is_err() {
             tracing::debug!("commands are outstanding on a queue that nobody drives");
         }
-    }
-
-    /// Whether the queue pair is elsewhere or has ended.
-    pub(crate) fn is_taken(&self) -> bool {
-        self.lock().is_none()
     }
 
     /// Sets who is told of asynchronous events.
@@ -85,8 +99,7 @@ impl SharedQueue {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<State>> {
-        // Nothing that can panic runs under the lock in a state that must not be seen.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
@@ -112,9 +125,18 @@ impl Access for Arc<SharedQueue> {
         }
     }
 
+    fn late_outcome(&self, key: usize) -> Option<Outcome> {
+        lock(&self.outcomes).take(key)
+    }
+
     fn report(&self, event: AsyncEvent) {
         if let Some(on_event) = self.on_event.get() {
             on_event(event);
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that can panic runs under the lock in a state that must not be seen.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

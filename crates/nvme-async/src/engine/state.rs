@@ -1,5 +1,7 @@
 //! What one queue pair holds: its protocol core, and the operations that wait for it.
 
+mod seat;
+
 use std::collections::VecDeque;
 use std::task::Waker;
 use std::time::{Duration, Instant};
@@ -9,6 +11,7 @@ use nvme_spec::{Cqe, Sqe};
 use slab::Slab;
 use smallvec::SmallVec;
 
+pub(crate) use self::seat::{ReaperSeat, Term};
 use super::window::Window;
 use super::{PollMode, QueueSettings};
 use crate::device::Doorbell;
@@ -18,10 +21,6 @@ use crate::queue::{Class, Finished, Lie, QueueCore};
 
 /// So many completions are taken before those who wait for them are woken.
 const REAP_BATCH: usize = 32;
-
-/// How often a sleeping queue with commands outstanding is looked at without an interrupt.
-const FIRST_CHECK: Duration = Duration::from_millis(10);
-const LAST_CHECK: Duration = Duration::from_millis(500);
 
 /// The protocol core of a queue pair on a device.
 pub(crate) type Core = QueueCore<InFlight, DmaWords, Doorbell>;
@@ -91,24 +90,6 @@ pub(crate) struct State {
     pub(crate) counters: QueueCounters,
 }
 
-/// Tells one reaper from another.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Term(u64);
-
-/// Who drives the queue.
-pub(crate) enum ReaperSeat {
-    /// Nobody: the next operation that is polled spawns a reaper.
-    Empty,
-    /// A reaper that will look at the queue by itself.
-    Awake,
-    /// A reaper that sleeps until its interrupt, its timer or this waker.
-    Asleep {
-        waker: Waker,
-        /// When it looks again without being woken.
-        next_look: Option<Instant>,
-    },
-}
-
 pub(crate) enum InFlight {
     Operation { key: usize, holdings: Holdings },
     AsyncEvent,
@@ -136,6 +117,22 @@ enum Stage {
     Queued,
     Submitted { slot: u16 },
     Done(Outcome),
+}
+
+/// What is left of a queue pair after its end: outcomes that their futures have not taken yet.
+#[derive(Default)]
+pub(crate) struct Outcomes {
+    operations: Slab<Operation>,
+}
+
+impl Outcomes {
+    /// The outcome of an operation that has not taken it yet.
+    pub(crate) fn take(&mut self, key: usize) -> Option<Outcome> {
+        match self.operations.try_remove(key)?.stage {
+            Stage::Done(outcome) => Some(outcome),
+            Stage::Queued | Stage::Submitted { .. } => None,
+        }
+    }
 }
 
 /// Events counted by one queue pair since it was created.
@@ -379,6 +376,17 @@ impl State {
         self.wake_reaper(aftermath);
     }
 
+    /// Ends the queue pair: fails what is still waited for, and separates the outcomes from what the
+    /// device may still use.
+    pub(crate) fn end(mut self, aftermath: &mut Aftermath) -> (Outcomes, Core) {
+        self.fail(Failure::Closed, aftermath);
+        self.dismiss_reaper(aftermath);
+        let outcomes = Outcomes {
+            operations: self.operations,
+        };
+        (outcomes, self.core)
+    }
+
     /// Whether no further commands are accepted. Those that are outstanding or wait for a slot go
     /// on.
     pub(crate) fn set_refusing(&mut self, refusing: bool) {
@@ -394,8 +402,11 @@ impl State {
         self.core.capacity()
     }
 
-    /// Keeps one asynchronous event request outstanding.
+    /// Asks for one event of the controller.
     pub(crate) fn request_event(&mut self) {
+        if self.failure.is_some() || self.refusing {
+            return;
+        }
         let now = Instant::now();
         let sqe = nvme_spec::admin::async_event_request();
         // With all slots taken there is one event request less until the next one completes.
@@ -415,7 +426,8 @@ impl State {
 
     /// Begins to wait for everything that was started so far; returns the key of that wait.
     pub(crate) fn begin_drain(&mut self) -> usize {
-        // What waits for a slot has the next sequence numbers.
+        // What waits for a slot gets the next sequence numbers, and until it does, all slots are
+        // taken by what came before it.
         let mark = self.core.next_sequence() + self.backlog.len() as u64;
         self.drains.insert(Draining { mark, waker: None })
     }
@@ -428,7 +440,7 @@ impl State {
         waker: &mut Option<Waker>,
     ) -> Option<Result<(), Failure>> {
         let draining = &mut self.drains[key];
-        if is_past(&self.core, &self.backlog, draining.mark) {
+        if !self.core.is_outstanding_before(draining.mark) {
             return Some(Ok(()));
         }
         if let Some(failure) = &self.failure {
@@ -466,110 +478,6 @@ impl State {
         self.settings.mode
     }
 
-    /// When a reaper that sleeps from `now` on has to look again, if ever.
-    pub(crate) fn next_check(&self, now: Instant, checks: u32) -> Option<Instant> {
-        if !self.is_watched() {
-            return None;
-        }
-        let check = now
-            + FIRST_CHECK
-                .saturating_mul(1 << checks.min(8))
-                .min(LAST_CHECK);
-        Some(
-            self.core
-                .earliest_deadline()
-                .map_or(check, |deadline| deadline.min(check)),
-        )
-    }
-
-    /// Whether somebody drives the queue.
-    pub(crate) fn has_reaper(&self) -> bool {
-        !matches!(self.reaper, ReaperSeat::Empty)
-    }
-
-    /// Takes the reaper's seat if it is empty.
-    pub(crate) fn claim_reaper(&mut self) -> Option<Term> {
-        if self.has_reaper() {
-            return None;
-        }
-        self.reaper = ReaperSeat::Awake;
-        self.term.0 += 1;
-        Some(self.term)
-    }
-
-    /// Ends the term of the reaper, if there is one, and wakes it so that it notices.
-    pub(crate) fn dismiss_reaper(&mut self, aftermath: &mut Aftermath) {
-        self.wake_reaper(aftermath);
-        self.reaper = ReaperSeat::Empty;
-        self.term.0 += 1;
-    }
-
-    /// Whether the reaper of `term` has the seat.
-    pub(crate) fn is_seated(&self, term: Term) -> bool {
-        self.term == term && self.has_reaper()
-    }
-
-    /// Whether an adaptive queue should poll on.
-    pub(crate) fn window_open(&mut self, now: Instant) -> bool {
-        let length = self.window.length();
-        if length.is_zero() {
-            self.window.slept();
-            return false;
-        }
-        let open = now.saturating_duration_since(self.last_progress) < length;
-        if !open {
-            self.window.miss();
-        }
-        open
-    }
-
-    /// Leaves the queue without a reaper and wakes all who wait, so that one of them provides the
-    /// next one.
-    pub(crate) fn vacate(&mut self, term: Term, aftermath: &mut Aftermath) {
-        if !self.is_seated(term) {
-            return;
-        }
-        self.wake_reaper(aftermath);
-        self.reaper = ReaperSeat::Empty;
-        for (_, operation) in &mut self.operations {
-            if !matches!(operation.stage, Stage::Done(_)) {
-                aftermath.wakers.push(operation.take_waker());
-            }
-        }
-        for (_, draining) in &mut self.drains {
-            aftermath.wakers.extend(draining.waker.take());
-        }
-    }
-
-    /// Wakes the reaper if it sleeps.
-    pub(crate) fn wake_reaper(&mut self, aftermath: &mut Aftermath) {
-        if let ReaperSeat::Asleep { .. } = self.reaper
-            && let ReaperSeat::Asleep { waker, .. } =
-                std::mem::replace(&mut self.reaper, ReaperSeat::Awake)
-        {
-            aftermath.wakers.push(waker);
-        }
-    }
-
-    fn rouse_reaper(&mut self, was_idle: bool, aftermath: &mut Aftermath) {
-        let ReaperSeat::Asleep { next_look, .. } = self.reaper else {
-            return;
-        };
-        let polls = match self.settings.mode {
-            PollMode::Adaptive => was_idle && !self.window.length().is_zero(),
-            PollMode::Interrupt => false,
-            PollMode::Busy => true,
-        };
-        let looks_in_time = match (next_look, self.core.earliest_deadline()) {
-            (None, _) => !self.is_watched(),
-            (Some(next_look), Some(deadline)) => next_look <= deadline,
-            (Some(_), None) => true,
-        };
-        if polls || !looks_in_time || self.core.has_deferred() {
-            self.wake_reaper(aftermath);
-        }
-    }
-
     fn finish(&mut self, finished: Finished<InFlight>, now: Instant, aftermath: &mut Aftermath) {
         self.counters.completions += 1;
         match finished.token {
@@ -577,7 +485,6 @@ impl State {
                 if finished.cqe.status().is_success() {
                     self.events
                         .push(AsyncEvent::from_bits(finished.cqe.result()));
-                    self.request_event();
                 } else {
                     tracing::debug!(status = %finished.cqe.status(), "event request refused");
                 }
@@ -632,7 +539,7 @@ impl State {
 
     fn wake_drains(&mut self, aftermath: &mut Aftermath) {
         for (_, draining) in &mut self.drains {
-            if self.failure.is_some() || is_past(&self.core, &self.backlog, draining.mark) {
+            if self.failure.is_some() || !self.core.is_outstanding_before(draining.mark) {
                 aftermath.wakers.extend(draining.waker.take());
             }
         }
@@ -648,11 +555,6 @@ impl Operation {
     fn take_waker(&mut self) -> Waker {
         std::mem::replace(&mut self.waker, Waker::noop().clone())
     }
-}
-
-/// Whether all commands with sequence numbers below `mark` are done.
-fn is_past(core: &Core, backlog: &VecDeque<Waiting>, mark: u64) -> bool {
-    !core.is_outstanding_before(mark) && (backlog.is_empty() || core.next_sequence() >= mark)
 }
 
 /// Submits `command`, or gives it back if all slots are taken.

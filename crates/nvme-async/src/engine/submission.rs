@@ -86,7 +86,10 @@ impl<'a, Q: Access> Submission<'a, Q> {
                 None => Polled::WakesAnother,
             });
             match polled {
-                None => return Poll::Ready((Err(Failure::Closed), None)),
+                None => {
+                    let late = self.queue.late_outcome(key);
+                    return Poll::Ready(late.unwrap_or((Err(Failure::Closed), None)));
+                }
                 Some(Polled::Done(outcome)) => return Poll::Ready(outcome),
                 Some(Polled::Waiting { driven }) => break driven,
                 Some(Polled::WakesAnother) => fresh = Some(cx.waker().clone()),
@@ -130,8 +133,11 @@ impl<Q: Access> Drop for Submission<'_, Q> {
 
 fn abandon<Q: Access>(queue: &Q, key: usize) {
     let mut aftermath = Aftermath::default();
-    queue.with(|state| state.abandon(key, &mut aftermath));
+    let lives = queue.with(|state| state.abandon(key, &mut aftermath));
     aftermath.run();
+    if lives.is_none() {
+        drop(queue.late_outcome(key));
+    }
 }
 
 /// Resolves when all commands that were started on one queue pair before the first poll are done,

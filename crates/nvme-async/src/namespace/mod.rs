@@ -48,7 +48,7 @@ impl Namespace {
     pub(crate) async fn open(controller: Controller, nsid: u32) -> Result<Self, Error> {
         controller.check_open()?;
         let admin = &controller.inner.admin;
-        let active = admin.active_namespaces().await?;
+        let active = controller.inner.active_namespaces().await?;
         if !active.contains(&nsid) {
             let address = controller.address().to_owned();
             return Err(Error::NoNamespace {

@@ -296,15 +296,10 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     fn next_cid(&mut self, slot: u16) -> u16 {
         let generation = &mut self.generations[usize::from(slot)];
-        loop {
-            *generation = generation.wrapping_add(1);
-            let cid = cid(*generation, self.index_bits, slot);
-            // FFFFh stands for "no particular command" in the error log (NVMe base specification
-            // 2.0, figure "Command Dword 0").
-            if cid != 0xffff {
-                return cid;
-            }
-        }
+        *generation = generation.wrapping_add(1);
+        // Never FFFFh, which stands for "no particular command" in the error log (NVMe base
+        // specification 2.0, figure "Command Dword 0"): no slot's number has all bits set.
+        cid(*generation, self.index_bits, slot)
     }
 
     /// The slot of the command that has this identifier and that the device was told of.

@@ -43,7 +43,7 @@ pub(crate) trait ListMemory {
 /// The cheapest way to describe `segments`, in order (NVMe base specification 2.0, sections
 /// 4.1.1 and 4.1.2).
 ///
-/// There are at least one segment and no empty ones.
+/// There are at least one segment and no empty ones, and none starts where the one before it ends.
 pub(crate) fn shape(segments: &[Segment], page_size: u64, sgl: SglSupport) -> Shape {
     if prp_can_describe(segments, page_size) {
         let pages: u64 = segments
@@ -164,11 +164,8 @@ fn prp_pages(segments: &[Segment], page_size: u64) -> impl Iterator<Item = u64> 
 /// Words of a list of `entries` entries, pointers to further list pages included.
 fn prp_list_words(entries: u64, page_size: u64) -> u64 {
     let per_page = page_size / 8;
-    if entries <= per_page {
-        return entries;
-    }
     // Each page but the last gives its last word to the pointer to the next one.
-    let full_pages = (entries - per_page).div_ceil(per_page - 1);
+    let full_pages = entries.saturating_sub(per_page).div_ceil(per_page - 1);
     entries + full_pages
 }
 

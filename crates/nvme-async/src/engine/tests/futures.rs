@@ -96,9 +96,9 @@ fn a_queue_that_is_about_to_end_is_not_lent() {
     assert!(LocalQueue::take(&queue).is_none());
     queue.with(|state| state.set_refusing(false));
     let local = LocalQueue::take(&queue).unwrap();
-    assert!(LocalQueue::take(&queue).is_none() && queue.is_taken());
+    assert!(LocalQueue::take(&queue).is_none() && queue.with(|_| ()).is_none());
     local.give_back();
-    assert!(!queue.is_taken());
+    assert!(queue.with(|_| ()).is_some());
     assert!(
         local.with(|_| ()).is_none(),
         "what was given back is not used"
@@ -248,6 +248,10 @@ impl Access for Strict {
     fn spawn_reaper(&self) -> Result<(), Failure> {
         self.with(State::claim_reaper);
         Ok(())
+    }
+
+    fn late_outcome(&self, key: usize) -> Option<Outcome> {
+        self.queue.late_outcome(key)
     }
 
     fn report(&self, _: nvme_spec::event::AsyncEvent) {}

@@ -303,20 +303,30 @@ fn late_for_a_slot_only_when_all_slots_are_lost() {
 #[test]
 fn no_deadline_passes_for_the_backlog_while_others_are_under_way() {
     let mut rig = rig(2);
+    rig.timeout = TIMEOUT * 3;
     rig.start();
-    rig.expire(TIMEOUT + MOMENT);
-    rig.device.work();
-    rig.reap();
-    // The slot is free again: a new command is under way, and another waits.
-    let (under_way, waits) = (rig.start(), rig.start());
-    rig.after(|state, aftermath| {
-        state.expire(std::time::Instant::now() + TIMEOUT - MOMENT, aftermath);
-    });
-    assert!(rig.outcome(&under_way).is_none() && rig.outcome(&waits).is_none());
+    rig.timeout = TIMEOUT;
+    let waits = rig.start();
+    rig.expire(TIMEOUT * 2);
+    assert!(rig.outcome(&waits).is_none(), "its turn may come");
+    rig.work();
+    rig.work();
+    rig.success(&waits);
 }
 
 #[test]
-fn events_are_reported_and_asked_for_again() {
+fn nothing_is_asked_of_a_queue_that_is_about_to_end() {
+    let mut rig = rig(8);
+    rig.state.set_refusing(true);
+    rig.state.request_event();
+    rig.state.set_refusing(false);
+    rig.fail();
+    rig.state.request_event();
+    assert_eq!(rig.device.fetch(usize::MAX), 0);
+}
+
+#[test]
+fn events_are_reported_once() {
     let mut rig = rig(8);
     for _ in 0..2 {
         rig.state.request_event();
@@ -337,9 +347,11 @@ fn events_are_reported_and_asked_for_again() {
     assert!(rig.state.take_events().is_empty());
     assert_eq!(
         rig.device.fetch(usize::MAX),
-        1,
-        "another one is outstanding"
+        0,
+        "not before it was dealt with"
     );
+    rig.state.request_event();
+    assert_eq!(rig.device.fetch(usize::MAX), 1);
 
     let cid = rig.device.fetched[1].cid();
     rig.device

@@ -195,6 +195,8 @@ pub(super) struct Rig {
     pub(super) device: Device,
     /// Woken when the reaper is.
     pub(super) reaper: Arc<Wakes>,
+    /// Of the commands that are started.
+    pub(super) timeout: Duration,
     next_number: u32,
 }
 
@@ -205,12 +207,14 @@ impl Rig {
             state,
             device,
             reaper: Arc::default(),
+            timeout: TIMEOUT,
             next_number: 0,
         }
     }
 
     pub(super) fn try_start(&mut self) -> Result<Started, Refusal> {
-        let (command, memory) = command(self.next_number);
+        let (mut command, memory) = command(self.next_number);
+        command.timeout = Some(self.timeout);
         let (wakes, waker) = Wakes::new();
         let mut aftermath = Aftermath::default();
         let started = self.state.start(command, waker, &mut aftermath);

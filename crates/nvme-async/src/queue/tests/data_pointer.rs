@@ -171,7 +171,7 @@ fn check(segments: &[Segment], page: u64, sgl: SglSupport) {
         None => {
             assert_eq!(shape, Shape::Inexpressible);
             assert!(!fits_prps(segments, page), "PRP entries would do");
-            let aligned = |segment: &Segment| segment.iova % 4 == 0 && segment.len % 4 == 0;
+            let aligned = |segment: &Segment| (segment.iova | segment.len).is_multiple_of(4);
             let short = segments
                 .iter()
                 .all(|segment| segment.len <= u64::from(u32::MAX));

@@ -159,9 +159,11 @@ fn heads_are_checked_across_the_end_of_the_ring() {
     pair.host.ring_deferred();
     pair.device.fetch(2);
     let cid = pair.device.fetched[0].cid();
-    pair.device
-        .post(pair.device.honest(cid, Status::SUCCESS).with_sq(ID, 2));
-    assert_eq!(pair.next_lie(), Lie::SubmissionHead { head: 2 });
+    for head in [2, 4, 5] {
+        pair.device
+            .post(pair.device.honest(cid, Status::SUCCESS).with_sq(ID, head));
+        assert_eq!(pair.next_lie(), Lie::SubmissionHead { head });
+    }
     pair.device
         .post(pair.device.honest(cid, Status::SUCCESS).with_sq(ID, 0));
     assert_eq!(pair.next_number(), 3);
@@ -189,7 +191,7 @@ proptest! {
                 dwords[2] = dwords[2] & 0x3 | u32::from(ID) << 16;
             }
             if closeness > 4 {
-                dwords[3] = dwords[3] & 0xffff_001f;
+                dwords[3] &= 0xffff_001f;
             }
             pair.device.post(Cqe::from_dwords(dwords));
             match pair.next() {
