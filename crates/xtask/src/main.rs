@@ -1,0 +1,52 @@
+//! Tests of the workspace, those in a virtual machine included.
+//!
+//! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
+//! QEMU's NVMe controllers. Both say `--help`.
+
+#![forbid(unsafe_code)]
+
+mod boots;
+mod guest;
+mod initramfs;
+mod kernel;
+mod machine;
+mod packages;
+mod relay;
+mod run;
+mod sources;
+mod tally;
+mod test;
+mod vm;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// Runs the tests of nvme-async.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    Test(test::Arguments),
+    Vm(vm::Arguments),
+}
+
+fn main() -> ExitCode {
+    let task = Arguments::parse().task;
+    let outcome = Workspace::find().and_then(|workspace| match task {
+        Task::Test(arguments) => test::run(&workspace, &arguments),
+        Task::Vm(arguments) => vm::run(&workspace, &arguments),
+    });
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(run::HARNESS_FAILURE)
+    })
+}

@@ -1,0 +1,207 @@
+//! One run of a virtual machine, from boot to the command's exit status.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{self, Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::guest::{GuestCommand, INIT};
+use crate::initramfs::Archive;
+use crate::machine::Machine;
+use crate::packages::{Bed, QEMU};
+use crate::relay::{Event, KernelLog, Port, random};
+
+/// The exit status that says that the machine, not the command, failed.
+pub(crate) const HARNESS_FAILURE: u8 = 125;
+
+/// Kernel parameters: an IOMMU; an end instead of a hang when the kernel fails; and no trust in
+/// what a busy host makes fail, which are the test of the timer at boot and the measured rate of
+/// the time stamp counter (found ten times too low, and time then runs ten times too fast).
+const KERNEL_PARAMETERS: &str =
+    "console=ttyS0 intel_iommu=on oops=panic panic=-1 no_timer_check tsc=unstable";
+
+/// A command, the machine it runs in, and who gets its output.
+pub(crate) struct Job<'a> {
+    pub(crate) bed: &'a Bed,
+    /// Where the files of the machine are kept while it runs.
+    pub(crate) directory: &'a Path,
+    pub(crate) machine: &'a Machine,
+    pub(crate) command: GuestCommand,
+    pub(crate) time_limit: Duration,
+    /// Whether the kernel's messages are shown as they come.
+    pub(crate) show_kernel_log: bool,
+    pub(crate) output: Box<dyn Write + Send>,
+    pub(crate) errors: Box<dyn Write + Send>,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The command ended with this status.
+    Exited(u8),
+    /// The command did not end in time.
+    TimedOut,
+}
+
+impl Job<'_> {
+    /// Boots the machine and waits for the command's end.
+    pub(crate) fn run(self) -> Result<Outcome> {
+        let files = RunDirectory::create(self.directory)?;
+        let marker = random();
+        let ramdisk = files.path.join("initramfs");
+        fs::write(&ramdisk, self.initramfs(&marker)?).context("the guest's initramfs")?;
+
+        let [console, output, errors, control] =
+            [Port::open()?, Port::open()?, Port::open()?, Port::open()?];
+        let mut qemu = Command::new("setpriv");
+        // The machine ends with this process, however this process ends.
+        qemu.args(["--pdeathsig", "KILL", "--", QEMU])
+            .args(self.machine.arguments(&files.path)?)
+            .arg("-kernel")
+            .arg(&self.bed.kernel.image)
+            .arg("-initrd")
+            .arg(&ramdisk)
+            .args(["-append", KERNEL_PARAMETERS])
+            .args([
+                "-chardev",
+                &console.chardev("console"),
+                "-serial",
+                "chardev:console",
+            ])
+            .args(["-device", "virtio-serial-pci,addr=0x2"])
+            .args(["-chardev", &output.chardev("output")])
+            .args(["-device", "virtserialport,nr=1,chardev=output"])
+            .args(["-chardev", &errors.chardev("errors")])
+            .args(["-device", "virtserialport,nr=2,chardev=errors"])
+            .args(["-chardev", &control.chardev("control")])
+            .args(["-device", "virtserialport,nr=3,chardev=control"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+
+        let (sender, events) = mpsc::channel();
+        let log = console.log(self.show_kernel_log);
+        output.copy(format!("\x01{marker}"), self.output, sender.clone());
+        errors.copy(format!("\x01{marker}"), self.errors, sender.clone());
+        control.control(sender);
+        let emulator = Emulator(qemu.spawn().context("setpriv")?);
+        wait(emulator, &events, &log, self.time_limit)
+    }
+
+    fn initramfs(&self, marker: &str) -> Result<Vec<u8>> {
+        let mut archive = Archive::default();
+        for directory in ["bin", "dev", "modules", "proc", "sys"] {
+            archive.directory(directory);
+        }
+        let busybox =
+            fs::read(&self.bed.busybox).with_context(|| self.bed.busybox.display().to_string())?;
+        archive.file("bin/busybox", &busybox);
+        archive.file("init", INIT.as_bytes());
+        let mut order = String::new();
+        for module in self.bed.kernel.modules()? {
+            archive.file(&format!("modules/{}", module.file), &module.content);
+            order += &module.file;
+            order.push('\n');
+        }
+        archive.file("modules/order", order.as_bytes());
+        let kernel_driver = if self.machine.kernel_driver {
+            "yes"
+        } else {
+            "no"
+        };
+        let config = format!("kernel_driver={kernel_driver}\nmarker={marker}\n");
+        archive.file("config", config.as_bytes());
+        archive.file("command", &self.command.script());
+        Ok(archive.finish())
+    }
+}
+
+fn wait(
+    mut emulator: Emulator,
+    events: &mpsc::Receiver<Event>,
+    log: &KernelLog,
+    time_limit: Duration,
+) -> Result<Outcome> {
+    let deadline = Instant::now() + time_limit;
+    let mut streams = 2;
+    let mut status = None;
+    loop {
+        if let (0, Some(status)) = (streams, status) {
+            return Ok(Outcome::Exited(status));
+        }
+        match events.recv_timeout(Duration::from_millis(100)) {
+            Ok(Event::StreamEnded) => streams -= 1,
+            Ok(Event::Control(line)) => match line.split_once(' ') {
+                Some(("exit", number)) => {
+                    status = Some(number.parse().context("the guest's exit status")?);
+                }
+                _ => {
+                    log.show();
+                    bail!("the guest did not come up: {line}");
+                }
+            },
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                if let Some(end) = emulator.ended()? {
+                    log.show();
+                    bail!("the virtual machine ended before the command did ({QEMU}: {end})");
+                }
+                if Instant::now() >= deadline {
+                    log.show();
+                    return Ok(Outcome::TimedOut);
+                }
+            }
+        }
+    }
+}
+
+/// The process of the machine, which does not outlive this value.
+struct Emulator(Child);
+
+impl Emulator {
+    fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.0.try_wait().context(QEMU)
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The files of one run.
+struct RunDirectory {
+    path: PathBuf,
+}
+
+impl RunDirectory {
+    const PREFIX: &'static str = "run-";
+
+    /// Makes an empty directory, and removes those of processes that were killed.
+    fn create(parent: &Path) -> Result<Self> {
+        for entry in fs::read_dir(parent)?.filter_map(Result::ok) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if let Some(process) = name.strip_prefix(Self::PREFIX)
+                && !Path::new("/proc").join(process).exists()
+            {
+                // Another process may be doing the same.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        let path = parent.join(format!("{}{}", Self::PREFIX, process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for RunDirectory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}

@@ -1,0 +1,15 @@
+//! The whole path, from a Tokio task to a software controller and back, without a VM.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod cancellation;
+mod errors;
+mod histories;
+mod io;
+mod lifetimes;
+mod local;
+mod ordering;
+mod planted;
+mod queues;
+mod runtimes;
