@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -24,6 +25,9 @@ pub(crate) const HARNESS_FAILURE: u8 = 125;
 const KERNEL_PARAMETERS: &str =
     "console=ttyS0 intel_iommu=on oops=panic panic=-1 no_timer_check tsc=unstable";
 
+/// The signal by which a failed assertion ends a process.
+const SIGABRT: i32 = 6;
+
 /// A command, the machine it runs in, and who gets its output.
 pub(crate) struct Job<'a> {
     pub(crate) bed: &'a Bed,
@@ -45,6 +49,9 @@ pub(crate) enum Outcome {
     Exited(u8),
     /// The command did not end in time.
     TimedOut,
+    /// The emulator failed an assertion of its own. QEMU's software emulation of two processors
+    /// with an IOMMU does so now and then (`iotlb_to_section`), often before the guest is up.
+    EmulatorAborted,
 }
 
 impl Job<'_> {
@@ -146,6 +153,9 @@ fn wait(
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 if let Some(end) = emulator.ended()? {
                     log.show();
+                    if end.signal() == Some(SIGABRT) {
+                        return Ok(Outcome::EmulatorAborted);
+                    }
                     bail!("the virtual machine ended before the command did ({QEMU}: {end})");
                 }
                 if Instant::now() >= deadline {

@@ -23,6 +23,9 @@ const FULL: &str = "NVME_ASYNC_FULL";
 /// know nothing of loom.
 const LOOM: [(&str, &str); 1] = [("nvme-soft", "wake::")];
 
+/// How often a machine is booted whose emulator aborts.
+const BOOT_ATTEMPTS: u32 = 3;
+
 /// Runs every test: those of the workspace, the loom models, and those in virtual machines.
 ///
 /// Nothing is skipped in silence: an ignored test, a suite without tests, or a missing package
@@ -275,7 +278,7 @@ fn list(binary: &Path) -> Result<Vec<String>> {
         .collect())
 }
 
-/// Runs the tests of one boot. They share controllers, so one runs at a time.
+/// Runs the tests of one boot, again if the emulator itself fails.
 fn run_boot(
     workspace: &Workspace,
     arguments: &Arguments,
@@ -283,6 +286,24 @@ fn run_boot(
     bed: &Bed,
     binary: &Path,
 ) -> Result<Tally> {
+    for attempt in 1..=BOOT_ATTEMPTS {
+        if let Some(tally) = try_boot(workspace, arguments, boot, bed, binary)? {
+            return Ok(tally);
+        }
+        eprintln!("xtask: QEMU aborted by itself (attempt {attempt} of {BOOT_ATTEMPTS})");
+    }
+    bail!("QEMU aborted {BOOT_ATTEMPTS} times");
+}
+
+/// Runs the tests of one boot; nothing if the emulator aborted. The tests share controllers, so one
+/// runs at a time.
+fn try_boot(
+    workspace: &Workspace,
+    arguments: &Arguments,
+    boot: &Boot,
+    bed: &Bed,
+    binary: &Path,
+) -> Result<Option<Tally>> {
     let machine = boot.machine()?;
     let mut environment = machine.environment()?;
     if arguments.full {
@@ -311,11 +332,12 @@ fn run_boot(
         errors: Box::new(io::stderr()),
     };
     match job.run()? {
-        Outcome::Exited(0) => Ok(counts(&tally)),
+        Outcome::Exited(0) => Ok(Some(counts(&tally))),
         Outcome::Exited(status) => {
             let failed = counts(&tally).failed;
             bail!("{failed} tests failed, exit status {status}");
         }
+        Outcome::EmulatorAborted => Ok(None),
         Outcome::TimedOut => bail!("the tests did not end within {minutes} min"),
     }
 }

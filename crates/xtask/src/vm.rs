@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use crate::guest::GuestCommand;
 use crate::machine::{Controller, Machine};
 use crate::packages::Bed;
-use crate::run::{Job, Outcome};
+use crate::run::{HARNESS_FAILURE, Job, Outcome};
 use crate::workspace::Workspace;
 
 /// The exit status that says that the command did not end in time, as timeout(1) has it.
@@ -116,6 +116,10 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
                 arguments.time_limit
             );
             TIMED_OUT
+        }
+        Outcome::EmulatorAborted => {
+            eprintln!("error: QEMU aborted before the command ended; try again, or --cpus 1");
+            HARNESS_FAILURE
         }
     }))
 }

@@ -206,7 +206,8 @@ impl Namespace {
     /// # Errors
     ///
     /// If there are such commands: [`Error::RuntimeGone`] if nothing drives their queue, and the
-    /// error of the queue if it has failed. They may still be under way then.
+    /// error of the queue if it has failed. They may still be under way then. A command that has
+    /// missed its deadline is waited for as well, for as long as the device takes.
     ///
     /// # Cancel safety
     ///
