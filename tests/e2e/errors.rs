@@ -230,11 +230,13 @@ fn shutdown_waits_for_what_is_in_flight() {
             .open()
             .await;
         let namespace = rig.namespace().await;
+        rig.device.controller().hold_io();
         let writes = (0..8).map(|index| namespace.write(index * 512, vec![1; 512]));
         let mut writes: Vec<_> = writes.map(Box::pin).collect();
         for write in &mut writes {
             assert!(poll!(write).is_pending());
         }
+        rig.device.controller().release();
         let writes = futures::future::join_all(writes);
         let (shut_down, written) = futures::join!(rig.controller().shutdown(), writes);
         shut_down.expect("shuts down");
@@ -301,17 +303,14 @@ fn a_split_request_that_takes_too_long() {
                 config.io_queue_pairs = 1;
                 config.mdts = 1;
             })
-            .options(|options| {
-                options
-                    .queue_entries(3)
-                    .timeout(Some(Duration::from_millis(50)))
-            })
+            .options(|options| options.queue_entries(3))
             .open()
             .await;
         let namespace = rig.namespace().await;
         let ledger = Ledger::default();
         rig.device.controller().hold_io();
-        let write = namespace.write(0, ledger.bytes(64 << 10, 7)).await;
+        let write = namespace.write(0, ledger.bytes(64 << 10, 7));
+        let write = write.timeout(Duration::from_millis(50)).await;
         let IoError { error, buffer, .. } = write.expect_err("held back");
         let Error::Split(split) = &error else {
             panic!("{error:?}");
@@ -336,17 +335,14 @@ fn a_queue_whose_slots_are_all_lost() {
     on_both_flavours(async || {
         let rig = Setup::memory(SIZE)
             .config(|config| config.io_queue_pairs = 1)
-            .options(|options| {
-                options
-                    .queue_entries(2)
-                    .timeout(Some(Duration::from_millis(20)))
-            })
+            .options(|options| options.queue_entries(2))
             .open()
             .await;
         let namespace = rig.namespace().await;
         rig.device.controller().hold_io();
         for _ in 0..3 {
-            let reads = (0..3).map(|_| namespace.read(0, 512));
+            let timeout = Duration::from_millis(20);
+            let reads = (0..3).map(|_| namespace.read(0, 512).timeout(timeout));
             for read in futures::future::join_all(reads).await {
                 assert!(matches!(read, Err(Error::TimedOut { .. })), "{read:?}");
             }
@@ -363,7 +359,8 @@ fn a_queue_whose_slots_are_all_lost() {
 fn shutting_down_a_controller_that_does_not_answer() {
     on_both_flavours(async || {
         let rig = Setup::memory(SIZE)
-            .options(|options| options.timeout(Some(Duration::from_millis(20))))
+            .options(|options| options.queues(1).local_queues(0))
+            .options(|options| options.timeout(Some(Duration::from_secs(1))))
             .open()
             .await;
         let namespace = rig.namespace().await;

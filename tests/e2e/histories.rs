@@ -127,7 +127,7 @@ fn histories(seeds: std::ops::Range<u64>, steps: usize) {
 
 #[test]
 fn short_ones() {
-    histories(0..if full() { 300 } else { 30 }, 60);
+    histories(0..if full() { 300 } else { 60 }, 60);
 }
 
 #[test]

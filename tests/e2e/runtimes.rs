@@ -24,6 +24,11 @@ fn poll_outside<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
     future.poll(&mut Context::from_waker(Waker::noop()))
 }
 
+/// A controller with one queue pair, which all runtimes meet at.
+fn one_queue() -> Setup {
+    Setup::memory(1 << 20).options(|options| options.queues(1))
+}
+
 async fn write_and_read_back(namespace: &Namespace, offset: u64, fill: u8) {
     let written = namespace.write(offset, vec![fill; 1024]).await;
     written.expect("writes");
@@ -35,13 +40,20 @@ async fn write_and_read_back(namespace: &Namespace, offset: u64, fill: u8) {
 fn two_runtimes_at_the_same_time() {
     let current: fn() -> Runtime = current_thread;
     let multi: fn() -> Runtime = multi_thread;
-    for flavours in [[current; 2], [multi; 2], [current, multi]] {
+    for (flavours, queues) in [
+        ([current; 2], 1),
+        ([current; 2], 3),
+        ([multi; 2], 1),
+        ([current, multi], 1),
+        ([multi, current], 4),
+    ] {
         bounded(move || {
             let [first, second] = flavours.map(|new| new());
             let setup = (0..2).fold(Setup::empty(), |setup, _| {
                 let store = MemoryStore::new(AREA + 4096).expect("a little memory");
                 setup.store(store, 512)
             });
+            let setup = setup.options(|options| options.queues(queues));
             let rig = first.block_on(setup.open());
             let other = first
                 .block_on(rig.controller().namespace(2))
@@ -67,7 +79,7 @@ fn two_runtimes_at_the_same_time() {
 #[test]
 fn blocking_threads_block_on_the_same_runtime() {
     on_both_flavours(async || {
-        let rig = Setup::memory(1 << 20).open().await;
+        let rig = one_queue().open().await;
         let namespace = rig.namespace().await;
         let threads = (0..4).map(|index| {
             let (namespace, runtime) = (namespace.clone(), Handle::current());
@@ -88,7 +100,7 @@ fn blocking_threads_block_on_the_same_runtime() {
 /// A controller whose only commands so far are held back, and the runtime that opened it.
 fn with_writes_in_flight(ledger: &Ledger, runtime: &Runtime) -> (Rig, Namespace) {
     let (rig, namespace) = runtime.block_on(async {
-        let rig = Setup::memory(1 << 20).open().await;
+        let rig = one_queue().open().await;
         let namespace = rig.namespace().await;
         write_and_read_back(&namespace, 0, 1).await;
         (rig, namespace)
@@ -148,7 +160,7 @@ fn a_future_goes_on_in_another_runtime() {
     for new in [current_thread, multi_thread] {
         bounded(move || {
             let runtime = new();
-            let rig = runtime.block_on(Setup::memory(1 << 20).open());
+            let rig = runtime.block_on(one_queue().open());
             let namespace = runtime.block_on(rig.namespace());
             runtime.block_on(write_and_read_back(&namespace, 0, 9));
             rig.device.controller().hold_io();
@@ -169,7 +181,7 @@ fn a_future_goes_on_in_another_runtime() {
 fn a_waiting_task_outlives_the_runtime_that_drove_its_queue() {
     bounded(|| {
         let (first, second) = (current_thread(), current_thread());
-        let rig = first.block_on(Setup::memory(1 << 20).open());
+        let rig = first.block_on(one_queue().open());
         let namespace = first.block_on(rig.namespace());
         first.block_on(write_and_read_back(&namespace, 0, 5));
         rig.device.controller().hold_io();
@@ -189,7 +201,7 @@ fn a_waiting_task_outlives_the_runtime_that_drove_its_queue() {
 fn outside_of_runtimes_there_is_a_typed_error() {
     bounded(|| {
         let runtime = current_thread();
-        let rig = runtime.block_on(Setup::memory(1 << 20).open());
+        let rig = runtime.block_on(one_queue().open());
         let namespace = runtime.block_on(rig.namespace());
         runtime.block_on(write_and_read_back(&namespace, 0, 1));
         let ledger = Ledger::default();
@@ -261,7 +273,7 @@ fn without_drivers_opening_fails_with_a_typed_error() {
 fn without_drivers_operations_fail_with_a_typed_error() {
     bounded(|| {
         let runtime = current_thread();
-        let rig = runtime.block_on(Setup::memory(1 << 20).open());
+        let rig = runtime.block_on(one_queue().open());
         let namespace = runtime.block_on(rig.namespace());
         drop(runtime);
         let bare = Builder::new_current_thread().build().expect("a runtime");
@@ -281,7 +293,7 @@ fn without_drivers_operations_fail_with_a_typed_error() {
 fn short_runtimes_share_a_controller() {
     bounded(|| {
         let runtime = multi_thread();
-        let rig = runtime.block_on(Setup::memory(1 << 20).open());
+        let rig = runtime.block_on(one_queue().open());
         let namespace = runtime.block_on(rig.namespace());
         drop(runtime);
         let threads: Vec<_> = (0..4_u64)
@@ -358,7 +370,7 @@ fn an_open_that_is_given_up() {
     bounded(|| {
         let runtime = current_thread();
         for polls in 0..40 {
-            let (device, options) = Setup::memory(1 << 20).start();
+            let (device, options) = one_queue().start();
             let ended = runtime.block_on(async {
                 let mut open = Box::pin(Rig::attach(device.clone(), options));
                 for _ in 0..polls {
