@@ -390,3 +390,20 @@ fn an_open_that_is_given_up() {
         }
     });
 }
+
+/// A runtime that exists but is not driven at the moment keeps nobody waiting.
+#[test]
+fn a_runtime_that_rests_does_not_hinder_another() {
+    bounded(|| {
+        let resting = current_thread();
+        let rig = resting.block_on(one_queue().open());
+        let namespace = resting.block_on(rig.namespace());
+        resting.block_on(write_and_read_back(&namespace, 0, 1));
+        let runtime = current_thread();
+        runtime.block_on(write_and_read_back(&namespace, 0, 2));
+        resting.block_on(write_and_read_back(&namespace, 0, 3));
+        runtime.block_on(write_and_read_back(&namespace, 0, 4));
+        drop(namespace);
+        runtime.block_on(rig.close());
+    });
+}

@@ -32,7 +32,7 @@ impl LocalQueue {
     pub(crate) fn give_back(&self) {
         let mut aftermath = Aftermath::default();
         let state = self.state.borrow_mut().take().map(|mut state| {
-            state.dismiss_reaper(&mut aftermath);
+            state.dismiss_reapers(&mut aftermath);
             state
         });
         aftermath.run();

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::PollMode;
 use super::access::Access;
 use super::eventfd::Wakeups;
-use super::state::{Aftermath, Failure, Look, ReaperSeat, State, Term};
+use super::state::{Aftermath, Failure, Look, Place, State, Term};
 
 /// Looks at the completion queue between two chances for other tasks to run.
 const BURST: u32 = 32;
@@ -117,19 +117,16 @@ impl<Q: Access> Future for Reaper<Q> {
         let mut aftermath = Aftermath::default();
         let term = this.term;
         let turn = this.queue.with(|state| {
-            if !state.is_seated(term) {
-                return None;
-            }
+            let seat = state.seat(term)?;
+            let slept = seat.awake(&mut aftermath);
             // The timer may also go off while the queue is polled, which says nothing.
             // Nor does it where there are no interrupts.
-            let slept =
-                matches!(state.reaper, ReaperSeat::Asleep { .. }) && state.mode() != PollMode::Busy;
-            let look = if slept || look != Look::Check {
+            let interrupts = state.mode() != PollMode::Busy;
+            let look = if look != Look::Check || (slept && interrupts) {
                 look
             } else {
                 Look::Polled
             };
-            state.reaper = ReaperSeat::Awake;
             let mut taken = 0;
             let turn = if look == Look::Check && !doubtful && state.completion_ready() {
                 Turn::Doubt { check: now + GRACE }
@@ -140,10 +137,9 @@ impl<Q: Access> Future for Reaper<Q> {
             };
             state.ring_deferred();
             if let Some(check) = turn.sleeps_until() {
-                state.reaper = ReaperSeat::Asleep {
-                    waker: cx.waker().clone(),
-                    next_look: check,
-                };
+                let waker = cx.waker().clone();
+                let next_look = check;
+                state.seat(term)?.place = Place::Asleep { waker, next_look };
             }
             Some((turn, look, taken, state.take_events()))
         });

@@ -48,7 +48,7 @@ impl SharedQueue {
             .lock()
             .take_if(|state| condition(state))
             .map(|mut state| {
-                state.dismiss_reaper(&mut aftermath);
+                state.dismiss_reapers(&mut aftermath);
                 state
             });
         aftermath.run();

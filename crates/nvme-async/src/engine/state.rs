@@ -11,7 +11,7 @@ use nvme_spec::{Cqe, Sqe};
 use slab::Slab;
 use smallvec::SmallVec;
 
-pub(crate) use self::seat::{ReaperSeat, Term};
+pub(crate) use self::seat::{Place, Seat, Term};
 use super::window::Window;
 use super::{PollMode, QueueSettings};
 use crate::device::Doorbell;
@@ -79,8 +79,9 @@ pub(crate) struct State {
     failure: Option<Failure>,
     /// Whether the controller is being shut down.
     refusing: bool,
-    pub(crate) reaper: ReaperSeat,
-    term: Term,
+    /// Who drives the queue. Where nobody does, the next operation that is polled spawns a reaper.
+    pub(crate) seats: SmallVec<[Seat; 1]>,
+    last_term: Term,
     pub(crate) window: Window,
     /// When a command was last completed, or submitted to an idle queue.
     last_progress: Instant,
@@ -185,8 +186,8 @@ impl State {
             backlog: VecDeque::new(),
             failure: None,
             refusing: false,
-            reaper: ReaperSeat::Empty,
-            term: Term::default(),
+            seats: SmallVec::new(),
+            last_term: Term::default(),
             window: Window::new(settings.max_window),
             last_progress: Instant::now(),
             settings,
@@ -373,14 +374,14 @@ impl State {
         }
         self.failure = Some(failure);
         self.wake_drains(aftermath);
-        self.wake_reaper(aftermath);
+        self.wake_reapers(aftermath);
     }
 
     /// Ends the queue pair: fails what is still waited for, and separates the outcomes from what the
     /// device may still use.
     pub(crate) fn end(mut self, aftermath: &mut Aftermath) -> (Outcomes, Core) {
         self.fail(Failure::Closed, aftermath);
-        self.dismiss_reaper(aftermath);
+        self.dismiss_reapers(aftermath);
         let outcomes = Outcomes {
             operations: self.operations,
         };

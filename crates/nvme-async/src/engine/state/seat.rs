@@ -3,6 +3,8 @@
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
+use tokio::runtime::{self, Handle};
+
 use super::{Aftermath, Stage, State};
 use crate::engine::PollMode;
 
@@ -14,18 +16,55 @@ const LAST_CHECK: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Term(u64);
 
-/// Who drives the queue.
-pub(crate) enum ReaperSeat {
-    /// Nobody: the next operation that is polled spawns a reaper.
-    Empty,
-    /// A reaper that will look at the queue by itself.
+/// A reaper of the queue.
+///
+/// Each runtime in which operations are polled has one of its own: a runtime that exists and is not
+/// driven at the moment must not keep those of another waiting.
+pub(crate) struct Seat {
+    term: Term,
+    runtime: Option<runtime::Id>,
+    pub(crate) place: Place,
+}
+
+/// What a reaper does at the moment.
+pub(crate) enum Place {
+    /// It will look at the queue by itself.
     Awake,
-    /// A reaper that sleeps until its interrupt, its timer or this waker.
+    /// It sleeps until its interrupt, its timer or this waker.
     Asleep {
         waker: Waker,
         /// When it looks again without being woken.
         next_look: Option<Instant>,
     },
+}
+
+impl Seat {
+    /// Whether operations that are polled in `runtime` can rely on it; those outside of any runtime
+    /// rely on all there are.
+    fn serves(&self, runtime: Option<runtime::Id>) -> bool {
+        runtime.is_none() || self.runtime == runtime
+    }
+
+    /// Records that the reaper runs; returns whether it slept until now.
+    pub(crate) fn awake(&mut self, aftermath: &mut Aftermath) -> bool {
+        match std::mem::replace(&mut self.place, Place::Awake) {
+            Place::Awake => false,
+            Place::Asleep { waker, .. } => {
+                aftermath.unused.push(waker);
+                true
+            }
+        }
+    }
+
+    fn wake(&mut self, aftermath: &mut Aftermath) {
+        if let Place::Asleep { waker, .. } = std::mem::replace(&mut self.place, Place::Awake) {
+            aftermath.wakers.push(waker);
+        }
+    }
+}
+
+fn current_runtime() -> Option<runtime::Id> {
+    Handle::try_current().ok().map(|runtime| runtime.id())
 }
 
 impl State {
@@ -45,31 +84,43 @@ impl State {
         )
     }
 
-    /// Whether somebody drives the queue.
+    /// Whether the queue is driven for operations that are polled here.
     pub(crate) fn has_reaper(&self) -> bool {
-        !matches!(self.reaper, ReaperSeat::Empty)
+        // The runtime need not be asked for where there is nobody.
+        !self.seats.is_empty() && {
+            let runtime = current_runtime();
+            self.seats.iter().any(|seat| seat.serves(runtime))
+        }
     }
 
-    /// Takes the reaper's seat if it is empty.
+    /// Takes a seat for the current runtime, if it has none.
     pub(crate) fn claim_reaper(&mut self) -> Option<Term> {
         if self.has_reaper() {
             return None;
         }
-        self.reaper = ReaperSeat::Awake;
-        self.term.0 += 1;
-        Some(self.term)
+        self.last_term.0 += 1;
+        self.seats.push(Seat {
+            term: self.last_term,
+            runtime: current_runtime(),
+            place: Place::Awake,
+        });
+        Some(self.last_term)
     }
 
-    /// Ends the term of the reaper, if there is one, and wakes it so that it notices.
-    pub(crate) fn dismiss_reaper(&mut self, aftermath: &mut Aftermath) {
-        self.wake_reaper(aftermath);
-        self.reaper = ReaperSeat::Empty;
-        self.term.0 += 1;
+    /// Ends the terms of all reapers, and wakes them so that they notice.
+    pub(crate) fn dismiss_reapers(&mut self, aftermath: &mut Aftermath) {
+        self.wake_reapers(aftermath);
+        self.seats.clear();
     }
 
-    /// Whether the reaper of `term` has the seat.
+    /// Whether the reaper of `term` has a seat.
     pub(crate) fn is_seated(&self, term: Term) -> bool {
-        self.term == term && self.has_reaper()
+        self.seats.iter().any(|seat| seat.term == term)
+    }
+
+    /// The seat of the reaper of `term`, unless its term has ended.
+    pub(crate) fn seat(&mut self, term: Term) -> Option<&mut Seat> {
+        self.seats.iter_mut().find(|seat| seat.term == term)
     }
 
     /// Whether an adaptive queue should poll on.
@@ -86,14 +137,13 @@ impl State {
         open
     }
 
-    /// Leaves the queue without a reaper and wakes all who wait, so that one of them provides the
-    /// next one.
+    /// Ends the term of one reaper and wakes all who wait, so that one of those who relied on it
+    /// provides the next one.
     pub(crate) fn vacate(&mut self, term: Term, aftermath: &mut Aftermath) {
-        if !self.is_seated(term) {
+        let Some(index) = self.seats.iter().position(|seat| seat.term == term) else {
             return;
-        }
-        self.wake_reaper(aftermath);
-        self.reaper = ReaperSeat::Empty;
+        };
+        self.seats.remove(index).wake(aftermath);
         for (_, operation) in &mut self.operations {
             if !matches!(operation.stage, Stage::Done(_)) {
                 aftermath.wakers.push(operation.take_waker());
@@ -104,33 +154,36 @@ impl State {
         }
     }
 
-    /// Wakes the reaper if it sleeps.
-    pub(crate) fn wake_reaper(&mut self, aftermath: &mut Aftermath) {
-        if let ReaperSeat::Asleep { .. } = self.reaper
-            && let ReaperSeat::Asleep { waker, .. } =
-                std::mem::replace(&mut self.reaper, ReaperSeat::Awake)
-        {
-            aftermath.wakers.push(waker);
+    /// Wakes all reapers that sleep.
+    pub(crate) fn wake_reapers(&mut self, aftermath: &mut Aftermath) {
+        for seat in &mut self.seats {
+            seat.wake(aftermath);
         }
     }
 
     /// Wakes the reaper if a submission needs it: to poll, to look in time, or to ring the doorbell.
     pub(super) fn rouse_reaper(&mut self, was_idle: bool, aftermath: &mut Aftermath) {
-        let ReaperSeat::Asleep { next_look, .. } = self.reaper else {
-            return;
-        };
         let polls = match self.settings.mode {
             PollMode::Adaptive => was_idle && !self.window.length().is_zero(),
             PollMode::Interrupt => false,
             PollMode::Busy => true,
         };
-        let looks_in_time = match (next_look, self.core.earliest_deadline()) {
-            (None, _) => !self.is_watched(),
-            (Some(next_look), Some(deadline)) => next_look <= deadline,
-            (Some(_), None) => true,
-        };
-        if polls || !looks_in_time || self.core.has_deferred() {
-            self.wake_reaper(aftermath);
+        let watched = self.is_watched();
+        let deadline = self.core.earliest_deadline();
+        let needed = polls || self.core.has_deferred();
+        let runtime = current_runtime();
+        for seat in self.seats.iter_mut().filter(|seat| seat.serves(runtime)) {
+            let Place::Asleep { next_look, .. } = seat.place else {
+                continue;
+            };
+            let looks_in_time = match (next_look, deadline) {
+                (None, _) => !watched,
+                (Some(next_look), Some(deadline)) => next_look <= deadline,
+                (Some(_), None) => true,
+            };
+            if needed || !looks_in_time {
+                seat.wake(aftermath);
+            }
         }
     }
 }

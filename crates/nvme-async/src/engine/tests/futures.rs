@@ -152,7 +152,7 @@ fn without_a_runtime_nothing_drives_it() {
 fn claim_again(queue: &impl Access) -> crate::engine::state::Term {
     let mut aftermath = Aftermath::default();
     let term = queue.with(|state| {
-        state.dismiss_reaper(&mut aftermath);
+        state.dismiss_reapers(&mut aftermath);
         state.claim_reaper()
     });
     aftermath.run();

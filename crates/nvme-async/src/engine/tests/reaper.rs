@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::rig::{Rig, TIMEOUT, Wakes};
 use crate::engine::PollMode;
-use crate::engine::state::{ReaperSeat, Refusal};
+use crate::engine::state::{Place, Refusal};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -69,7 +69,7 @@ fn no_command_is_left_without_a_doorbell() {
         rig.sleep(Some(Instant::now()));
         for started in 1..40 {
             rig.start();
-            let awake = matches!(rig.state.reaper, ReaperSeat::Awake);
+            let awake = matches!(rig.state.seats[0].place, Place::Awake);
             let known = rig.device.submission_tail.writes().last().copied() == Some(started);
             assert!(known || awake);
             if started % 5 == 0 {
@@ -88,13 +88,13 @@ fn it_is_woken_once() {
         rig.start();
     }
     assert_eq!(rig.reaper.count(), 1);
-    assert!(matches!(rig.state.reaper, ReaperSeat::Awake));
+    assert!(matches!(rig.state.seats[0].place, Place::Awake));
 }
 
 #[test]
 fn nothing_starts_without_a_reaper() {
     let mut rig = Rig::new(8, PollMode::Adaptive);
-    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
     let Err(Refusal::NoReaper(command)) = rig.try_start() else {
         panic!("started without a reaper");
     };
@@ -111,11 +111,11 @@ fn one_reaper_at_a_time() {
     rig.sleep(None);
     assert_eq!(rig.state.claim_reaper(), None);
 
-    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
     assert_eq!(rig.reaper.count(), 1, "woken, so that it notices");
     let first = rig.state.claim_reaper().unwrap();
     assert!(rig.state.is_seated(first));
-    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
     assert!(!rig.state.is_seated(first));
     let second = rig.state.claim_reaper().unwrap();
     assert!(!rig.state.is_seated(first) && rig.state.is_seated(second));
@@ -143,7 +143,7 @@ fn all_who_wait_are_woken_when_it_leaves() {
     rig.reap();
     assert_eq!(started[0].wakes.count(), 1);
 
-    rig.after(|state, aftermath| state.dismiss_reaper(aftermath));
+    rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
     let term = rig.state.claim_reaper().unwrap();
     rig.sleep(None);
     rig.after(|state, aftermath| state.vacate(term, aftermath));

@@ -14,9 +14,7 @@ use iova::{AddressSpace, Direction, DmaMapper, Geometry, HostMemory, IovaRange, 
 use nvme_spec::{Cqe, nvm};
 
 use crate::device::Doorbell;
-use crate::engine::state::{
-    Aftermath, Command, Failure, Look, Outcome, Progress, ReaperSeat, Refusal,
-};
+use crate::engine::state::{Aftermath, Command, Failure, Look, Outcome, Place, Progress, Refusal};
 use crate::engine::{PollMode, QueueSettings, State};
 use crate::io::{Holdings, Payload};
 use crate::memory::{DmaWords, Pool};
@@ -277,7 +275,7 @@ impl Rig {
 
     /// Puts the reaper to sleep.
     pub(super) fn sleep(&mut self, next_look: Option<Instant>) {
-        self.state.reaper = ReaperSeat::Asleep {
+        self.state.seats[0].place = Place::Asleep {
             waker: self.reaper.clone().into(),
             next_look,
         };
