@@ -181,9 +181,14 @@ impl Machine {
         };
         let mut arguments: Vec<String> = [
             "-nodefaults -no-user-config -no-reboot -display none -accel tcg,thread=multi",
-            "-machine q35,kernel-irqchip=split -cpu max",
+            // One processor's access to memory-mapped registers while another one moves a BAR, as
+            // resets do, may end at the wrong device or end the emulator. So the guest has no
+            // HPET as its clock, and with EIM reaches its interrupt controller by other means.
+            "-machine q35,kernel-irqchip=split,hpet=off -cpu max",
             &format!("-smp {} -m {}M", self.processors, self.memory_mib),
-            &format!("-device intel-iommu,intremap={interrupt_remapping}"),
+            &format!(
+                "-device intel-iommu,intremap={interrupt_remapping},eim={interrupt_remapping}"
+            ),
             // The root of the host, which the guest can't write to.
             "-fsdev local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
             "-device virtio-9p-pci,addr=0x3,fsdev=host,mount_tag=host",

@@ -46,11 +46,15 @@ fn handles_from_before_a_shutdown_are_closed() {
         assert_eq!(error.buffer, Some(vec![1; 512]));
         assert!(matches!(before.flush().await, Err(Error::Closed { .. })));
         assert!(matches!(before.local(), Err(Error::Closed { .. })));
-        drop((before, controller));
 
+        // They do not keep others from opening it.
         let after = harness::open("plain").await;
         leave_mark(&after, 0x77).await;
         find_mark(&after, 0x77).await;
+        assert!(matches!(
+            before.read(0, 512).await,
+            Err(Error::Closed { .. })
+        ));
         harness::close(after).await;
     });
 }
