@@ -242,7 +242,7 @@ mod tests {
     #[tokio::test]
     async fn a_result_that_was_not_taken_before_the_end_is_not_lost() {
         // Slow enough that the first poll does not find it done.
-        let namespace = open("mem:?size=1M&latency=20ms").await.unwrap();
+        let namespace = open("mem:?size=1M&latency=200ms").await.unwrap();
         let mut write = pin!(namespace.write(4096, vec![7; 4096]));
         let mut context = Context::from_waker(Waker::noop());
         if let Poll::Ready(written) = write.as_mut().poll(&mut context) {
