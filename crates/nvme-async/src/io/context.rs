@@ -169,7 +169,8 @@ impl DmaContext {
     }
 
     /// Waits for a bounce buffer of the reserve, in order of arrival. Blocks come back when
-    /// commands complete, so this never waits for memory that callers hold.
+    /// commands complete, so this waits for no memory that callers hold; but a block that was granted
+    /// to a future is its own until that is polled or dropped.
     pub(crate) fn reserve_block(
         &self,
     ) -> impl Future<Output = Option<ReserveBlock>> + Send + 'static {
