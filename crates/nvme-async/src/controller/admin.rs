@@ -49,7 +49,7 @@ impl Admin {
         let mut buffer = self.pool.alloc(len)?;
         // A device that writes less than it should must not pass off old contents as its answer.
         buffer.fill(0);
-        let prp1 = buffer.iova().unwrap_or_default();
+        let prp1 = buffer.iova().expect("a block of the pool has an address");
         let sqe = sqe.with_data(DataPointer::Prp { prp1, prp2: 0 });
         let holdings = Holdings {
             payload: Payload::Dma(buffer),

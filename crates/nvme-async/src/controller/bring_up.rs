@@ -120,7 +120,7 @@ pub(super) async fn bring_up(
 }
 
 /// The runtime has what completions need.
-fn check_runtime(device: &dyn Device) -> Result<(), Error> {
+pub(super) fn check_runtime(device: &dyn Device) -> Result<(), Error> {
     let none = |failure: Failure| {
         let name = CommandName {
             address: device.address().to_owned(),

@@ -215,8 +215,9 @@ impl Controller {
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] while a [`LocalNamespace`](crate::LocalNamespace) exists; nothing has
-    /// happened then. Otherwise the first error on the way; the rest is done nevertheless, and
+    /// [`Error::InUse`] while a [`LocalNamespace`](crate::LocalNamespace) exists, and
+    /// [`Error::RuntimeGone`] or [`Error::NoRuntime`] outside of a Tokio runtime with I/O and time
+    /// drivers; nothing has happened then. Otherwise the first error on the way; the rest is done nevertheless, and
     /// [`Error::NotReady`] or [`Error::Device`] say that the controller may not have flushed its
     /// cache.
     ///

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nvme_spec::admin;
 
+use super::bring_up::check_runtime;
 use super::registers::Registers;
 use super::registry::Release;
 use super::{Controller, ControllerInner};
@@ -28,6 +29,8 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
         // The device may have another owner by now.
         return Ok(());
     };
+    // What follows waits with timers, which panic where there are none.
+    check_runtime(&*registers.device)?;
     if !inner.is_closing() {
         end_lending(inner)?;
     }
@@ -250,6 +253,23 @@ mod tests {
         }
         namespace.controller().shutdown().await.unwrap();
         assert_eq!(write.await.unwrap(), vec![7; 4096]);
+    }
+
+    #[test]
+    fn outside_of_a_runtime_it_is_an_error_and_nothing_happens() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let namespace = runtime.block_on(open("mem:?size=1M")).unwrap();
+        {
+            let mut shutdown = pin!(namespace.controller().shutdown());
+            let mut context = Context::from_waker(Waker::noop());
+            let polled = shutdown.as_mut().poll(&mut context);
+            let gone = matches!(polled, Poll::Ready(Err(Error::RuntimeGone { .. })));
+            assert!(gone, "{polled:?}");
+        }
+        runtime.block_on(async {
+            namespace.write(0, vec![7; 4096]).await.unwrap();
+            namespace.controller().shutdown().await.unwrap();
+        });
     }
 
     #[tokio::test]

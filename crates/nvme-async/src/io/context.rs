@@ -294,7 +294,7 @@ impl DmaContext {
                 payload.copy_out(range.clone(), &mut buf);
             }
             let segment = [Segment {
-                iova: buf.iova().unwrap_or(0),
+                iova: buf.iova().expect("a block of the pool has an address"),
                 len: range.len() as u64,
             }];
             let shape = shape(&segment, self.page_size, self.sgl);
