@@ -18,9 +18,13 @@ const SIZE: u64 = 1 << 20;
 type Operation<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
 /// Each operation that uses memory, with an owner of it in the ledger.
-fn operations<'a>(rig: &Rig, namespace: &'a Namespace, ledger: &Ledger) -> Vec<Operation<'a>> {
+async fn operations<'a>(
+    rig: &Rig,
+    namespace: &'a Namespace,
+    ledger: &Ledger,
+) -> Vec<Operation<'a>> {
     let registration = rig.controller().register(ledger.registered(8192));
-    let registration = registration.expect("registers");
+    let registration = registration.await.expect("registers");
     let slice = |offset| registration.slice(offset, 1024).expect("fits");
     let (read, write) = (slice(0), slice(4097));
     let large = ledger.bytes(128 << 10, 3);
@@ -72,7 +76,7 @@ async fn settle(namespace: &Namespace, ledger: &Ledger) {
 fn before_the_first_poll_nothing_has_happened() {
     on_both_flavours(async || {
         let (rig, namespace, ledger) = setup(Setup::memory(SIZE)).await;
-        for operation in operations(&rig, &namespace, &ledger) {
+        for operation in operations(&rig, &namespace, &ledger).await {
             drop(operation);
         }
         assert_eq!(ledger.alive(), 0);
@@ -90,7 +94,7 @@ fn in_flight_the_device_keeps_the_memory() {
         let (rig, namespace, ledger) = setup(Setup::memory(SIZE)).await;
         for round in 0..3 {
             rig.device.controller().hold_io();
-            let operations = operations(&rig, &namespace, &ledger);
+            let operations = operations(&rig, &namespace, &ledger).await;
             let count = operations.len();
             for mut operation in operations {
                 assert!(poll!(&mut operation).is_pending());
@@ -208,7 +212,7 @@ fn completed_and_not_polled_since() {
     on_both_flavours(async || {
         let (rig, namespace, ledger) = setup(Setup::memory(SIZE)).await;
         rig.device.controller().hold_io();
-        let mut operations = operations(&rig, &namespace, &ledger);
+        let mut operations = operations(&rig, &namespace, &ledger).await;
         let count = operations.len() as u64;
         for operation in &mut operations {
             assert!(poll!(operation).is_pending());
@@ -269,6 +273,7 @@ fn split_requests() {
             let mut write = Box::pin(namespace.write(0, ledger.bytes(len, 2)));
             let registration = rig.controller().register(ledger.registered(len));
             let slice = registration
+                .await
                 .expect("registers")
                 .slice(0, len)
                 .expect("fits");

@@ -345,7 +345,7 @@ fn registered_memory_is_kept_while_it_is_used() {
         let namespace = rig.namespace().await;
         let ledger = Ledger::default();
         let registration = rig.controller().register(ledger.registered(64 << 10));
-        let registration = registration.expect("registers");
+        let registration = registration.await.expect("registers");
         let mappings = rig.device.iommu().mappings();
         let slice = registration.slice(512, 8192).expect("fits");
         assert!(registration.slice(60 << 10, 8192).is_none());

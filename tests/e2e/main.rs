@@ -9,6 +9,7 @@ mod histories;
 mod io;
 mod lifetimes;
 mod local;
+mod mappings;
 mod ordering;
 mod planted;
 mod queues;

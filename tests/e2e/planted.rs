@@ -210,7 +210,7 @@ fn unmapped_while_in_flight() {
         let ledger = Ledger::default();
         let len = 128 << 10;
         let registration = bench.controller.register(ledger.registered(len));
-        let registration = registration.expect("registers");
+        let registration = registration.await.expect("registers");
         let slice = registration.slice(0, len).expect("is all of it");
         bench.soft.controller().hold_io();
         let mut read = Box::pin(bench.namespace.read_into(0, slice));

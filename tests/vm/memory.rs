@@ -70,7 +70,11 @@ pub(crate) async fn write(namespace: &Namespace, kind: Kind, offset: u64, data: 
         Kind::Registered | Kind::OddRegistered => {
             let start = start(kind);
             let memory = Arc::new(Foreign::new(start, data));
-            let registration = namespace.controller().register(memory).expect("registers");
+            let registration = namespace
+                .controller()
+                .register(memory)
+                .await
+                .expect("registers");
             let slice = registration
                 .slice(start, data.len())
                 .expect("it is as long");
@@ -111,6 +115,7 @@ pub(crate) async fn read(namespace: &Namespace, kind: Kind, offset: u64, len: us
             let registration = namespace
                 .controller()
                 .register(memory.clone())
+                .await
                 .expect("registers");
             let slice = registration.slice(start, len).expect("it is as long");
             let read = namespace.read_into(offset, slice).await;

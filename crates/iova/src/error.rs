@@ -1,6 +1,9 @@
 //! Why an address space refuses.
 
+use std::sync::Arc;
+
 use crate::MapError;
+use crate::state::Amount;
 
 /// Why memory could not be mapped, or an [`AddressSpace`](crate::AddressSpace) not be made.
 #[derive(Debug, thiserror::Error)]
@@ -52,12 +55,14 @@ pub enum Error {
     },
     /// The IOMMU takes no more mappings at a time.
     #[error(
-        "{in_use} I/O mappings are in use{}: the limit on their number is reached. Register fewer, \
-         larger regions, or raise the limit (VFIO: module parameter dma_entry_limit of \
-         vfio_iommu_type1; vfio-user: the server's max_dma_maps)",
+        "no room for {needed} more I/O mappings: {in_use}{} are in use. Register fewer, larger \
+         regions, or raise the limit (VFIO: module parameter dma_entry_limit of vfio_iommu_type1; \
+         vfio-user: the server's max_dma_maps)",
         allowed(.max)
     )]
     MappingLimit {
+        /// How many the request needs at a time.
+        needed: u64,
         /// How many mappings this address space has, those that could not be unmapped included.
         in_use: u64,
         /// How many the mapper had announced, if it had.
@@ -74,6 +79,31 @@ pub enum Error {
         len: u64,
         /// How many bytes this address space has mapped.
         mapped: u64,
+    },
+    /// Others wait for room, and were there before.
+    #[error("{waiting} requests wait for room in the I/O address space, in order of arrival")]
+    Queued {
+        /// How many.
+        waiting: u64,
+    },
+    /// A segment's memory does not lie within the memory of its owner.
+    #[error("{len:#x} bytes at {addr:#x} do not lie within the memory of their owner")]
+    OutsideOfOwner {
+        /// Address of the first byte.
+        addr: usize,
+        /// Length in bytes.
+        len: usize,
+    },
+    /// A mapping could not be removed. The device may still reach its memory, so memory and
+    /// addresses are never used for anything else.
+    #[error("unmapping {len:#x} bytes at IOVA {iova:#x} failed; their memory is kept for ever")]
+    Unmap {
+        /// Where it is mapped.
+        iova: u64,
+        /// How many bytes.
+        len: u64,
+        /// What the mapper says.
+        source: Arc<MapError>,
     },
     /// The mapper refused for another reason.
     #[error("mapping {len:#x} bytes at IOVA {iova:#x} failed")]
@@ -93,8 +123,30 @@ impl Error {
     pub fn is_limit(&self) -> bool {
         matches!(
             self,
-            Self::OutOfAddresses { .. } | Self::MappingLimit { .. } | Self::MemoryLimit { .. }
+            Self::OutOfAddresses { .. }
+                | Self::MappingLimit { .. }
+                | Self::MemoryLimit { .. }
+                | Self::Queued { .. }
         )
+    }
+
+    /// What would have to go for this not to happen.
+    pub(crate) fn need(&self) -> Amount {
+        match *self {
+            Self::MappingLimit {
+                needed,
+                in_use,
+                max,
+            } => Amount {
+                mappings: needed - max.map_or(0, |max| max.saturating_sub(in_use)).min(needed),
+                bytes: 0,
+            },
+            Self::OutOfAddresses { len, .. } | Self::MemoryLimit { len, .. } => Amount {
+                mappings: 0,
+                bytes: len,
+            },
+            _ => Amount::default(),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What reaches the IOMMU: the trait, and the words it speaks in.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
 /// Puts memory into a device's I/O address space and takes it out again: the kernel's VFIO, a
@@ -21,9 +21,10 @@ use std::ptr::NonNull;
 /// * After `Err` from `map`, the device can reach nothing through that range that it could not
 ///   reach before.
 /// * After `Ok` from [`unmap`](Self::unmap), the device can reach nothing through that range, and
-///   accesses that were in progress have ended. `Err` may mean anything; the memory is then never
-///   freed.
-/// * The memory is touched on the device's behalf only.
+///   accesses that were in progress have ended. `Err` may mean anything. Memory that came with an
+///   owner is then never freed; other memory may be, once the device is done with it.
+/// * The memory is touched on the device's behalf only, and by its address only: it may consist of
+///   several allocations side by side.
 /// * No live mapping ends by itself, except together with the device's ability to access memory at
 ///   all.
 /// * [`geometry`](Self::geometry) always gives the same answer, and what it calls usable is.
@@ -48,7 +49,7 @@ pub unsafe trait DmaMapper: Send + Sync {
     /// * if a file is given, its bytes at that offset are that memory (a shared mapping of it).
     ///
     /// Address, length, file offset and `iova` are multiples of the smallest page size, and the
-    /// range lies within a usable one and overlaps no live mapping.
+    /// range is usable (adjacent usable ranges count as one) and overlaps no live mapping.
     unsafe fn map(
         &self,
         iova: u64,
@@ -56,11 +57,14 @@ pub unsafe trait DmaMapper: Send + Sync {
         direction: Direction,
     ) -> Result<(), MapError>;
 
-    /// Takes away what one [`map`](Self::map) put at `iova`; `len` is the length it was given.
+    /// Takes away what one [`map`](Self::map) put at `iova`; `len` is the length it was given. Where
+    /// [`Geometry::unmaps_runs`] says so, also what several put there without a gap, `len` being
+    /// their sum.
     ///
     /// # Errors
     ///
-    /// Also when less than `len` bytes were unmapped: [`MapError::ShortUnmap`].
+    /// Also when less than `len` bytes were unmapped: [`MapError::ShortUnmap`]. It is then unknown
+    /// what is still mapped.
     fn unmap(&self, iova: u64, len: u64) -> Result<(), MapError>;
 }
 
@@ -134,6 +138,33 @@ impl<'fd> HostMemory<'fd> {
         self.len
     }
 
+    /// The address of the last byte; of the first if there is none.
+    pub(crate) fn last(&self) -> usize {
+        let first = self.addr.addr().get();
+        first.saturating_add(self.len.saturating_sub(1))
+    }
+
+    /// Whether all of `other` lies in it.
+    pub(crate) fn holds(&self, other: &HostMemory<'_>) -> bool {
+        self.addr <= other.addr && other.last() <= self.last()
+    }
+
+    /// This and `next` as one, if it begins where this ends, in the file too.
+    pub(crate) fn extended_by(&self, next: &Self) -> Option<Self> {
+        let adjoins = self.addr.addr().get().checked_add(self.len)? == next.addr.addr().get();
+        let continues = match (self.file, next.file) {
+            (None, None) => true,
+            (Some((fd, offset)), Some((next_fd, next_offset))) => {
+                fd.as_raw_fd() == next_fd.as_raw_fd()
+                    && offset.checked_add(self.len as u64) == Some(next_offset)
+            }
+            _ => false,
+        };
+        let len = self.len.checked_add(next.len)?;
+        let is_one = adjoins && continues && !self.is_empty() && !next.is_empty();
+        is_one.then_some(Self { len, ..*self })
+    }
+
     /// Whether there is no memory in it; such is never mapped.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -167,6 +198,8 @@ pub struct Geometry {
     pub page_sizes: u64,
     /// How many mappings there can be at a time; `None` when no limit is known.
     pub max_mappings: Option<u64>,
+    /// Whether one call can unmap several mappings that lie side by side.
+    pub unmaps_runs: bool,
 }
 
 /// Why a [`DmaMapper`] refused.

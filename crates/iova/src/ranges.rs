@@ -1,7 +1,7 @@
 //! The free addresses: a set of disjoint ranges that hands out from either end and merges what
 //! comes back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{Error, IovaRange};
 
@@ -31,7 +31,20 @@ pub(crate) struct Alignment {
 pub(crate) struct FreeRanges {
     /// First address to last address.
     free: BTreeMap<u64, u64>,
+    /// The first addresses of those of about the same length. Alignment leaves many gaps, and what
+    /// is too long for them must not look at each.
+    by_length: Box<[BTreeSet<u64>]>,
     total: u64,
+}
+
+/// Lengths have the same class if they agree in their first three bits.
+const CLASSES: usize = 4 * 64;
+
+fn class(len: u64) -> usize {
+    let exponent = len.ilog2();
+    // The two bits after the first one.
+    let rest = (u128::from(len) << 2 >> exponent) & 3;
+    4 * exponent as usize + rest as usize
 }
 
 impl FreeRanges {
@@ -59,6 +72,7 @@ impl FreeRanges {
 
         let mut free = Self {
             free: BTreeMap::new(),
+            by_length: vec![BTreeSet::new(); CLASSES].into(),
             total: 0,
         };
         let mut next = 0;
@@ -79,20 +93,26 @@ impl FreeRanges {
 
     /// Takes `len` addresses as near to `end` as there are free ones so aligned; returns the first.
     pub(crate) fn take(&mut self, len: u64, end: End, alignment: Alignment) -> Option<u64> {
-        let fits = |(first, last): (&u64, &u64)| {
-            place(*first, *last, len, end, alignment).map(|taken| (*first, *last, taken))
+        let fits = |first: &u64| {
+            let last = self.free[first];
+            place(*first, last, len, end, alignment).map(|taken| (*first, last, taken))
         };
+        let long_enough = self.by_length[class(len)..].iter();
         let (first, last, taken) = match end {
-            End::Lowest => self.free.iter().find_map(fits),
-            End::Highest => self.free.iter().rev().find_map(fits),
+            End::Lowest => long_enough
+                .filter_map(|firsts| firsts.iter().find_map(fits))
+                .min(),
+            End::Highest => long_enough
+                .filter_map(|firsts| firsts.iter().rev().find_map(fits))
+                .max(),
         }?;
         let taken_last = taken + (len - 1);
-        self.free.remove(&first);
+        self.remove(first);
         if first < taken {
-            self.free.insert(first, taken - 1);
+            self.insert(first, taken - 1);
         }
         if taken_last < last {
-            self.free.insert(taken_last + 1, last);
+            self.insert(taken_last + 1, last);
         }
         self.total -= len;
         Some(taken)
@@ -105,18 +125,27 @@ impl FreeRanges {
         if let Some((&before, &before_last)) = self.free.range(..first).next_back() {
             debug_assert!(before_last < first, "given back twice");
             if before_last + 1 == first {
-                self.free.remove(&before);
+                self.remove(before);
                 merged.first = before;
             }
         }
-        if let Some(after_last) = last
-            .checked_add(1)
-            .and_then(|after| self.free.remove(&after))
-        {
+        if let Some(after_last) = last.checked_add(1).and_then(|after| self.remove(after)) {
             merged.last = after_last;
         }
-        self.free.insert(merged.first, merged.last);
+        self.insert(merged.first, merged.last);
         self.total += len;
+    }
+
+    fn insert(&mut self, first: u64, last: u64) {
+        self.free.insert(first, last);
+        self.by_length[class(last - first + 1)].insert(first);
+    }
+
+    /// Takes out the range that begins at `first`, if there is one; returns its last address.
+    fn remove(&mut self, first: u64) -> Option<u64> {
+        let last = self.free.remove(&first)?;
+        self.by_length[class(last - first + 1)].remove(&first);
+        Some(last)
     }
 
     /// How many addresses are free.
@@ -126,9 +155,14 @@ impl FreeRanges {
 
     /// The length of the longest free range.
     pub(crate) fn largest(&self) -> u64 {
-        self.free
+        let longest = self
+            .by_length
             .iter()
-            .map(|(first, last)| last - first + 1)
+            .rev()
+            .find(|firsts| !firsts.is_empty());
+        let lengths = longest.into_iter().flatten();
+        lengths
+            .map(|first| self.free[first] - first + 1)
             .max()
             .unwrap_or(0)
     }

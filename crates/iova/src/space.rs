@@ -2,14 +2,17 @@
 
 use std::any::Any;
 use std::fmt;
-use std::mem::ManuallyDrop;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use crate::ranges::{Alignment, DEFAULT_RANGE, End, FreeRanges};
-use crate::table::{Entry, Table};
-use crate::{Direction, DmaMapper, Error, FixedMapping, HostMemory, IovaRange, MapError, Mapped};
+use crate::inner::Space;
+use crate::ranges::DEFAULT_RANGE;
+use crate::state::{Amount, Tallies};
+use crate::sync::atomic::Ordering;
+use crate::sync::lock;
+use crate::{
+    Direction, DmaMapper, Error, FixedMapping, HostMemory, IovaRange, MapRequest, Mapped, Register,
+    Segment,
+};
 
 /// Keeps memory alive and unmoved for as long as it is held: a clone of the `Arc` or `Bytes` that
 /// the memory belongs to, for example.
@@ -18,11 +21,48 @@ pub type Owner = Arc<dyn Any + Send + Sync>;
 /// One device's I/O virtual address space. Clones are handles to the same one.
 ///
 /// The [crate documentation](crate) shows the model. Nothing here blocks except for the mapper's
-/// own calls and short locks, and none of the locks is held during a mapper's call or an owner's
-/// drop.
+/// own calls and short locks, and none of the locks is held during a mapper's call, an owner's drop
+/// or a wake-up.
+///
+/// When the last handle is dropped, kept mappings are removed. Registrations, guards and requests
+/// may outlive it.
 #[derive(Clone)]
 pub struct AddressSpace {
+    handle: Arc<Handle>,
+}
+
+/// What all clones of an [`AddressSpace`] share, and mappings don't.
+struct Handle {
     space: Arc<Space>,
+}
+
+/// How much an address space may keep for later: temporary mappings that no request uses, of memory
+/// that came with an owner.
+///
+/// What is kept stays pinned, and its owner held. It is given up when room is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// At most so many bytes, in whole pages; 64 MiB by default. What is in use counts too.
+    pub bytes: u64,
+    /// At most so many mappings; 65,536 by default. There are never more than the mapper allows.
+    pub mappings: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            bytes: 64 << 20,
+            mappings: 65_536,
+        }
+    }
+}
+
+impl Retention {
+    /// Keeps nothing.
+    pub const NONE: Self = Self {
+        bytes: 0,
+        mappings: 0,
+    };
 }
 
 impl AddressSpace {
@@ -31,52 +71,59 @@ impl AddressSpace {
     pub const DEFAULT_RANGE: IovaRange = DEFAULT_RANGE;
 
     /// An address space in which nothing is mapped, over all whole pages that `mapper` calls
-    /// usable (except for the very first and the very last page of 64-bit addresses).
+    /// usable (except for the very first and the very last page of 64-bit addresses), with the
+    /// default [`Retention`].
     ///
     /// # Errors
     ///
     /// [`Error::Geometry`] when no page size is supported, a usable range ends before it begins,
     /// or no whole page is usable.
     pub fn new(mapper: Arc<dyn DmaMapper>) -> Result<Self, Error> {
-        let geometry = mapper.geometry();
-        let page_size = geometry.page_sizes & geometry.page_sizes.wrapping_neg();
-        if page_size == 0 || usize::try_from(page_size).is_err() {
-            return Err(Error::Geometry {
-                reason: "no page size is supported",
-            });
-        }
-        let free = FreeRanges::new(&geometry.usable, page_size)?;
-        let space = Space {
-            mapper,
-            page_size,
-            page_sizes: geometry.page_sizes,
-            max_mappings: geometry.max_mappings,
-            table: Table::new(),
-            look_up_misses: AtomicU64::new(0),
-            state: Mutex::new(State {
-                free,
-                tallies: Tallies::default(),
-            }),
-        };
-        Ok(Self {
-            space: Arc::new(space),
-        })
+        Self::with_retention(mapper, Retention::default())
     }
 
-    /// Maps memory for as long as the returned [`FixedMapping`] is kept, at the lowest free
-    /// addresses, and lets [`look_up`](Self::look_up) find it.
-    ///
-    /// The whole pages around the memory become reachable for the device, but look-ups answer only
-    /// for the bytes given. The same or overlapping memory may be registered any number of times:
-    /// each registration is a mapping of its own, at other addresses, with its own guards.
-    ///
-    /// `owner` is dropped only after the mapping was removed: by the drop of the `FixedMapping` or
-    /// of the last [`Mapped`] guard of it, whichever is later. If removing fails, owner and
-    /// addresses are leaked on purpose, counted in [`Usage::leaked_mappings`] and logged.
+    /// As [`new`](Self::new), with a limit of one's own on what is kept for later.
     ///
     /// # Errors
     ///
-    /// [`Error`]; nothing is mapped then, and `owner` has been dropped.
+    /// As [`new`](Self::new).
+    pub fn with_retention(mapper: Arc<dyn DmaMapper>, retention: Retention) -> Result<Self, Error> {
+        let space = Arc::new(Space::new(mapper, retention)?);
+        Ok(Self {
+            handle: Arc::new(Handle { space }),
+        })
+    }
+
+    /// Maps memory for as long as the [`FixedMapping`] that the future gives is kept, at the lowest
+    /// free addresses, and lets [`look_up`](Self::look_up) find it.
+    ///
+    /// The whole pages around the memory become reachable for the device, but look-ups answer only
+    /// for the bytes given.
+    ///
+    /// The same memory may be registered several times (each registration makes it take a little
+    /// longer to look that memory up). Memory that lies within another
+    /// registration of the same direction shares its mapping; a mapping goes away with the last of
+    /// those who share it. Memory that overlaps others without lying within one of them gets a
+    /// mapping of its own.
+    ///
+    /// When a limit is reached, it is as with [`map`](Self::map), whose queue this shares: kept
+    /// temporary mappings are removed to make room, and if that is not enough the registration waits
+    /// for requests to finish.
+    ///
+    /// `owner` is dropped only after the device can no longer reach the memory on behalf of this
+    /// registration: after the drop of the `FixedMapping`, and of the last [`Mapped`] guard of it,
+    /// and of those registrations that share the mapping that was made for this one. If removing
+    /// fails, owner and addresses are leaked on purpose, counted in [`Usage::leaked_mappings`] and
+    /// logged.
+    ///
+    /// # Errors
+    ///
+    /// The future gives an [`Error`] if the memory can't be mapped, even after waiting for all
+    /// requests; nothing is mapped then, and `owner` has been dropped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is done before the first poll. Dropping the future gives up the place in the queue.
     ///
     /// # Safety
     ///
@@ -90,133 +137,175 @@ impl AddressSpace {
     ///   to the device until it is done with them. This holds for whatever [`look_up`](
     ///   Self::look_up) finds in the memory too.
     /// * If a file is given, its bytes at that offset are that memory, in a shared mapping.
-    pub unsafe fn register(
+    pub unsafe fn register<'fd>(
+        &self,
+        memory: HostMemory<'fd>,
+        direction: Direction,
+        owner: Owner,
+    ) -> Register<'fd> {
+        Register::new(Arc::clone(&self.handle.space), memory, direction, owner)
+    }
+
+    /// As [`register`](Self::register), without waiting, neither for room nor for those who wait for
+    /// it: for memory that others depend on, such as queues.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; [`Error::is_limit`] tells whether the same may succeed later. Nothing is mapped
+    /// then, and `owner` has been dropped.
+    ///
+    /// # Safety
+    ///
+    /// As for [`register`](Self::register).
+    pub unsafe fn try_register(
         &self,
         memory: HostMemory<'_>,
         direction: Direction,
         owner: Owner,
     ) -> Result<FixedMapping, Error> {
-        // SAFETY: the caller keeps the memory in place until `owner` is dropped, and the lease
-        // drops it only after it was unmapped.
-        let (lease, iova) = unsafe { self.map(memory, direction, Kind::Fixed, Some(owner)) }?;
-        let first = memory.addr().addr().get();
-        self.space.table.insert(Entry {
-            first,
-            last: first + (memory.len() - 1),
-            iova,
-            direction,
-            lease: Arc::downgrade(&lease),
-        });
-        Ok(FixedMapping::new(lease, first, iova, memory.len()))
+        Register::new(Arc::clone(&self.handle.space), memory, direction, owner).now()
     }
 
-    /// Maps memory for one request, at the highest free addresses.
+    /// The mapping that holds all of `addr..addr + len` and allows `direction`: a fixed one, or a
+    /// temporary one that is kept.
     ///
-    /// The whole pages around the memory become reachable for the device; the guard's
-    /// [`iova`](Mapped::iova) is that of the first byte given. Each call makes a mapping of its
-    /// own, which goes away with its guard.
+    /// Takes no lock and makes neither a system call nor an allocation. A buffer that reaches from
+    /// one mapping into the next is not found, nor is an empty one. The pointer is compared, never
+    /// followed.
+    #[must_use]
+    #[inline]
+    pub fn look_up(&self, addr: *const u8, len: usize, direction: Direction) -> Option<Mapped> {
+        self.handle.space.look_up(addr.addr(), len, direction)
+    }
+
+    /// Maps the memory of one request, waiting for room if there is none: a future that resolves
+    /// to a guard for each segment, in their order, once all are mapped. Nothing is done before it
+    /// is first polled.
     ///
-    /// An `owner` is treated as in [`register`](Self::register). Without one, the memory can't be
-    /// kept from being freed when removing the mapping fails: the addresses are leaked and counted,
-    /// and what keeps the device from the memory is only that it was done with it.
+    /// What is mapped already is used as it is. Other memory is mapped at the highest free
+    /// addresses, the whole pages around it. If the segment came with an
+    /// [owner](Segment::owned_by), the mapping may be kept after the request and found again, by
+    /// this function or by [`look_up`](Self::look_up), within the limits of [`Retention`]; without
+    /// one it goes away with its guard. Unowned segments that lie side by side share one mapping.
+    ///
+    /// When a limit is reached (I/O addresses, number of mappings, locked memory), the request does
+    /// without what it doesn't need (the rest of an owner's memory), and mappings that are kept and
+    /// unused are removed, least recently used ones first and an eighth of them at a time (at most
+    /// 64). If that is not enough the request waits. Requests are served in order of arrival, but one
+    /// that needs nothing new waits for nobody. Of the mappings that others use, as many as the first
+    /// in the queue needs are used for no further request.
     ///
     /// # Errors
     ///
-    /// [`Error`]; nothing is mapped then, and `owner` has been dropped.
+    /// The future gives an [`Error`] if the request can't be served even if it waits: the memory
+    /// can't be mapped, or is more than a limit allows beside what is registered. No guard is given
+    /// then; what came with an owner and was mapped already may be kept.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the place in the queue, and what was mapped so far.
+    ///
+    /// # Deadlocks
+    ///
+    /// A guard held while waiting for more may be what others, or the request itself, wait for: give
+    /// all segments of a request to one call. And a future whose turn has come keeps it until it is
+    /// polled or dropped, so one that is not polled any more (in a `select!` whose other branch is
+    /// being worked on, in a runtime that nobody drives) holds up all that come after it. Where that
+    /// can happen, put an end to the wait, and do without the mapping.
     ///
     /// # Safety
     ///
-    /// As for [`register`](Self::register), for as long as `owner` is held; without an owner, until
-    /// the guard was dropped, which must not be before the device is done with the memory.
-    pub unsafe fn map_temporary(
+    /// As for [`register`](Self::register). It holds, for a segment with an owner, for as long as
+    /// the owner is held, and for all the memory that was said to be the owner's; without one,
+    /// until the guard was dropped (which must not be before the device is done with the memory)
+    /// or the future was.
+    ///
+    /// If removing the mapping of memory without an owner fails, that memory can't be kept from being
+    /// freed: it is counted and logged, and what keeps the device from it is only that it was done
+    /// with it. Give an owner where the device isn't trusted with that.
+    pub unsafe fn map<'fd>(
         &self,
-        memory: HostMemory<'_>,
+        segments: impl IntoIterator<Item = Segment<'fd>>,
         direction: Direction,
-        owner: Option<Owner>,
-    ) -> Result<Mapped, Error> {
-        // SAFETY: the caller keeps the memory in place until `owner` is dropped or, without one,
-        // until the guard is, which holds the only reference to the lease.
-        let (lease, iova) = unsafe { self.map(memory, direction, Kind::Temporary, owner) }?;
-        Ok(Mapped::new(lease, iova, memory.len()))
+    ) -> MapRequest<'fd> {
+        MapRequest::new(Arc::clone(&self.handle.space), segments, direction)
     }
 
-    /// The fixed mapping that holds all of `addr..addr + len` and allows `direction`.
+    /// As [`map`](Self::map), without waiting: where it would wait, the error says why.
     ///
-    /// Takes no lock and makes neither a system call nor an allocation (except for one small
-    /// allocation the first time that a thread calls it). A buffer that reaches from one
-    /// registration into the next is not found, nor is an empty one. The pointer is compared, never
-    /// followed.
-    #[must_use]
-    pub fn look_up(&self, addr: *const u8, len: usize, direction: Direction) -> Option<Mapped> {
-        let found = len
-            .checked_sub(1)
-            .and_then(|rest| addr.addr().checked_add(rest))
-            .and_then(|last| self.space.table.find(addr.addr(), last, direction));
-        if found.is_none() {
-            self.space.look_up_misses.fetch_add(1, Ordering::Relaxed);
-        }
-        found.map(|(lease, iova)| Mapped::new(lease, iova, len))
+    /// # Errors
+    ///
+    /// [`Error`]; [`Error::is_limit`] tells whether the same may succeed later. No guard is given
+    /// then.
+    ///
+    /// # Safety
+    ///
+    /// As for [`map`](Self::map).
+    pub unsafe fn try_map<'fd>(
+        &self,
+        segments: impl IntoIterator<Item = Segment<'fd>>,
+        direction: Direction,
+    ) -> Result<Vec<Mapped>, Error> {
+        MapRequest::new(Arc::clone(&self.handle.space), segments, direction).now()
+    }
+
+    /// Removes the kept temporary mappings that no request uses, and drops their owners.
+    pub fn give_up_kept(&self) {
+        self.handle.space.make_room(Amount::ALL);
+    }
+
+    /// As [`give_up_kept`](Self::give_up_kept), and nothing is kept from now on: mappings in use go
+    /// away with their guards. It is what happens when the last handle is dropped.
+    pub fn end_retention(&self) {
+        self.handle.space.end_retention();
     }
 
     /// The smallest page of the IOMMU in bytes, a power of two: what mappings are rounded out to.
     #[must_use]
     pub fn page_size(&self) -> usize {
         // Fits: checked by `new`.
-        self.space.page_size as usize
+        self.handle.space.page_size as usize
+    }
+
+    /// The limit on what is kept for later.
+    #[must_use]
+    pub fn retention(&self) -> Retention {
+        self.handle.space.retention
+    }
+
+    /// Whether look-ups would find nothing at all.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn finds_nothing(&self) -> bool {
+        self.handle.space.table.is_empty()
     }
 
     /// What is in use now.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        let state = self.space.lock();
+        let space = &self.handle.space;
+        let state = lock(&space.state);
         let Tallies {
             fixed,
             temporary,
             leaked,
         } = state.tallies;
+        let kept = state.cache.amount();
         Usage {
             fixed_mappings: fixed.mappings,
             fixed_bytes: fixed.bytes,
             temporary_mappings: temporary.mappings,
             temporary_bytes: temporary.bytes,
+            kept_mappings: kept.mappings,
+            kept_bytes: kept.bytes,
             leaked_mappings: leaked.mappings,
             leaked_bytes: leaked.bytes,
-            max_mappings: self.space.max_mappings,
+            max_mappings: space.max_mappings,
             free_bytes: state.free.total(),
-            look_up_misses: self.space.look_up_misses.load(Ordering::Relaxed),
+            waiting: state.waiters.len() as u64,
+            done_waiting: state.waiters.left(),
+            recycled_mappings: state.recycled,
+            look_up_misses: space.look_up_misses.0.load(Ordering::Relaxed),
         }
-    }
-
-    /// Maps the whole pages around `memory`; returns the lease and the I/O address of the first
-    /// byte.
-    ///
-    /// # Safety
-    ///
-    /// The pages are what [`DmaMapper::map`] requires, until `owner` is dropped or, without one,
-    /// until the lease is.
-    unsafe fn map(
-        &self,
-        memory: HostMemory<'_>,
-        direction: Direction,
-        kind: Kind,
-        owner: Option<Owner>,
-    ) -> Result<(Arc<Lease>, u64), Error> {
-        let (pages, offset) = self.space.whole_pages(&memory)?;
-        let len = pages.len() as u64;
-        let iova = self.space.reserve(&pages, kind)?;
-        // SAFETY: the caller answers for the memory. The addresses are free, usable and aligned
-        // (the allocator's invariant), and reserved until they are unmapped.
-        if let Err(error) = unsafe { self.space.mapper.map(iova, &pages, direction) } {
-            return Err(self.space.refused(iova, len, kind, error));
-        }
-        let lease = Lease {
-            space: Arc::clone(&self.space),
-            iova,
-            len,
-            kind,
-            owner,
-        };
-        Ok((Arc::new(lease), iova + offset))
     }
 }
 
@@ -225,6 +314,12 @@ impl fmt::Debug for AddressSpace {
         f.debug_struct("AddressSpace")
             .field("usage", &self.usage())
             .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.space.end_retention();
     }
 }
 
@@ -237,10 +332,14 @@ pub struct Usage {
     pub fixed_mappings: u64,
     /// Their size in bytes.
     pub fixed_bytes: u64,
-    /// Mappings made by [`AddressSpace::map_temporary`].
+    /// Mappings made for requests, those that are kept included.
     pub temporary_mappings: u64,
     /// Their size in bytes.
     pub temporary_bytes: u64,
+    /// Temporary mappings that look-ups find, in use or kept for later.
+    pub kept_mappings: u64,
+    /// Their size in bytes.
+    pub kept_bytes: u64,
     /// Mappings that could not be removed, and addresses that turned out to be in use by someone
     /// else. They and their owners are kept for ever.
     pub leaked_mappings: u64,
@@ -250,247 +349,14 @@ pub struct Usage {
     pub max_mappings: Option<u64>,
     /// Free I/O virtual addresses, in bytes.
     pub free_bytes: u64,
+    /// Requests that wait for room.
+    pub waiting: u64,
+    /// Requests that have left the queue, in which they waited or had to make room, since the
+    /// beginning. While this grows, the queue moves.
+    pub done_waiting: u64,
+    /// How many kept mappings were given up for others, since the beginning.
+    pub recycled_mappings: u64,
     /// How many look-ups found nothing, since the beginning. (Hits aren't counted: a shared counter
     /// would cost as much as they do.)
     pub look_up_misses: u64,
-}
-
-/// A live mapping. Its drop, when the last guard and the registration are gone, removes it.
-pub(crate) struct Lease {
-    space: Arc<Space>,
-    iova: u64,
-    /// In whole pages, as mapped.
-    len: u64,
-    kind: Kind,
-    owner: Option<Owner>,
-}
-
-impl Lease {
-    /// Hides a fixed mapping, which starts at host address `first`, from look-ups.
-    pub(crate) fn unpublish(self: &Arc<Self>, first: usize) {
-        self.space.table.remove(first, &Arc::downgrade(self));
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        // Not dropped by an unwinding mapper either.
-        let owner = ManuallyDrop::new(self.owner.take());
-        match self.space.mapper.unmap(self.iova, self.len) {
-            Ok(()) => {
-                self.space.give_back(self.iova, self.len, self.kind);
-                drop(ManuallyDrop::into_inner(owner));
-            }
-            Err(error) => {
-                self.space.leak(self.len, self.kind);
-                tracing::error!(
-                    iova = format_args!("{:#x}", self.iova),
-                    len = format_args!("{:#x}", self.len),
-                    %error,
-                    "unmapping failed: the addresses and the memory's owner are leaked"
-                );
-            }
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Fixed,
-    Temporary,
-}
-
-struct Space {
-    mapper: Arc<dyn DmaMapper>,
-    page_size: u64,
-    page_sizes: u64,
-    max_mappings: Option<u64>,
-    table: Table<Lease>,
-    look_up_misses: AtomicU64,
-    state: Mutex<State>,
-}
-
-struct State {
-    free: FreeRanges,
-    tallies: Tallies,
-}
-
-/// Counts what isn't free: what is mapped, and what is being mapped or unmapped.
-#[derive(Clone, Copy, Default)]
-struct Tallies {
-    fixed: Tally,
-    temporary: Tally,
-    leaked: Tally,
-}
-
-impl Tallies {
-    fn of(&mut self, kind: Kind) -> &mut Tally {
-        match kind {
-            Kind::Fixed => &mut self.fixed,
-            Kind::Temporary => &mut self.temporary,
-        }
-    }
-
-    fn mappings(&self) -> u64 {
-        self.fixed.mappings + self.temporary.mappings + self.leaked.mappings
-    }
-
-    fn bytes(&self) -> u64 {
-        self.fixed.bytes + self.temporary.bytes + self.leaked.bytes
-    }
-}
-
-#[derive(Clone, Copy, Default)]
-struct Tally {
-    mappings: u64,
-    bytes: u64,
-}
-
-impl Tally {
-    fn add(&mut self, len: u64) {
-        self.mappings += 1;
-        self.bytes += len;
-    }
-
-    fn remove(&mut self, len: u64) {
-        self.mappings -= 1;
-        self.bytes -= len;
-    }
-}
-
-impl Space {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing under the lock calls foreign code, so a poisoned state is still a whole one.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The whole pages around `memory`, and how far into them it begins.
-    fn whole_pages<'fd>(&self, memory: &HostMemory<'fd>) -> Result<(HostMemory<'fd>, u64), Error> {
-        if memory.is_empty() {
-            return Err(Error::Empty);
-        }
-        let addr = memory.addr().addr().get();
-        let out_of_bounds = Error::OutOfBounds {
-            addr,
-            len: memory.len(),
-        };
-        // Fits: checked by `AddressSpace::new`.
-        let page_size = self.page_size as usize;
-        let offset = addr & (page_size - 1);
-        let len = memory.len().checked_add(offset);
-        let Some(len) = len.and_then(|len| len.checked_next_multiple_of(page_size)) else {
-            return Err(out_of_bounds);
-        };
-        let first = NonNull::new(memory.addr().as_ptr().wrapping_sub(offset));
-        let (Some(first), Some(_)) = (first, (addr - offset).checked_add(len)) else {
-            return Err(out_of_bounds);
-        };
-        let pages = HostMemory::new(first, len);
-        let Some((fd, file_offset)) = memory.file() else {
-            return Ok((pages, offset as u64));
-        };
-        if file_offset & (self.page_size - 1) != offset as u64 {
-            return Err(Error::Misaligned {
-                addr,
-                offset: file_offset,
-                page_size: self.page_size,
-            });
-        }
-        Ok((
-            pages.with_file(fd, file_offset - offset as u64),
-            offset as u64,
-        ))
-    }
-
-    /// Takes addresses and an entry for `pages`.
-    fn reserve(&self, pages: &HostMemory<'_>, kind: Kind) -> Result<u64, Error> {
-        let len = pages.len() as u64;
-        let end = match kind {
-            Kind::Fixed => End::Lowest,
-            Kind::Temporary => End::Highest,
-        };
-        let state = &mut *self.lock();
-        let in_use = state.tallies.mappings();
-        if self.max_mappings.is_some_and(|max| in_use >= max) {
-            return Err(Error::MappingLimit {
-                in_use,
-                max: self.max_mappings,
-            });
-        }
-        let iova = self
-            .alignments(pages)
-            .find_map(|alignment| state.free.take(len, end, alignment))
-            .ok_or_else(|| Error::OutOfAddresses {
-                len,
-                free: state.free.total(),
-                largest: state.free.largest(),
-            })?;
-        state.tallies.of(kind).add(len);
-        Ok(iova)
-    }
-
-    /// The alignments to try in turn: like the host address within the largest page that could be
-    /// used, so that the IOMMU can use it; then any page.
-    fn alignments(&self, pages: &HostMemory<'_>) -> impl Iterator<Item = Alignment> {
-        /// The larger pages of IOMMUs, those that are worth leaving gaps for.
-        const LARGE: [u64; 2] = [0x4000_0000, 0x20_0000];
-
-        let (addr, len) = (pages.addr().addr().get() as u64, pages.len() as u64);
-        let (page_sizes, page_size) = (self.page_sizes, self.page_size);
-        LARGE
-            .into_iter()
-            .filter(move |size| page_sizes & size != 0 && *size > page_size && *size <= len)
-            .chain([page_size])
-            .map(move |modulus| Alignment {
-                modulus,
-                residue: addr & (modulus - 1),
-            })
-    }
-
-    /// Undoes [`reserve`](Self::reserve) after the mapper refused.
-    fn refused(&self, iova: u64, len: u64, kind: Kind, error: MapError) -> Error {
-        let in_use = {
-            let tallies = self.lock().tallies;
-            Tally {
-                mappings: tallies.mappings() - 1,
-                bytes: tallies.bytes() - len,
-            }
-        };
-        if matches!(error, MapError::AlreadyMapped) {
-            // Not ours, and never handed out again: what a device reads or writes there is another
-            // mapping's memory.
-            self.leak(len, kind);
-            tracing::error!(
-                iova = format_args!("{iova:#x}"),
-                len = format_args!("{len:#x}"),
-                "the mapper has something mapped at a free address: no longer used"
-            );
-        } else {
-            self.give_back(iova, len, kind);
-        }
-        match error {
-            MapError::OutOfEntries => Error::MappingLimit {
-                in_use: in_use.mappings,
-                max: self.max_mappings,
-            },
-            MapError::MemoryLimit => Error::MemoryLimit {
-                len,
-                mapped: in_use.bytes,
-            },
-            source => Error::Map { iova, len, source },
-        }
-    }
-
-    fn give_back(&self, iova: u64, len: u64, kind: Kind) {
-        let mut state = self.lock();
-        state.tallies.of(kind).remove(len);
-        state.free.give_back(iova, len);
-    }
-
-    /// Counts as leaked what was counted as `kind`; the addresses stay taken.
-    fn leak(&self, len: u64, kind: Kind) {
-        let mut state = self.lock();
-        state.tallies.of(kind).remove(len);
-        state.tallies.leaked.add(len);
-    }
 }

@@ -23,7 +23,7 @@ use crate::{Direction, DmaMapper, Geometry, HostMemory, MapError};
 ///
 /// mapper.fail_map(Failure::MemoryLimit);
 /// // SAFETY: the test mapper never touches the memory.
-/// let refused = unsafe { space.register(memory, Direction::Bidirectional, page) };
+/// let refused = unsafe { space.try_register(memory, Direction::Bidirectional, page) };
 /// assert!(matches!(refused, Err(Error::MemoryLimit { .. })));
 /// assert!(mapper.live().is_empty());
 /// # Ok::<(), Error>(())
@@ -215,6 +215,7 @@ impl Default for TestMapper {
             usable: Vec::new(),
             page_sizes: 0x4020_1000,
             max_mappings: None,
+            unmaps_runs: true,
         })
     }
 }
@@ -266,10 +267,10 @@ unsafe impl DmaMapper for TestMapper {
         {
             return Err(MapError::OutOfEntries);
         }
-        let bytes: usize = books.live.values().map(|live| live.len).sum();
-        if books.max_bytes.is_some_and(|max| bytes + len > max) {
+        if books.max_bytes.is_some_and(|max| books.bytes + len > max) {
             return Err(MapError::MemoryLimit);
         }
+        books.bytes += len;
         books.live.insert(iova, live);
         Ok(())
     }
@@ -279,14 +280,13 @@ unsafe impl DmaMapper for TestMapper {
         if let Some(failure) = books.unmap.next() {
             return Err(failure.error(len));
         }
-        if books
-            .live
-            .get(&iova)
-            .is_none_or(|live| live.len as u64 != len)
-        {
+        let Some(run) = books.run(iova, len, self.geometry.unmaps_runs) else {
             return Err(books.violation(format!("unmap {len:#x} at {iova:#x}: not mapped so")));
+        };
+        for iova in run {
+            books.live.remove(&iova);
         }
-        books.live.remove(&iova);
+        books.bytes -= len as usize;
         Ok(())
     }
 }
@@ -302,6 +302,8 @@ fn accesses(direction: Direction) -> (bool, bool) {
 #[derive(Debug, Default)]
 struct Books {
     live: BTreeMap<u64, LiveMapping>,
+    /// The size of all together.
+    bytes: usize,
     map: Calls,
     unmap: Calls,
     max_mappings: Option<usize>,
@@ -314,6 +316,18 @@ impl Books {
     fn overlapping(&self, new: &LiveMapping) -> Option<LiveMapping> {
         let (_, below) = self.live.range(..new.iova + new.len as u64).next_back()?;
         (below.iova + below.len as u64 > new.iova).then_some(*below)
+    }
+
+    /// The mappings that are side by side from `iova` on and `len` bytes long together.
+    fn run(&self, iova: u64, len: u64, several: bool) -> Option<Vec<u64>> {
+        let mut run = Vec::new();
+        let mut rest = len;
+        while rest > 0 {
+            let live = self.live.get(&(iova + (len - rest)))?;
+            run.push(live.iova);
+            rest = rest.checked_sub(live.len as u64)?;
+        }
+        (several || run.len() == 1).then_some(run)
     }
 
     fn violation(&mut self, what: String) -> MapError {
@@ -388,6 +402,7 @@ mod tests {
             usable,
             page_sizes: 0x1000,
             max_mappings: None,
+            unmaps_runs: false,
         });
         map(&mapper, 0x3000, 0x8000, 0x3000).expect_err("over the hole");
         map(&mapper, 0x5000, 0x8000, 0x3000).expect("fine");

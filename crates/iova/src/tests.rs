@@ -1,7 +1,13 @@
 //! Tests of the whole address space, on the test mapper.
 
 mod behaviour;
+mod cases;
 mod model;
+mod panics;
+mod pinning;
+mod requests;
+mod sharing;
+mod stress;
 mod threads;
 
 use std::num::NonZero;
@@ -9,7 +15,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::testing::TestMapper;
-use crate::{AddressSpace, Direction, Error, FixedMapping, Geometry, HostMemory, Mapped, Owner};
+use crate::{
+    AddressSpace, Direction, Error, FixedMapping, Geometry, HostMemory, Mapped, Owner, Segment,
+};
 
 const PAGE: usize = 0x1000;
 
@@ -37,6 +45,7 @@ fn with_max_mappings(max: u64) -> Geometry {
         usable: Vec::new(),
         page_sizes: PAGE as u64,
         max_mappings: Some(max),
+        unmaps_runs: true,
     }
 }
 
@@ -48,7 +57,7 @@ fn register(
     owner: Owner,
 ) -> Result<FixedMapping, Error> {
     // SAFETY: the test mapper never touches memory.
-    unsafe { space.register(memory(addr, len), direction, owner) }
+    unsafe { space.try_register(memory(addr, len), direction, owner) }
 }
 
 fn map_temporary(
@@ -58,10 +67,21 @@ fn map_temporary(
     direction: Direction,
     owner: Option<Owner>,
 ) -> Result<Mapped, Error> {
+    let segment = Segment::new(memory(addr, len));
+    let segment = match owner {
+        Some(owner) => segment.owned_by(owner),
+        None => segment,
+    };
     // SAFETY: the test mapper never touches memory.
-    unsafe { space.map_temporary(memory(addr, len), direction, owner) }
+    let mapped = unsafe { space.try_map([segment], direction) };
+    mapped.map(|mut mapped| mapped.pop().expect("one segment, one guard"))
 }
 
 fn look_up(space: &AddressSpace, addr: usize, len: usize, direction: Direction) -> Option<Mapped> {
     space.look_up(std::ptr::without_provenance(addr), len, direction)
+}
+
+/// Whether the counts that take long are wanted.
+fn full() -> bool {
+    std::env::var_os("NVME_ASYNC_FULL").is_some()
 }

@@ -39,6 +39,7 @@ unsafe impl DmaMapper for Nowhere {
             usable: Vec::new(),
             page_sizes: 0x1000,
             max_mappings: None,
+            unmaps_runs: false,
         }
     }
 
@@ -67,7 +68,8 @@ fn look_ups_allocate_nothing() {
             let addr = NonNull::without_provenance(addr(index).try_into().expect("not null"));
             let memory = HostMemory::new(addr, 0x2000);
             // SAFETY: the mapper never touches memory.
-            let fixed = unsafe { space.register(memory, Direction::Bidirectional, owner.clone()) };
+            let fixed =
+                unsafe { space.try_register(memory, Direction::Bidirectional, owner.clone()) };
             Some(fixed.expect("room"))
         })
         .collect();

@@ -49,6 +49,7 @@ mod queue;
 mod queue_pair;
 mod url;
 
+pub use iova;
 pub use nvme_spec;
 
 pub use crate::controller::{Controller, Counters};

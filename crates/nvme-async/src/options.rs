@@ -34,6 +34,7 @@ pub struct OpenOptions {
     pub(crate) max_window: Duration,
     pub(crate) timeout: Option<Duration>,
     pub(crate) pool_limit: usize,
+    pub(crate) retained_bytes: u64,
     pub(crate) isolate: bool,
     pub(crate) max_transfer: usize,
 }
@@ -53,6 +54,7 @@ impl Default for OpenOptions {
             max_window: Duration::from_micros(50),
             timeout: Some(Duration::from_secs(30)),
             pool_limit: 256 << 20,
+            retained_bytes: 0,
             isolate: false,
             max_transfer: 1 << 20,
         }
@@ -117,7 +119,8 @@ impl OpenOptions {
         self
     }
 
-    /// How long a command may take, `None` for ever; by default 30 s.
+    /// How long a command may take, `None` for ever; by default 30 s. It counts from when the command
+    /// gets its place in a queue.
     pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
         self.timeout = timeout;
         self
@@ -127,6 +130,27 @@ impl OpenOptions {
     /// 256 MiB. Past it, reads go through the heap and are copied.
     pub fn pool_limit(mut self, bytes: usize) -> Self {
         self.pool_limit = bytes;
+        self
+    }
+
+    /// The most bytes of large `Bytes` that stay mapped after they were written from where they are;
+    /// by default none. A later write of the same `Bytes`, or of a slice of them, then finds them
+    /// mapped, and saves the system calls.
+    ///
+    /// It is for programs that write the same memory again and again. While `Bytes` are mapped, the
+    /// driver holds a clone of them:
+    ///
+    /// * their memory is not freed, and whatever their owner stands for (a place in a pool, a permit)
+    ///   not given back; nor are they the only handle to it, so that a `BytesMut` can't have it again.
+    ///   An owner that holds this controller keeps it open;
+    /// * a slice keeps all of the memory that it is a part of; only the slice counts here;
+    /// * it counts towards RLIMIT_MEMLOCK and the kernel's limit on mappings, which other controllers
+    ///   of the process may need.
+    ///
+    /// Those that were not used for longest are given up when this limit or one of the kernel's is
+    /// reached, and all when the controller is shut down.
+    pub fn retained_bytes(mut self, bytes: u64) -> Self {
+        self.retained_bytes = bytes;
         self
     }
 

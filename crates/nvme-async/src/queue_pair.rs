@@ -13,8 +13,8 @@ use nvme_spec::{Cqe, Sqe};
 use crate::engine::access::Access;
 use crate::engine::state::Command;
 use crate::engine::{SharedQueue, Submission};
-use crate::io::{Convert, Flow, Holdings, Payload, Unready};
-use crate::memory::{AllocError, DmaBuf};
+use crate::io::{Convert, Flow, Holdings, Payload};
+use crate::memory::DmaBuf;
 use crate::{CommandName, Controller, IoError};
 
 /// A submission queue with its completion queue, as a handle whose futures resolve when commands
@@ -96,11 +96,8 @@ impl QueuePair {
         }
         let range = 0..buffer.len();
         let prepared = match dma.prepare(flow, Payload::Dma(buffer), range.clone()) {
-            Err(Unready::PoolExhausted(payload)) => match dma.reserve_block().await {
-                Some(block) => dma.prepare_in_reserve(flow, payload, range.clone(), block),
-                None => Err(Unready::PoolExhausted(payload)),
-            },
-            prepared => prepared,
+            Ok(ready) => Ok(ready),
+            Err(unready) => dma.prepare_later(flow, unready, range.clone()).await,
         };
         match prepared {
             Ok((pointer, holdings)) => {
@@ -108,20 +105,10 @@ impl QueuePair {
                 self.run(command.with_data(pointer), holdings, collect)
                     .await
             }
-            Err(Unready::Failed(error, payload)) => Err(IoError {
+            Err((error, payload)) => Err(IoError {
                 error,
                 buffer: DmaBuf::from_payload(payload),
             }),
-            Err(Unready::PoolExhausted(payload)) => {
-                let error = AllocError::LimitReached {
-                    limit: dma.pool.stats().limit,
-                }
-                .into();
-                Err(IoError {
-                    error,
-                    buffer: DmaBuf::from_payload(payload),
-                })
-            }
         }
     }
 

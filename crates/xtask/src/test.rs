@@ -21,7 +21,7 @@ const FULL: &str = "NVME_ASYNC_FULL";
 
 /// Packages with loom models, and the part of a test's path that tells them from tests that
 /// know nothing of loom.
-const LOOM: [(&str, &str); 1] = [("nvme-soft", "wake::")];
+const LOOM: [(&str, &str); 2] = [("iova", "models::"), ("nvme-soft", "wake::")];
 
 /// How often a machine is booted whose emulator aborts.
 const BOOT_ATTEMPTS: u32 = 3;

@@ -80,6 +80,7 @@ impl<'a, N: Target> Disk<'a, N> {
         let registration = namespace
             .controller()
             .register(guest.clone())
+            .await
             .expect("registers");
         let model = namespace.read(0, area as usize).await.expect("reads");
         Self {

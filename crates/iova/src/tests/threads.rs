@@ -15,12 +15,13 @@ fn a_guard_is_mapped_whatever_others_do() {
     let done = AtomicBool::new(false);
     let owner = Arc::new(());
     let direction = Direction::Bidirectional;
-    // Holds all of the others, so that every look-up has something to find.
+    // Holds all of the others, so that every look-up has something to find; of another direction,
+    // so that they don't share its mapping.
     let all = register(
         &space,
         0x10_0000,
         (SLOTS + 1) * PAGE,
-        direction,
+        Direction::FromDevice,
         owner.clone(),
     );
 
@@ -68,6 +69,7 @@ fn a_guard_is_mapped_whatever_others_do() {
     assert_eq!(mapper.live(), []);
     assert_eq!(mapper.violations(), [""; 0]);
     assert_eq!(Arc::strong_count(&owner), 1);
-    assert_eq!(mapper.map_calls(), (WRITERS * ROUNDS + 1) as u64);
+    // Fewer than registrations, where the writers met.
+    assert!(mapper.map_calls() <= (WRITERS * ROUNDS + 1) as u64);
     assert_eq!(mapper.unmap_calls(), mapper.map_calls());
 }

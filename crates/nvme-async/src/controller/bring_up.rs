@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use iova::AddressSpace;
+use iova::{AddressSpace, Retention};
 use nvme_spec::admin;
 use nvme_spec::identify::{IdentifyController, SglAlignment};
 use nvme_spec::registers::{
@@ -61,7 +61,11 @@ pub(super) async fn bring_up(
     let ready_timeout = registers.ready_timeout(capabilities)?;
     registers.disable(ready_timeout).await?;
 
-    let space = AddressSpace::new(device.mapper())?;
+    let retention = Retention {
+        bytes: options.retained_bytes,
+        ..Retention::default()
+    };
+    let space = AddressSpace::with_retention(device.mapper(), retention)?;
     let pool = Pool::new(space.clone(), options.pool_limit);
     let this = BringUp {
         options,

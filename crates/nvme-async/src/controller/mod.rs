@@ -146,18 +146,29 @@ impl Controller {
     /// # Errors
     ///
     /// [`Error::Memory`] when the pool has reached its limit
-    /// ([`OpenOptions::pool_limit`](crate::OpenOptions::pool_limit)) or memory can't be mapped.
+    /// ([`OpenOptions::pool_limit`](crate::OpenOptions::pool_limit)) or more memory can't be mapped,
+    /// which says why.
     pub fn allocate(&self, len: usize) -> Result<DmaBuf, Error> {
         self.inner.dma.buffer(len)
     }
 
-    /// Maps foreign memory, so that reads and writes of it need no copy.
+    /// Maps foreign memory, so that reads and writes of it need no copy. When a limit is reached,
+    /// it waits for requests that have memory mapped for their own time.
     ///
     /// # Errors
     ///
     /// [`Error::Mapping`], which says which limit was reached and how to raise it.
-    pub fn register(&self, memory: Arc<dyn Registered>) -> Result<Registration, Error> {
-        Registration::new(&self.inner.dma.space, memory)
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it leaves nothing mapped.
+    pub async fn register(&self, memory: Arc<dyn Registered>) -> Result<Registration, Error> {
+        Registration::new(&self.inner.dma.space, memory).await
+    }
+
+    /// What is mapped for the device, and who waits for room.
+    pub fn mappings(&self) -> iova::Usage {
+        self.inner.dma.space.usage()
     }
 
     /// The admin queue, for commands that this crate has no function for.

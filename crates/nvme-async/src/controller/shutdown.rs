@@ -111,7 +111,9 @@ async fn give_up(inner: &ControllerInner, registers: Registers) {
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .take();
+    let space = inner.dma.space.clone();
     let closing = tokio::task::spawn_blocking(move || {
+        space.end_retention();
         drop((registers, ours));
         drop(release);
     });

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
+use iova::Mapped;
 use nvme_spec::event::AsyncEvent;
 use nvme_spec::{Cqe, Sqe};
 use slab::Slab;
@@ -154,6 +155,9 @@ pub(crate) struct QueueCounters {
 #[derive(Default)]
 pub(crate) struct Aftermath {
     wakers: SmallVec<[Waker; REAP_BATCH]>,
+    /// Mappings of commands that are done, which others may be waiting for: they do not wait until
+    /// somebody takes the outcome.
+    mapped: SmallVec<[Mapped; 4]>,
     garbage: Vec<Holdings>,
     unused: SmallVec<[Waker; 1]>,
 }
@@ -548,7 +552,12 @@ impl State {
 }
 
 impl Operation {
-    fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
+    fn resolve(&mut self, mut outcome: Outcome, aftermath: &mut Aftermath) {
+        if let Some(holdings) = &mut outcome.1
+            && !holdings.mapped.is_empty()
+        {
+            aftermath.mapped.extend(holdings.mapped.drain(..));
+        }
         self.stage = Stage::Done(outcome);
         aftermath.wakers.push(self.take_waker());
     }

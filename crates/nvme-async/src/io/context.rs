@@ -6,11 +6,15 @@
 )]
 
 use std::ops::Range;
+use std::panic::catch_unwind;
+use std::pin::pin;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use iova::{AddressSpace, Direction, HostMemory, Mapped};
+use futures::future::{Either, poll_immediate, select};
+use iova::{AddressSpace, Direction, HostMemory, MapRequest, Mapped};
 use nvme_spec::DataPointer;
 use smallvec::SmallVec;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -27,6 +31,11 @@ use crate::queue::data_pointer::{
 ///
 /// Mapping costs two system calls and the pinning of each page, copying the time of a memcpy.
 const MAP_FROM: usize = 64 * 1024;
+
+/// How long a command waits for room in the I/O address space while nobody else gets any. Then it does
+/// without: those before it may be futures that nobody polls any more, or have commands that never
+/// complete.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Bounce buffers that are kept for when the pool has reached its limit.
 const RESERVE_BLOCKS: usize = 2;
@@ -61,11 +70,22 @@ impl From<Flow> for Direction {
     }
 }
 
-/// Why a payload could not be made reachable.
+/// How the device finds the data of a command, and what it uses until it is done.
+pub(crate) type Ready = (DataPointer, Holdings);
+
+/// Why a payload could not be made reachable at once. [`DmaContext::prepare_later`] goes on.
 pub(crate) enum Unready {
-    /// The pool is used up; a [`ReserveBlock`] will do.
+    /// It is to be mapped for the command, which may have to wait for room.
+    Unmapped(Payload),
+    /// The pool is used up; a block of the reserve will do.
     PoolExhausted(Payload),
     Failed(Error, Payload),
+}
+
+/// Where the device finds a run of memory.
+enum Located {
+    Pool(u64),
+    Mapped(Mapped),
 }
 
 impl DmaContext {
@@ -116,45 +136,164 @@ impl DmaContext {
         }
     }
 
-    /// Makes the bytes of `range` of `payload` reachable.
+    /// Makes the bytes of `range` of `payload` reachable, if that can be done without waiting.
     pub(crate) fn prepare(
         &self,
         flow: Flow,
         payload: Payload,
         range: Range<usize>,
-    ) -> Result<(DataPointer, Holdings), Unready> {
-        match self.in_place(flow, &payload, range.clone()) {
-            Ok(Some((pointer, mapped, list))) => Ok((
-                pointer,
-                Holdings {
-                    mapped,
-                    list,
-                    bounce: None,
-                    payload,
-                },
-            )),
+    ) -> Result<Ready, Unready> {
+        if self.isolate {
+            return self.through_pool(flow, payload, range);
+        }
+        let mut is_worth_mapping = false;
+        let described = self.describe(&payload, range.clone(), |piece| {
+            if let Some(iova) = self.pool_address(piece) {
+                return Some(Located::Pool(iova));
+            }
+            let (addr, len) = (piece.addr(), piece.len());
+            let mapped = self.space.look_up(addr, len, flow.into());
+            is_worth_mapping = mapped.is_none() && len >= MAP_FROM;
+            mapped.map(Located::Mapped)
+        });
+        match described {
+            Ok(Some(parts)) => Ok(parts.with(payload)),
+            Ok(None) if is_worth_mapping => Err(Unready::Unmapped(payload)),
             Ok(None) => self.through_pool(flow, payload, range),
-            Err(error) if is_exhaustion(&error) => Err(Unready::PoolExhausted(payload)),
-            Err(error) => Err(Unready::Failed(error.into(), payload)),
+            Err(error) => Err(unready(error, payload)),
         }
     }
 
-    /// Makes the bytes of `range` of `payload`, at most a transfer, reachable through `block`.
-    pub(crate) fn prepare_in_reserve(
+    /// Goes on where [`prepare`](Self::prepare) could not.
+    ///
+    /// Both kinds of waiting are in order of arrival, and for what comes back when commands
+    /// complete: this waits for no memory that callers hold. But a future whose turn it is has it
+    /// until it is polled or dropped; so the wait for a mapping ends, and data is copied, when the
+    /// queue does not move.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it gives up the place in the queue and drops the payload.
+    pub(crate) async fn prepare_later(
+        &self,
+        flow: Flow,
+        unready: Unready,
+        range: Range<usize>,
+    ) -> Result<Ready, (Error, Payload)> {
+        let unready = match unready {
+            Unready::Unmapped(payload) => match self.map(flow, payload, range.clone()).await {
+                Ok(ready) => return Ok(ready),
+                Err(unready) => unready,
+            },
+            unready => unready,
+        };
+        match unready {
+            Unready::Failed(error, payload) => Err((error, payload)),
+            Unready::Unmapped(payload) | Unready::PoolExhausted(payload) => {
+                let block = self.reserve_block().await;
+                self.through_reserve(flow, payload, range, block)
+            }
+        }
+    }
+
+    /// Maps memory that is not mapped yet, for the command or, if it is shared and immutable, for
+    /// later ones too. What can't be mapped is copied.
+    async fn map(
         &self,
         flow: Flow,
         payload: Payload,
         range: Range<usize>,
-        mut block: ReserveBlock,
-    ) -> Result<(DataPointer, Holdings), Unready> {
-        let pointer = block.fill_from(flow, &payload, range.clone(), self.page_size);
-        let Some(pointer) = pointer else {
+    ) -> Result<Ready, Unready> {
+        let mapped = match self.map_request(flow, &payload, range.clone()) {
+            Some(request) => self.in_turn(request).await,
+            None => None,
+        };
+        let Some(mapped) = mapped else {
+            tracing::trace!(len = range.len(), "copying instead of mapping");
+            return self.through_pool(flow, payload, range);
+        };
+        let mut mapped = mapped.into_iter();
+        let described = self.describe(&payload, range.clone(), |piece| {
+            match self.pool_address(piece) {
+                Some(iova) => Some(Located::Pool(iova)),
+                None => mapped.next().map(Located::Mapped),
+            }
+        });
+        match described {
+            Ok(Some(parts)) => Ok(parts.with(payload)),
+            Ok(None) => self.through_pool(flow, payload, range),
+            Err(error) => Err(unready(error, payload)),
+        }
+    }
+
+    /// The mappings, if there can be some, waiting as long as the queue moves.
+    async fn in_turn(&self, mut request: MapRequest<'static>) -> Option<Vec<Mapped>> {
+        if let Some(mapped) = poll_immediate(&mut request).await {
+            return mapped.ok();
+        }
+        loop {
+            let before = self.space.usage().done_waiting;
+            // Tokio has no way to ask whether there is a runtime, with timers; without, it panics.
+            let timer = catch_unwind(|| tokio::time::sleep(PATIENCE)).ok()?;
+            match select(request, pin!(timer)).await {
+                Either::Left((mapped, _)) => return mapped.ok(),
+                Either::Right(_) if self.space.usage().done_waiting == before => return None,
+                Either::Right(((), waiting)) => request = waiting,
+            }
+        }
+    }
+
+    /// The mappings of all that is not memory of the pool; nothing if some of it is too short to
+    /// be worth it. To be dropped before the payload.
+    fn map_request(
+        &self,
+        flow: Flow,
+        payload: &Payload,
+        range: Range<usize>,
+    ) -> Option<MapRequest<'static>> {
+        let mut pieces: SmallVec<[iova::Segment<'static>; 4]> = SmallVec::new();
+        let all = payload.try_for_each(range, |piece| {
+            if self.pool_address(&piece).is_some() {
+                return Ok(());
+            }
+            let memory = NonNull::new(piece.addr().cast_mut())
+                .filter(|_| piece.len() >= MAP_FROM)
+                .map(|addr| HostMemory::new(addr, piece.len()))
+                .ok_or(())?;
+            let segment = iova::Segment::new(memory);
+            pieces.push(match piece.owner() {
+                Some((whole, owner)) => segment.within(whole, owner),
+                None => segment,
+            });
+            Ok::<_, ()>(())
+        });
+        all.ok()?;
+        // SAFETY: the memory belongs to the payload. What has an owner is a `Bytes`, whose memory
+        // its clone keeps in place and nobody changes, and the device only reads it. Other memory
+        // is neither freed nor moved while a guard lives: until a guard goes into the same
+        // `Holdings` as the payload, before it, the request is dropped before the payload is; and
+        // `Holdings` are kept until the device is done with the command. Until then a payload that
+        // is written to is not accessed, and others are not changed.
+        Some(unsafe { self.space.map(pieces, flow.into()) })
+    }
+
+    /// Makes the bytes of `range` of `payload`, at most a transfer, reachable through a block of the
+    /// reserve.
+    fn through_reserve(
+        &self,
+        flow: Flow,
+        payload: Payload,
+        range: Range<usize>,
+        block: Option<ReserveBlock>,
+    ) -> Result<Ready, (Error, Payload)> {
+        let filled = block.and_then(|mut block| {
+            let pointer = block.fill_from(flow, &payload, range.clone(), self.page_size)?;
+            Some((pointer, block))
+        });
+        let Some((pointer, block)) = filled else {
             // A block holds a whole transfer, and no command is larger than that.
             let limit = self.pool.stats().limit;
-            return Err(Unready::Failed(
-                AllocError::LimitReached { limit }.into(),
-                payload,
-            ));
+            return Err((AllocError::LimitReached { limit }.into(), payload));
         };
         self.count_bounce(range.len());
         let bounce = Some(Bounce::Reserve(block));
@@ -168,12 +307,8 @@ impl DmaContext {
         ))
     }
 
-    /// Waits for a bounce buffer of the reserve, in order of arrival. Blocks come back when
-    /// commands complete, so this waits for no memory that callers hold; but a block that was granted
-    /// to a future is its own until that is polled or dropped.
-    pub(crate) fn reserve_block(
-        &self,
-    ) -> impl Future<Output = Option<ReserveBlock>> + Send + 'static {
+    /// Waits for a bounce buffer of the reserve.
+    fn reserve_block(&self) -> impl Future<Output = Option<ReserveBlock>> + Send + 'static {
         let reserve = self.reserve.clone();
         async move {
             let permit = reserve.permits.clone().acquire_owned().await.ok()?;
@@ -200,24 +335,29 @@ impl DmaContext {
         unsafe { holdings.payload.fill(range, bytes) };
     }
 
-    /// Nothing if the memory can't be described to the device where it is.
-    #[expect(clippy::type_complexity, reason = "the parts of Holdings, used once")]
-    fn in_place(
+    /// Describes memory to the device where it is. Nothing if that can't be expressed, or if some
+    /// of it was not located.
+    fn describe(
         &self,
-        flow: Flow,
         payload: &Payload,
         range: Range<usize>,
-    ) -> Result<Option<(DataPointer, SmallVec<[Mapped; 1]>, Option<DmaWords>)>, AllocError> {
-        if self.isolate {
-            return Ok(None);
-        }
+        mut locate: impl FnMut(&Piece<'_>) -> Option<Located>,
+    ) -> Result<Option<InPlace>, AllocError> {
         let mut mapped = SmallVec::new();
         let mut segments: SmallVec<[Segment; 4]> = SmallVec::new();
         let whole = payload.try_for_each(range, |piece| {
-            let segment = self.locate(flow, &piece, &mut mapped).ok_or(())?;
+            let iova = match locate(&piece).ok_or(())? {
+                Located::Pool(iova) => iova,
+                Located::Mapped(guard) => {
+                    let iova = guard.iova();
+                    mapped.push(guard);
+                    iova
+                }
+            };
+            let len = piece.len() as u64;
             match segments.last_mut() {
-                Some(last) if last.iova + last.len == segment.iova => last.len += segment.len,
-                _ => segments.push(segment),
+                Some(last) if last.iova + last.len == iova => last.len += len,
+                _ => segments.push(Segment { iova, len }),
             }
             Ok::<_, ()>(())
         });
@@ -230,57 +370,19 @@ impl DmaContext {
             bytes => Some(DmaWords::new(&self.pool, bytes.div_ceil(4) as usize)?),
         };
         let pointer = describe(shape, &segments, self.page_size, list.as_ref());
-        Ok(pointer.map(|pointer| (pointer, mapped, list)))
+        Ok(pointer.map(|pointer| InPlace {
+            pointer,
+            mapped,
+            list,
+        }))
     }
 
-    fn locate(
-        &self,
-        flow: Flow,
-        piece: &Piece<'_>,
-        mapped: &mut SmallVec<[Mapped; 1]>,
-    ) -> Option<Segment> {
-        let len = piece.len();
-        let addr = match piece {
-            Piece::Dma { buf, range } => {
-                if let Some(iova) = buf.iova_in(&self.pool) {
-                    return Some(Segment {
-                        iova: iova + range.start as u64,
-                        len: len as u64,
-                    });
-                }
-                buf.addr().as_ptr().wrapping_add(range.start).cast_const()
-            }
-            Piece::Registered { slice, range } => slice.addr().wrapping_add(range.start),
-            Piece::Foreign { addr, .. } => *addr,
-        };
-        let guard = match self.space.look_up(addr, len, flow.into()) {
-            Some(guard) => guard,
-            None if len >= MAP_FROM => self.map(flow, addr, len)?,
-            None => return None,
-        };
-        let segment = Segment {
-            iova: guard.iova(),
-            len: len as u64,
-        };
-        mapped.push(guard);
-        Some(segment)
-    }
-
-    /// Maps memory that the payload owns. Whatever keeps it from being mapped, it can still be
-    /// copied.
-    fn map(&self, flow: Flow, addr: *const u8, len: usize) -> Option<Mapped> {
-        let addr = NonNull::new(addr.cast_mut())?;
-        // SAFETY: the memory belongs to the payload, which goes into the same `Holdings` as the
-        // guard, behind it, so it is neither freed nor moved while the guard lives. `Holdings` are
-        // kept until the device is done with the command. Until then a payload that is written to
-        // is not accessed, and others are not changed.
-        let mapped = unsafe {
-            self.space
-                .map_temporary(HostMemory::new(addr, len), flow.into(), None)
-        };
-        mapped
-            .inspect_err(|error| tracing::trace!(%error, len, "copying instead of mapping"))
-            .ok()
+    /// Where the device finds a run of memory of the pool.
+    fn pool_address(&self, piece: &Piece<'_>) -> Option<u64> {
+        match piece {
+            Piece::Dma { buf, range } => Some(buf.iova_in(&self.pool)? + range.start as u64),
+            Piece::Registered { .. } | Piece::Foreign { .. } => None,
+        }
     }
 
     fn through_pool(
@@ -288,7 +390,7 @@ impl DmaContext {
         flow: Flow,
         payload: Payload,
         range: Range<usize>,
-    ) -> Result<(DataPointer, Holdings), Unready> {
+    ) -> Result<Ready, Unready> {
         let bounced = self.pool.alloc(range.len()).and_then(|mut buf| {
             if flow == Flow::Write {
                 payload.copy_out(range.clone(), &mut buf);
@@ -323,14 +425,45 @@ impl DmaContext {
                 ))
             }
             Ok((None, ..)) => Err(Unready::PoolExhausted(payload)),
-            Err(error) if is_exhaustion(&error) => Err(Unready::PoolExhausted(payload)),
-            Err(error) => Err(Unready::Failed(error.into(), payload)),
+            Err(error) => Err(unready(error, payload)),
         }
     }
 
     fn count_bounce(&self, bytes: usize) {
         self.bounced_bytes
             .fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Memory that is described to the device where it is.
+struct InPlace {
+    pointer: DataPointer,
+    mapped: SmallVec<[Mapped; 1]>,
+    list: Option<DmaWords>,
+}
+
+impl InPlace {
+    fn with(self, payload: Payload) -> Ready {
+        let Self {
+            pointer,
+            mapped,
+            list,
+        } = self;
+        let holdings = Holdings {
+            mapped,
+            list,
+            bounce: None,
+            payload,
+        };
+        (pointer, holdings)
+    }
+}
+
+fn unready(error: AllocError, payload: Payload) -> Unready {
+    if is_exhaustion(&error) {
+        Unready::PoolExhausted(payload)
+    } else {
+        Unready::Failed(error.into(), payload)
     }
 }
 

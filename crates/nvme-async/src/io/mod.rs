@@ -10,7 +10,7 @@ pub(crate) mod transfer;
 use iova::Mapped;
 use smallvec::SmallVec;
 
-pub(crate) use self::context::{DmaContext, Flow, ReserveBlock, Unready};
+pub(crate) use self::context::{DmaContext, Flow, ReserveBlock};
 pub(crate) use self::part::{End, Order, Part};
 pub(crate) use self::payload::{Convert, Payload};
 pub use self::payload::{IoBuffer, ReadBuffer, WriteBuffer};

@@ -6,9 +6,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use nvme_spec::{DataPointer, Sqe, Status};
+use futures::future::BoxFuture;
+use nvme_spec::{Sqe, Status};
 
-use super::context::{DmaContext, Flow, ReserveBlock, Unready};
+use super::context::{DmaContext, Flow, Ready};
 use super::{Holdings, Payload};
 use crate::Error;
 use crate::engine::state::Command;
@@ -49,10 +50,8 @@ pub(crate) struct Part<'a, Q: QueueAccess> {
 
 enum Step<'a, Q: QueueAccess> {
     Prepare(Payload),
-    Reserve(
-        Payload,
-        Pin<Box<dyn Future<Output = Option<ReserveBlock>> + Send>>,
-    ),
+    /// What could not be done without waiting.
+    Later(BoxFuture<'a, Result<Ready, (Error, Payload)>>),
     Submit(Submission<'a, Q>),
     Over,
 }
@@ -67,7 +66,7 @@ impl<'a, Q: QueueAccess> Part<'a, Q> {
         }
     }
 
-    fn submit(&self, (pointer, holdings): (DataPointer, Holdings)) -> Step<'a, Q> {
+    fn submit(&self, (pointer, holdings): Ready) -> Step<'a, Q> {
         let sqe = self.order.sqe.with_data(pointer);
         let command = Command {
             sqe,
@@ -117,38 +116,20 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
                     let range = this.order.range.clone();
                     match this.dma.prepare(this.order.flow, payload, range) {
                         Ok(ready) => this.submit(ready),
-                        Err(Unready::PoolExhausted(payload)) => {
-                            Step::Reserve(payload, Box::pin(this.dma.reserve_block()))
-                        }
-                        Err(Unready::Failed(error, payload)) => {
-                            this.step = Step::Over;
-                            return Poll::Ready((End::Unsubmitted(error), Some(payload)));
+                        Err(unready) => {
+                            let range = this.order.range.clone();
+                            let flow = this.order.flow;
+                            Step::Later(Box::pin(this.dma.prepare_later(flow, unready, range)))
                         }
                     }
                 }
-                Step::Reserve(payload, block) => {
-                    let block = ready!(block.as_mut().poll(cx));
-                    let payload = std::mem::take(payload);
-                    let range = this.order.range.clone();
-                    let Some(block) = block else {
+                Step::Later(prepared) => match ready!(prepared.as_mut().poll(cx)) {
+                    Ok(ready) => this.submit(ready),
+                    Err((error, payload)) => {
                         this.step = Step::Over;
-                        return Poll::Ready((End::Failure(Failure::Closed), Some(payload)));
-                    };
-                    match this
-                        .dma
-                        .prepare_in_reserve(this.order.flow, payload, range, block)
-                    {
-                        Ok(ready) => this.submit(ready),
-                        Err(Unready::PoolExhausted(payload)) => {
-                            this.step = Step::Over;
-                            return Poll::Ready((End::Failure(Failure::Closed), Some(payload)));
-                        }
-                        Err(Unready::Failed(error, payload)) => {
-                            this.step = Step::Over;
-                            return Poll::Ready((End::Unsubmitted(error), Some(payload)));
-                        }
+                        return Poll::Ready((End::Unsubmitted(error), Some(payload)));
                     }
-                }
+                },
                 Step::Submit(submission) => {
                     let (result, holdings) = ready!(Pin::new(submission).poll(cx));
                     this.step = Step::Over;

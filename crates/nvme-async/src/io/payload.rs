@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use iova::{HostMemory, Owner};
 
 use super::registration::RegisteredSlice;
 use crate::memory::DmaBuf;
@@ -24,7 +25,10 @@ pub trait ReadBuffer: IoBuffer {}
 /// `DmaBuf`s or `Bytes`.
 ///
 /// Memory of the controller's pool (also as `Bytes`) and registered memory is used where it is;
-/// of other memory, large buffers are mapped for the time of the write and small ones copied.
+/// of other memory, small buffers are copied, and large ones (64 KiB and more) mapped for the time of
+/// the write. Where the IOMMU takes no more mappings, or no more memory can be locked, the write waits
+/// its turn, and is copied if the queue stands still. `Bytes` may
+/// [stay mapped](crate::OpenOptions::retained_bytes).
 pub trait WriteBuffer: IoBuffer {}
 
 mod sealed {
@@ -100,8 +104,9 @@ pub(crate) enum Piece<'a> {
         range: Range<usize>,
     },
     Foreign {
-        addr: *const u8,
-        len: usize,
+        bytes: &'a [u8],
+        /// The shared, immutable memory that they are a part of.
+        owner: Option<&'a Bytes>,
     },
     Registered {
         slice: &'a RegisteredSlice,
@@ -135,8 +140,11 @@ impl Payload {
             Self::None => Ok(()),
             Self::Shared(payload) => payload.try_for_each(range, f),
             Self::Dma(buf) => f(Piece::Dma { buf, range }),
-            Self::Bytes(bytes) => f(foreign(&bytes[range])),
-            Self::Vec(bytes) => f(foreign(&bytes[range])),
+            Self::Bytes(bytes) => f(shared(bytes, range)),
+            Self::Vec(bytes) => f(Piece::Foreign {
+                bytes: &bytes[range],
+                owner: None,
+            }),
             Self::Registered(slice) => f(Piece::Registered { slice, range }),
             Self::ManyDma(bufs) => each_within(
                 bufs.iter(),
@@ -148,7 +156,7 @@ impl Payload {
                 all.iter(),
                 |bytes| bytes.len(),
                 range,
-                |bytes, range| f(foreign(&bytes[range])),
+                |bytes, range| f(shared(bytes, range)),
             ),
         }
     }
@@ -218,7 +226,30 @@ impl<'a> Piece<'a> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Dma { range, .. } | Self::Registered { range, .. } => range.len(),
-            Self::Foreign { len, .. } => *len,
+            Self::Foreign { bytes, .. } => bytes.len(),
+        }
+    }
+
+    /// The first byte. For its address; a piece of a read's payload is written through other ways.
+    pub(crate) fn addr(&self) -> *const u8 {
+        match self {
+            Self::Dma { buf, range } => buf.addr().as_ptr().wrapping_add(range.start),
+            Self::Foreign { bytes, .. } => bytes.as_ptr(),
+            Self::Registered { slice, range } => slice.addr().wrapping_add(range.start),
+        }
+    }
+
+    /// What keeps the memory in place and unchanged beyond the request, and all of that memory.
+    pub(crate) fn owner(&self) -> Option<(HostMemory<'static>, Owner)> {
+        match self {
+            Self::Foreign {
+                owner: Some(bytes), ..
+            } => {
+                let whole = NonNull::new(bytes.as_ptr().cast_mut())?;
+                let whole = HostMemory::new(whole, bytes.len());
+                Some((whole, Arc::new(Bytes::clone(bytes))))
+            }
+            _ => None,
         }
     }
 
@@ -226,7 +257,7 @@ impl<'a> Piece<'a> {
         let len = self.len();
         let side = match self {
             Self::Dma { buf, range } => Side::Memory(buf.addr().as_ptr().wrapping_add(range.start)),
-            Self::Foreign { addr, .. } => Side::Memory(*addr),
+            Self::Foreign { bytes, .. } => Side::Memory(bytes.as_ptr()),
             Self::Registered { slice, range } => {
                 Side::Registered(slice, slice.offset() + range.start)
             }
@@ -235,10 +266,10 @@ impl<'a> Piece<'a> {
     }
 }
 
-fn foreign(bytes: &[u8]) -> Piece<'static> {
+fn shared(bytes: &Bytes, range: Range<usize>) -> Piece<'_> {
     Piece::Foreign {
-        addr: bytes.as_ptr(),
-        len: bytes.len(),
+        bytes: &bytes[range],
+        owner: Some(bytes),
     }
 }
 

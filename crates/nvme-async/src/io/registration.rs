@@ -24,7 +24,10 @@ struct Region {
 }
 
 impl Registration {
-    pub(crate) fn new(space: &AddressSpace, memory: Arc<dyn Registered>) -> Result<Self, Error> {
+    pub(crate) async fn new(
+        space: &AddressSpace,
+        memory: Arc<dyn Registered>,
+    ) -> Result<Self, Error> {
         let mut host = HostMemory::new(memory.addr(), memory.len());
         if let Some((fd, offset)) = memory.file() {
             host = host.with_file(fd, offset);
@@ -32,7 +35,8 @@ impl Registration {
         // SAFETY: the contract of `Registered` keeps the memory in place for as long as the owner
         // lives, makes `file` true, and leaves parts that a command uses to the driver.
         let mapping =
-            unsafe { space.register(host, Direction::Bidirectional, Arc::new(memory.clone())) }?;
+            unsafe { space.register(host, Direction::Bidirectional, Arc::new(memory.clone())) };
+        let mapping = mapping.await?;
         Ok(Self {
             region: Arc::new(Region { mapping, memory }),
         })

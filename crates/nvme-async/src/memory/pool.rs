@@ -121,7 +121,7 @@ impl Pool {
         let mapping = unsafe {
             self.handle
                 .space
-                .register(host_memory, Direction::Bidirectional, memory.clone())
+                .try_register(host_memory, Direction::Bidirectional, memory.clone())
         };
         let mapping = mapping.map_err(AllocError::Mapping)?;
         Ok(Chunk {

@@ -210,6 +210,7 @@ unsafe impl DmaMapper for SoftIommu {
             usable: USABLE.to_vec(),
             page_sizes: PAGE_SIZES,
             max_mappings: self.max_mappings,
+            unmaps_runs: true,
         }
     }
 
@@ -264,24 +265,28 @@ unsafe impl DmaMapper for SoftIommu {
 
     fn unmap(&self, iova: u64, len: u64) -> Result<(), MapError> {
         let mut mappings = self.write_lock();
-        let index = mappings
-            .binary_search_by_key(&iova, |mapping| mapping.first)
-            .ok()
-            .filter(|&index| mappings[index].len == len);
-        match index {
-            Some(index) => {
-                let mapping = mappings.remove(index);
-                // An own mapping is unmapped outside of the lock.
-                drop(mappings);
-                drop(mapping);
-                Ok(())
-            }
+        let first = mappings.partition_point(|mapping| mapping.first < iova);
+        let mut end = first;
+        let mut unmapped = 0;
+        while let Some(mapping) = mappings.get(end)
+            && mapping.first == iova + unmapped
+            && unmapped + mapping.len <= len
+        {
+            unmapped += mapping.len;
+            end += 1;
+        }
+        if unmapped != len {
             // Only whole mappings are ever unmapped, here as with VFIO.
-            None => Err(MapError::ShortUnmap {
+            return Err(MapError::ShortUnmap {
                 expected: len,
                 unmapped: 0,
-            }),
+            });
         }
+        let gone: Vec<Mapping> = mappings.drain(first..end).collect();
+        // Mappings of this process are unmapped outside of the lock.
+        drop(mappings);
+        drop(gone);
+        Ok(())
     }
 }
 

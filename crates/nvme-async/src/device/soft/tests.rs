@@ -312,9 +312,10 @@ impl Driver {
         let memory = Shared::new(4);
         let space = AddressSpace::new(device.mapper()).expect("a usable IOMMU");
         // SAFETY: the memory is the owner's and is only accessed as atomics.
-        let mapping =
-            unsafe { space.register(memory.pages(0, 4), Direction::Bidirectional, memory.clone()) }
-                .expect("maps");
+        let mapping = unsafe {
+            space.try_register(memory.pages(0, 4), Direction::Bidirectional, memory.clone())
+        }
+        .expect("maps");
         let base = mapping.iova();
         let driver = Self {
             device,

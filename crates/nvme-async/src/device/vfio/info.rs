@@ -36,6 +36,8 @@ pub(super) fn geometry(reply: &[u8], page_size: u64) -> io::Result<Geometry> {
         usable: ASSUMED_USABLE.to_vec(),
         page_sizes,
         max_mappings: None,
+        // Type 1 v2 unmaps all mappings that lie in a range.
+        unmaps_runs: true,
     };
     if flags & abi::VFIO_IOMMU_INFO_CAPS == 0 {
         return Ok(geometry);

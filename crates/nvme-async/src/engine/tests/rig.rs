@@ -40,6 +40,7 @@ unsafe impl DmaMapper for Files {
             usable,
             page_sizes: 4096,
             max_mappings: None,
+            unmaps_runs: false,
         }
     }
 

@@ -33,6 +33,7 @@ unsafe impl DmaMapper for Mapper {
             usable,
             page_sizes: 4096,
             max_mappings: None,
+            unmaps_runs: false,
         }
     }
 
