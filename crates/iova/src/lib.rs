@@ -110,6 +110,7 @@
 //!
 //! | feature | adds |
 //! | --- | --- |
+//! | `vfio` | `iova::vfio`: the mapper for the kernel's VFIO (type 1 containers) |
 //! | `testing` | `iova::testing`: a mapper without a device, with settable limits and failures, for the tests of whoever builds on this crate |
 
 #[cfg(not(target_pointer_width = "64"))]
@@ -134,6 +135,8 @@ mod table;
 pub mod testing;
 #[cfg(all(test, not(loom)))]
 mod tests;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 mod waiters;
 
 pub use error::Error;

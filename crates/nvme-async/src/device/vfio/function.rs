@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use iova::vfio::InfoReply;
 use vfio_bindings::bindings::vfio as abi;
-use zerocopy::IntoBytes;
 
 use super::config::{self, ReadConfig};
 use super::error::OpenError;
@@ -71,7 +71,7 @@ impl Function {
         }
         let region = |index| {
             let reply = sys::region_info(file.as_fd(), index)?;
-            info::region(reply.as_bytes())
+            info::region(InfoReply::new(&reply))
         };
         let bar = region(abi::VFIO_PCI_BAR0_REGION_INDEX)?;
         let config = region(abi::VFIO_PCI_CONFIG_REGION_INDEX)?;

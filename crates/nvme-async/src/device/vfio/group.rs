@@ -4,20 +4,19 @@ use std::ffi::CString;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::ptr::NonNull;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use iova::{Direction, Geometry, MapError};
+use iova::DmaMapper;
+use iova::vfio::Type1Container;
 use vfio_bindings::bindings::vfio as abi;
-use vfio_ioctls::{VfioContainer, VfioError};
-use zerocopy::IntoBytes;
+use vfio_ioctls::VfioError;
 
 use super::error::OpenError;
 use super::lease::Unleased;
 use super::pci::{self, PciAddress, Roots};
 use super::registry::{Entry, Opened, Registry};
-use super::{info, sys};
+use super::sys::{self, Container};
 
 /// The groups that this process has open: the kernel gives a group to one opener at a time, so a
 /// second function of it must find the first one's descriptor.
@@ -27,10 +26,9 @@ static OPEN_GROUPS: Registry<u32, Group> = Registry::new();
 /// its functions, of their mapped doorbells, and of whoever maps memory through it.
 pub(super) struct Group {
     id: u32,
-    geometry: Geometry,
     unleased: Unleased,
     file: File,
-    container: VfioContainer,
+    container: Type1Container<Container>,
     // Last: the next opener is let in when the descriptors are closed.
     _entry: Entry<u32, Self>,
 }
@@ -55,21 +53,19 @@ impl Group {
         entry: Entry<u32, Self>,
     ) -> Result<Self, OpenError> {
         let (file, container) = open_descriptors(roots, id, address)?;
-        let system = |operation| {
-            move |source| OpenError::System {
+        // SAFETY: the container was opened just now and only this group has it; all functions map
+        // and unmap through this value, each in the addresses of its own lease.
+        let container = unsafe { Type1Container::new(container) }.map_err(|source| {
+            let operation = "asking what the IOMMU can do";
+            OpenError::System {
                 address,
                 operation,
                 source,
             }
-        };
-        let reply = sys::iommu_info(sys::container_fd(&container))
-            .map_err(system("asking what the IOMMU can do"))?;
-        let geometry = info::geometry(reply.as_bytes(), sys::page_size())
-            .map_err(system("reading what the IOMMU can do"))?;
+        })?;
         Ok(Self {
             id,
-            unleased: Unleased::new(&geometry.usable),
-            geometry,
+            unleased: Unleased::new(&container.geometry().usable),
             file,
             container,
             _entry: entry,
@@ -86,45 +82,14 @@ impl Group {
         sys::group_device(self.file.as_fd(), &name).map(File::from)
     }
 
-    /// What the IOMMU of the whole container offers.
-    pub(super) fn geometry(&self) -> &Geometry {
-        &self.geometry
+    /// What maps memory for all functions of the group.
+    pub(super) fn container(&self) -> &Type1Container<Container> {
+        &self.container
     }
 
     /// The addresses that no function of the group has.
     pub(super) fn unleased(&self) -> &Unleased {
         &self.unleased
-    }
-
-    /// Maps memory for all functions of the group.
-    ///
-    /// # Safety
-    ///
-    /// Until that range is unmapped or the group closed, its functions may access those `len`
-    /// bytes at `address` at any time in that direction; they stay valid for it.
-    pub(super) unsafe fn map(
-        &self,
-        iova: u64,
-        address: NonNull<u8>,
-        len: usize,
-        direction: Direction,
-    ) -> Result<(), MapError> {
-        let flags = match direction {
-            Direction::ToDevice => abi::VFIO_DMA_MAP_FLAG_READ,
-            Direction::FromDevice => abi::VFIO_DMA_MAP_FLAG_WRITE,
-            Direction::Bidirectional => abi::VFIO_DMA_MAP_FLAG_READ | abi::VFIO_DMA_MAP_FLAG_WRITE,
-        };
-        // SAFETY: the caller promises that the memory stays valid for the devices until `unmap`.
-        unsafe { sys::map_dma(self.container(), iova, address, len, flags) }.map_err(map_error)
-    }
-
-    /// Unmaps all mappings that lie in a range; gives the number of bytes that were mapped.
-    pub(super) fn unmap(&self, iova: u64, len: u64) -> Result<u64, MapError> {
-        sys::unmap_dma(self.container(), iova, len).map_err(map_error)
-    }
-
-    fn container(&self) -> BorrowedFd<'_> {
-        sys::container_fd(&self.container)
     }
 }
 
@@ -132,8 +97,8 @@ impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Group")
             .field("id", &self.id)
-            .field("geometry", &self.geometry)
-            .finish()
+            .field("container", &self.container)
+            .finish_non_exhaustive()
     }
 }
 
@@ -142,7 +107,7 @@ fn open_descriptors(
     roots: &Roots,
     id: u32,
     address: PciAddress,
-) -> Result<(File, VfioContainer), OpenError> {
+) -> Result<(File, Container), OpenError> {
     let system = |operation| {
         move |source| OpenError::System {
             address,
@@ -150,7 +115,7 @@ fn open_descriptors(
             source,
         }
     };
-    let container = VfioContainer::new(None).map_err(container_error)?;
+    let container = Container::open().map_err(container_error)?;
     let node = roots.group_node(id);
     let file = OpenOptions::new()
         .read(true)
@@ -166,9 +131,9 @@ fn open_descriptors(
             others,
         });
     }
-    sys::group_set_container(file.as_fd(), sys::container_fd(&container))
+    sys::group_set_container(file.as_fd(), container.as_fd())
         .map_err(system("putting the group into a container"))?;
-    sys::set_iommu(sys::container_fd(&container), abi::VFIO_TYPE1v2_IOMMU)
+    sys::set_iommu(container.as_fd(), abi::VFIO_TYPE1v2_IOMMU)
         .map_err(|source| iommu_error(address, source))?;
     Ok((file, container))
 }
@@ -232,20 +197,6 @@ fn iommu_error(address: PciAddress, source: io::Error) -> OpenError {
     }
 }
 
-fn map_error(error: io::Error) -> MapError {
-    let reason = match error.raw_os_error() {
-        Some(libc::ENOSPC) => return MapError::OutOfEntries,
-        Some(libc::ENOMEM) => return MapError::MemoryLimit,
-        Some(libc::EEXIST) => return MapError::AlreadyMapped,
-        Some(libc::EINVAL) => "address, length or IOVA is misaligned, or in a reserved window",
-        Some(libc::EFAULT) => "there is no memory there, or none that may be accessed so",
-        _ => return MapError::Io(error),
-    };
-    MapError::Invalid {
-        reason: reason.to_owned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -254,28 +205,6 @@ mod tests {
 
     fn os(code: i32) -> io::Error {
         io::Error::from_raw_os_error(code)
-    }
-
-    #[test]
-    fn errors_of_mapping() {
-        assert!(matches!(
-            map_error(os(libc::ENOSPC)),
-            MapError::OutOfEntries
-        ));
-        assert!(matches!(map_error(os(libc::ENOMEM)), MapError::MemoryLimit));
-        assert!(matches!(
-            map_error(os(libc::EEXIST)),
-            MapError::AlreadyMapped
-        ));
-        assert!(matches!(
-            map_error(os(libc::EINVAL)),
-            MapError::Invalid { .. }
-        ));
-        assert!(matches!(
-            map_error(os(libc::EFAULT)),
-            MapError::Invalid { .. }
-        ));
-        assert!(matches!(map_error(os(libc::ENODEV)), MapError::Io(_)));
     }
 
     #[test]

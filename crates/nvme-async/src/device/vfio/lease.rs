@@ -90,7 +90,7 @@ impl Drop for Lease {
         let unmapped = |range: &IovaRange| {
             // At most half of all addresses, so this does not overflow.
             let len = range.last - range.first + 1;
-            let result = self.group.unmap(range.first, len);
+            let result = self.group.container().unmap_within(range.first, len);
             result
                 .inspect_err(|error| tracing::warn!(%error, "I/O addresses stay mapped"))
                 .is_ok()
@@ -100,15 +100,14 @@ impl Drop for Lease {
     }
 }
 
-// SAFETY: the kernel maps and unmaps exactly the pages that it is told to and, unmapping, waits
-// until the IOMMU has forgotten them; the directions are the IOMMU's page permissions. Mappings end
-// otherwise only with the container, which the lease's own group keeps open, or with the lease.
-// No other lease has these addresses, and the geometry does not change.
+// SAFETY: the container keeps the contract, the lease's own group keeps the container open, and its
+// addresses are some of the container's that no other lease has; they don't change. Mappings end
+// with the lease too, which nobody then maps through.
 unsafe impl DmaMapper for Lease {
     fn geometry(&self) -> Geometry {
         Geometry {
             usable: self.ranges.clone(),
-            ..self.group.geometry().clone()
+            ..self.group.container().geometry()
         }
     }
 
@@ -118,18 +117,12 @@ unsafe impl DmaMapper for Lease {
         memory: &HostMemory<'_>,
         direction: Direction,
     ) -> Result<(), MapError> {
-        // SAFETY: the caller promises that the memory stays valid for the device until `unmap`.
-        unsafe { self.group.map(iova, memory.addr(), memory.len(), direction) }
+        // SAFETY: what the caller promises about the memory and this lease's addresses.
+        unsafe { self.group.container().map(iova, memory, direction) }
     }
 
     fn unmap(&self, iova: u64, len: u64) -> Result<(), MapError> {
-        match self.group.unmap(iova, len)? {
-            unmapped if unmapped == len => Ok(()),
-            unmapped => Err(MapError::ShortUnmap {
-                expected: len,
-                unmapped,
-            }),
-        }
+        self.group.container().unmap(iova, len)
     }
 }
 

@@ -1,50 +1,43 @@
 //! The system calls of VFIO, behind safe functions.
 //!
-//! All that is `unsafe` about talking to the kernel is here; what the kernel answers in
-//! variable-length form is taken apart in [`info`](super::info). `vfio-ioctls` opens the container;
-//! the rest it either does not offer (geometry of the IOMMU, map direction, eventfds of requests
-//! and errors), or offers without telling whether it worked (reset, region access, interrupts), or
-//! can't take back safely: its device type can't exist without also opening the group, and its
-//! `drop` finds the group again through sysfs and panics when the device has just been removed.
+//! All that is `unsafe` about talking to the kernel is here, and in [`iova::vfio`] what concerns
+//! the IOMMU. `vfio-ioctls` opens the container; the rest it either does not offer (geometry of the
+//! IOMMU, map direction, eventfds of requests and errors), or offers without telling whether it
+//! worked (reset, region access, interrupts), or can't take back safely: its device type can't
+//! exist without also opening the group, and its `drop` finds the group again through sysfs and
+//! panics when the device has just been removed.
 
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
+use iova::vfio::get_info;
 use vfio_bindings::bindings::vfio as abi;
-use vfio_ioctls::VfioContainer;
-use zerocopy::IntoBytes;
+use vfio_ioctls::{VfioContainer, VfioError};
 
-const SET_IOMMU: libc::Ioctl = request(2);
-const GROUP_GET_STATUS: libc::Ioctl = request(3);
-const GROUP_SET_CONTAINER: libc::Ioctl = request(4);
-const GROUP_GET_DEVICE_FD: libc::Ioctl = request(6);
-const DEVICE_GET_INFO: libc::Ioctl = request(7);
-const DEVICE_GET_REGION_INFO: libc::Ioctl = request(8);
-const DEVICE_GET_IRQ_INFO: libc::Ioctl = request(9);
-const DEVICE_SET_IRQS: libc::Ioctl = request(10);
-const DEVICE_RESET: libc::Ioctl = request(11);
-const IOMMU_GET_INFO: libc::Ioctl = request(12);
-const IOMMU_MAP_DMA: libc::Ioctl = request(13);
-const IOMMU_UNMAP_DMA: libc::Ioctl = request(14);
+const SET_IOMMU: u32 = request(2);
+const GROUP_GET_STATUS: u32 = request(3);
+const GROUP_SET_CONTAINER: u32 = request(4);
+const GROUP_GET_DEVICE_FD: u32 = request(6);
+const DEVICE_GET_INFO: u32 = request(7);
+const DEVICE_GET_REGION_INFO: u32 = request(8);
+const DEVICE_GET_IRQ_INFO: u32 = request(9);
+const DEVICE_SET_IRQS: u32 = request(10);
+const DEVICE_RESET: u32 = request(11);
 
 /// The number of an ioctl, as `_IO(VFIO_TYPE, VFIO_BASE + number)` makes it.
-const fn request(number: u32) -> libc::Ioctl {
-    ((abi::VFIO_TYPE as u32) << 8 | (abi::VFIO_BASE + number)) as libc::Ioctl
+const fn request(number: u32) -> u32 {
+    (abi::VFIO_TYPE as u32) << 8 | (abi::VFIO_BASE + number)
 }
 
 /// # Safety
 ///
 /// `argument` is what the kernel expects for `request` on this kind of descriptor: a number, or a
 /// pointer to memory of the size that its `argsz` says, live and writable during the call.
-unsafe fn ioctl(
-    fd: BorrowedFd<'_>,
-    request: libc::Ioctl,
-    argument: *mut c_void,
-) -> io::Result<c_int> {
+unsafe fn ioctl(fd: BorrowedFd<'_>, request: u32, argument: *mut c_void) -> io::Result<c_int> {
     // SAFETY: the descriptor is open while borrowed; the argument is the caller's promise.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) };
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, argument) };
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -52,10 +45,21 @@ unsafe fn ioctl(
     }
 }
 
-/// The descriptor of a container that `vfio-ioctls` opened.
-pub(super) fn container_fd(container: &VfioContainer) -> BorrowedFd<'_> {
-    // SAFETY: the container owns this descriptor and is borrowed for as long as the result.
-    unsafe { BorrowedFd::borrow_raw(container.as_raw_fd()) }
+/// A container that `vfio-ioctls` opened.
+pub(super) struct Container(VfioContainer);
+
+impl Container {
+    /// A new one, without groups.
+    pub(super) fn open() -> Result<Self, VfioError> {
+        VfioContainer::new(None).map(Self)
+    }
+}
+
+impl AsFd for Container {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the container owns this descriptor and is borrowed for as long as the result.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+    }
 }
 
 /// Flags of a group: `VFIO_GROUP_FLAGS_*`.
@@ -107,57 +111,13 @@ pub(super) fn group_device(group: BorrowedFd<'_>, address: &CStr) -> io::Result<
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The reply of `VFIO_IOMMU_GET_INFO`, capabilities included.
-pub(super) fn iommu_info(container: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
-    with_capabilities(
-        container,
-        IOMMU_GET_INFO,
-        size_of::<abi::vfio_iommu_type1_info>(),
-        |_| (),
-    )
-}
-
 /// The reply of `VFIO_DEVICE_GET_REGION_INFO`, capabilities included.
-pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u64>> {
-    let offset = std::mem::offset_of!(abi::vfio_region_info, index);
-    with_capabilities(
-        device,
-        DEVICE_GET_REGION_INFO,
-        size_of::<abi::vfio_region_info>(),
-        |bytes| {
-            bytes[offset..offset + 4].copy_from_slice(&index.to_ne_bytes());
-        },
-    )
-}
-
-/// Calls an information request whose reply may be longer than its structure of `len` bytes,
-/// with as much room as the kernel says it needs. `fill` sets the input fields.
-///
-/// The reply is in 64-bit words, because the structures need that alignment.
-fn with_capabilities(
-    fd: BorrowedFd<'_>,
-    request: libc::Ioctl,
-    len: usize,
-    fill: impl Fn(&mut [u8]),
-) -> io::Result<Vec<u64>> {
-    let mut words = vec![0_u64; len.div_ceil(8)];
-    // What is reported can grow between two calls, so once more may not be enough.
-    for _ in 0..8 {
-        words.fill(0);
-        let bytes = words.as_mut_bytes();
-        let room = bytes.len();
-        fill(bytes);
-        bytes[..4].copy_from_slice(&(room as u32).to_ne_bytes());
-        // SAFETY: the argument is a buffer of at least the structure's size, aligned to 8 bytes,
-        // that begins with its own size, which the kernel does not write beyond.
-        unsafe { ioctl(fd, request, bytes.as_mut_ptr().cast())? };
-        let needed = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize;
-        if needed <= room {
-            return Ok(words);
-        }
-        words.resize(needed.div_ceil(8), 0);
-    }
-    Err(io::Error::other("the kernel's reply kept growing"))
+pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u8>> {
+    const INDEX: usize = std::mem::offset_of!(abi::vfio_region_info, index);
+    let mut structure = [0; size_of::<abi::vfio_region_info>()];
+    structure[INDEX..INDEX + 4].copy_from_slice(&index.to_ne_bytes());
+    // SAFETY: that is this request's structure, without pointers, and the kernel keeps to argsz.
+    unsafe { get_info(device, DEVICE_GET_REGION_INFO, &structure) }
 }
 
 /// Flags and counts of a device.
@@ -212,45 +172,6 @@ pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: this request takes no argument.
     unsafe { ioctl(device, DEVICE_RESET, ptr::null_mut())? };
     Ok(())
-}
-
-/// Maps memory for all devices of a container; `flags` are `VFIO_DMA_MAP_FLAG_*`.
-///
-/// # Safety
-///
-/// Until that range is unmapped or the container closed, devices may access those `len` bytes at
-/// `address` at any time, in the directions that `flags` name; they stay valid for that.
-pub(super) unsafe fn map_dma(
-    container: BorrowedFd<'_>,
-    iova: u64,
-    address: NonNull<u8>,
-    len: usize,
-    flags: u32,
-) -> io::Result<()> {
-    let mut map = abi::vfio_iommu_type1_dma_map {
-        argsz: size_of::<abi::vfio_iommu_type1_dma_map>() as u32,
-        flags,
-        vaddr: address.as_ptr().expose_provenance() as u64,
-        iova,
-        size: len as u64,
-    };
-    // SAFETY: the argument is the structure of this request, with its size in argsz; what the
-    // devices may then do with the memory is the caller's promise.
-    unsafe { ioctl(container, IOMMU_MAP_DMA, (&raw mut map).cast())? };
-    Ok(())
-}
-
-/// Unmaps what was mapped at `iova..iova + len`; gives the number of bytes that were.
-pub(super) fn unmap_dma(container: BorrowedFd<'_>, iova: u64, len: u64) -> io::Result<u64> {
-    let mut unmap = abi::vfio_iommu_type1_dma_unmap {
-        argsz: size_of::<abi::vfio_iommu_type1_dma_unmap>() as u32,
-        iova,
-        size: len,
-        ..Default::default()
-    };
-    // SAFETY: the argument is the structure of this request, with its size in argsz.
-    unsafe { ioctl(container, IOMMU_UNMAP_DMA, (&raw mut unmap).cast())? };
-    Ok(unmap.size)
 }
 
 /// A nonblocking eventfd, closed on exec.
@@ -324,7 +245,6 @@ unsafe impl Sync for Mapping {}
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::os::fd::AsFd;
 
     use super::*;
 
@@ -333,7 +253,7 @@ mod tests {
         assert_eq!(SET_IOMMU, 0x3b66);
         assert_eq!(GROUP_GET_DEVICE_FD, 0x3b6a);
         assert_eq!(DEVICE_SET_IRQS, 0x3b6e);
-        assert_eq!(IOMMU_UNMAP_DMA, 0x3b72);
+        assert_eq!(DEVICE_RESET, 0x3b6f);
     }
 
     #[test]
@@ -343,10 +263,8 @@ mod tests {
             group_flags(fd.as_fd()).unwrap_err().raw_os_error(),
             Some(libc::ENOTTY)
         );
-        assert!(iommu_info(fd.as_fd()).is_err());
         assert!(region_info(fd.as_fd(), 0).is_err());
         assert!(set_eventfds(fd.as_fd(), 2, &[fd.as_fd()]).is_err());
-        assert!(unmap_dma(fd.as_fd(), 0, 0x1000).is_err());
         assert!(reset(fd.as_fd()).is_err());
     }
 
