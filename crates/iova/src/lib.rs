@@ -111,6 +111,7 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | `vfio` | `iova::vfio`: the mapper for the kernel's VFIO (type 1 containers) |
+//! | `vm-memory` | `iova::guest`: a guest's memory, as the crate `vm-memory` has it, as fixed mappings |
 //! | `testing` | `iova::testing`: a mapper without a device, with settable limits and failures, for the tests of whoever builds on this crate |
 
 #[cfg(not(target_pointer_width = "64"))]
@@ -120,6 +121,8 @@ mod cache;
 mod error;
 mod fixed;
 mod guard;
+#[cfg(feature = "vm-memory")]
+pub mod guest;
 mod inner;
 mod lease;
 mod mapper;

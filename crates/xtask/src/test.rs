@@ -23,6 +23,9 @@ const FULL: &str = "NVME_ASYNC_FULL";
 /// know nothing of loom.
 const LOOM: [(&str, &str); 2] = [("iova", "models::"), ("nvme-soft", "wake::")];
 
+/// Features that nothing in the workspace turns on, and that have tests.
+const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory";
+
 /// How often a machine is booted whose emulator aborts.
 const BOOT_ATTEMPTS: u32 = 3;
 
@@ -58,7 +61,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
             run_cargo(
                 workspace
                     .cargo()
-                    .args(["test", "--workspace", "--no-fail-fast"]),
+                    .args(["test", "--workspace", "--no-fail-fast"])
+                    .args(["--features", FEATURES]),
                 arguments,
             )
         });
