@@ -7,5 +7,6 @@ mod identify;
 mod lifecycle;
 mod limits;
 mod load;
+mod mappings;
 mod refusals;
 mod stray;
