@@ -5,6 +5,7 @@ use std::mem::ManuallyDrop;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
+use std::vec;
 
 use crate::inner::Space;
 use crate::lease::{Backing, Kind, Lease, Mapping};
@@ -122,6 +123,20 @@ struct Made {
     pinned: Pinned<Lease>,
     iova: u64,
     own: Amount,
+}
+
+/// What was reserved and has not been used: given back, also when a mapper panics.
+struct Unused<'a> {
+    space: &'a Space,
+    ranges: vec::IntoIter<(u64, u64)>,
+}
+
+impl Drop for Unused<'_> {
+    fn drop(&mut self) {
+        for (iova, len) in &mut self.ranges {
+            self.space.give_back(iova, len, Kind::Temporary);
+        }
+    }
 }
 
 /// What an attempt at everything comes to.
@@ -255,10 +270,10 @@ impl<'fd> MapRequest<'fd> {
             }
             for plan in &plans {
                 match space.reserve(&mut state, &plan.pages, Kind::Temporary) {
-                    Ok(iova) => reserved.push(iova),
+                    Ok(iova) => reserved.push((iova, plan.pages.len() as u64)),
                     Err(error) => {
-                        for (plan, iova) in plans.iter().zip(reserved) {
-                            state.give_back(iova, plan.pages.len() as u64, Kind::Temporary);
+                        for (iova, len) in reserved {
+                            state.give_back(iova, len, Kind::Temporary);
                         }
                         return Missing::Limit(error, releases);
                     }
@@ -266,9 +281,12 @@ impl<'fd> MapRequest<'fd> {
             }
         }
 
-        let mut to_map = plans.iter_mut().zip(reserved);
+        let mut unused = Unused {
+            space: &space,
+            ranges: reserved.into_iter(),
+        };
         let mut failure = None;
-        for (plan, iova) in &mut to_map {
+        for (plan, (iova, _)) in plans.iter_mut().zip(&mut unused.ranges) {
             // SAFETY: the caller of `AddressSpace::map` answers for the memory: with an owner until
             // that is dropped, which is after the mapping was removed, and without one until the
             // guard or the request is dropped, which keep the mapping. (If it can't be removed
@@ -285,10 +303,8 @@ impl<'fd> MapRequest<'fd> {
                 }
             }
         }
-        for (plan, iova) in to_map {
-            space.give_back(iova, plan.pages.len() as u64, Kind::Temporary);
-            releases += 1;
-        }
+        releases += unused.ranges.len() as u64;
+        drop(unused);
         self.hold(&mut plans);
         match failure {
             None => Missing::Mapped,

@@ -41,6 +41,9 @@ const TOO_MANY: u64 = TENANCY >> 1;
 
 /// What has a slot while it is mapped.
 pub(crate) trait Tenant: Sized {
+    /// What [`idle`](Self::idle) needs.
+    type Notify;
+
     /// Called once, by whoever ended the last use of `slot`. The slot is linked nowhere any more,
     /// and is to be given to [`Table::recycle`](super::Table::recycle).
     fn leave(self: Box<Self>, slot: SlotRef<Self>);
@@ -49,9 +52,7 @@ pub(crate) trait Tenant: Sized {
     /// may have left since; what `notify` gave was made while it was there.
     fn idle(notify: Self::Notify);
 
-    /// What [`idle`](Self::idle) needs.
-    type Notify;
-
+    /// What [`idle`](Self::idle) needs, taken while the tenant is sure to be there.
     fn notify(&self) -> Self::Notify;
 }
 

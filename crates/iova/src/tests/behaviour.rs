@@ -247,6 +247,26 @@ fn guards_outlive_the_registration() {
 }
 
 #[test]
+fn a_part_of_a_guard_keeps_the_mapping() {
+    let (space, mapper) = space();
+    let guard = map_temporary(&space, 0x20_0100, 0x200, ToDevice, None).expect("room");
+    let part = guard.slice(0x80..0x200).expect("inside");
+    assert_eq!((part.iova(), part.len()), (guard.iova() + 0x80, 0x180));
+    let whole = guard.slice(0..0x200).expect("inside");
+    assert_eq!((whole.iova(), whole.len()), (guard.iova(), 0x200));
+    for outside in [0..0, 0x200..0x200, 0x80..0x201, 0x201..0x202] {
+        assert!(guard.slice(outside.clone()).is_none(), "{outside:x?}");
+    }
+    drop((guard, whole));
+    assert_eq!(
+        mapper.translate(part.iova(), part.len(), ToDevice),
+        Some(0x20_0180)
+    );
+    drop(part);
+    assert_eq!(mapper.live(), []);
+}
+
+#[test]
 fn guards_and_registrations_outlive_the_last_handle() {
     let (space, mapper) = space();
     let fixed = register(&space, 0x10_0000, PAGE, ToDevice, owner()).expect("room");

@@ -72,6 +72,28 @@ fn a_mapper_that_panics_while_it_maps() {
 }
 
 #[test]
+fn a_mapper_that_panics_at_the_first_of_two_mappings() {
+    let (space, mapper) = panicking();
+    mapper.map.store(true, Ordering::Relaxed);
+    let segments = [0x20_0000, 0x30_0000].map(|addr| Segment::new(memory(addr, PAGE)));
+    // SAFETY: the mapper never touches memory.
+    let mut request = pin!(unsafe { space.map(segments, ToDevice) });
+    panics(|| {
+        request
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()))
+    });
+    let usage = space.usage();
+    assert_eq!((usage.leaked_mappings, usage.temporary_mappings), (1, 0));
+    drop(map_temporary(&space, 0x10_0000, PAGE, ToDevice, None).expect("room for one"));
+    let segments = [0x40_0000].map(|addr| Segment::new(memory(addr, PAGE)));
+    // SAFETY: as above.
+    let mut next = pin!(unsafe { space.map(segments, ToDevice) });
+    let polled = next.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    assert!(matches!(polled, Poll::Ready(Ok(_))), "{polled:?}");
+}
+
+#[test]
 fn a_mapper_that_panics_while_it_unmaps() {
     let (space, mapper) = panicking();
     let owner = Arc::new(());
