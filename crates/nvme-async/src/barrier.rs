@@ -11,7 +11,11 @@
 //! doorbell and `dmb oshld` after the phase bit, which Rust's atomics do not give. Until those
 //! are written and tested on such a machine the crate does not build there.
 
-use std::sync::atomic::{Ordering, fence};
+#[cfg(nvme_async_loom)]
+use loom::sync::atomic::fence;
+use std::sync::atomic::Ordering;
+#[cfg(not(nvme_async_loom))]
+use std::sync::atomic::fence;
 
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("nvme-async has device-memory barriers for x86-64 only");
@@ -19,4 +23,46 @@ compile_error!("nvme-async has device-memory barriers for x86-64 only");
 /// Orders all earlier stores to memory before a following doorbell store.
 pub(crate) fn before_doorbell() {
     fence(Ordering::Release);
+}
+
+/// The rare side of a pair of barriers. With [`asymmetric_light`] in one thread and this in another
+/// it holds that of two stores, each before its barrier, and two loads after them, at least one load
+/// sees the other side's store.
+pub(crate) fn asymmetric_heavy() {
+    fence(Ordering::SeqCst);
+    #[cfg(not(nvme_async_loom))]
+    if membarrier::is_available() {
+        membarrier::run();
+    }
+}
+
+/// The frequent side; it costs nothing where the kernel has `membarrier`.
+pub(crate) fn asymmetric_light() {
+    #[cfg(not(nvme_async_loom))]
+    if membarrier::is_available() {
+        return std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    }
+    fence(Ordering::SeqCst);
+}
+
+/// membarrier(2): makes every running thread of the process execute a full barrier.
+#[cfg(not(nvme_async_loom))]
+mod membarrier {
+    use std::sync::LazyLock;
+
+    use rustix::thread::{MembarrierCommand, membarrier};
+
+    /// Registered once; both sides agree, since the answer never changes.
+    static AVAILABLE: LazyLock<bool> =
+        LazyLock::new(|| membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok());
+
+    pub(super) fn is_available() -> bool {
+        *AVAILABLE
+    }
+
+    pub(super) fn run() {
+        // Can't fail once registered.
+        let result = membarrier(MembarrierCommand::PrivateExpedited);
+        debug_assert!(result.is_ok());
+    }
 }

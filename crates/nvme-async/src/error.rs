@@ -8,9 +8,10 @@ use std::time::Duration;
 use nvme_spec::Status;
 
 use crate::device::DeviceError;
-use crate::engine::Failure;
+use crate::engine::{Failed, Failure};
 use crate::memory::AllocError;
 use crate::queue::Lie;
+use crate::recovery::ResetCause;
 
 /// An operation on a controller or namespace that failed.
 #[derive(Debug, thiserror::Error)]
@@ -50,39 +51,68 @@ pub enum Error {
         /// The last value of the controller status register.
         csts: u32,
     },
-    /// The controller reports a fatal error (CSTS.CFS).
-    #[error("{address}: the controller reports a fatal error (CSTS {csts:#x}); it needs a reset")]
+    /// The controller has failed, and could not be made to work again.
+    #[error(
+        "{address}: the controller has failed (CSTS {csts:#x}) and could not be recovered; open it again"
+    )]
     ControllerFailed {
         /// The device.
         address: String,
         /// The controller status register.
         csts: u32,
+        /// Whether the device may have executed the command.
+        fate: Fate,
     },
-    /// The device is gone: its registers read as all ones.
+    /// The device is gone, or the host has asked for it.
     #[error("{address}: the device was removed or does not answer")]
     Removed {
         /// The device.
         address: String,
+        /// Whether the device may have executed the command.
+        fate: Fate,
     },
-    /// The device broke the protocol, so its queue is not used any more.
+    /// The device broke the protocol while it was brought up or shut down. At any other time that is
+    /// a cause for [`Error::Reset`].
     #[error("{address}: the device broke the protocol: {lie}")]
     Protocol {
         /// The device.
         address: String,
         /// What it did.
         lie: Lie,
+        /// Whether the device may have executed the command.
+        fate: Fate,
+    },
+    /// A command was outstanding when its queue pair had to be created anew or the controller reset,
+    /// and may not be sent again.
+    #[error("{command} was interrupted by a reset ({fate}): {cause}")]
+    Reset {
+        /// The command.
+        command: CommandName,
+        /// Why there was a reset.
+        cause: ResetCause,
+        /// Whether the device may have executed it.
+        fate: Fate,
+    },
+    /// Recovery is under way, and the controller was opened so that commands fail meanwhile
+    /// ([`OnRecovery::Fail`](crate::OnRecovery::Fail)). It was not submitted.
+    #[error("{address}: the controller is being recovered; try again later")]
+    Recovering {
+        /// The device.
+        address: String,
     },
     /// A command completed with an error status.
     #[error(transparent)]
     Command(#[from] Box<CommandError>),
-    /// A command did not complete before its deadline. The device may still execute it, and
-    /// its memory stays with the driver until it has or until the controller is closed.
-    #[error("{command} did not complete within {after:?}; it may still reach the media")]
+    /// A command did not complete before its deadline. It was aborted, or the controller reset, so
+    /// that the device does not execute it any more.
+    #[error("{command} did not complete in time and was given up after {after:?} ({fate})")]
     TimedOut {
         /// The command.
         command: CommandName,
-        /// The time since it was submitted.
+        /// The time since it was first submitted.
         after: Duration,
+        /// Whether the device may have executed it.
+        fate: Fate,
     },
     /// Parts of a request that was split failed.
     #[error(transparent)]
@@ -165,6 +195,8 @@ pub enum Error {
     Closed {
         /// The device.
         address: String,
+        /// Whether the device may have executed the command.
+        fate: Fate,
     },
     /// No runtime drives the queue: the one that did has ended, and the future was polled
     /// outside of a Tokio runtime.
@@ -172,6 +204,8 @@ pub enum Error {
     RuntimeGone {
         /// The device.
         address: String,
+        /// Whether the device may have executed the command.
+        fate: Fate,
     },
     /// The runtime lacks what completions need.
     #[error("{address}: {reason}")]
@@ -181,6 +215,55 @@ pub enum Error {
         /// What is missing.
         reason: &'static str,
     },
+}
+
+/// Whether a command that failed may have had an effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fate {
+    /// The device did not get it: nothing has changed.
+    NotExecuted,
+    /// The device may have executed it, wholly or in part: a write may have reached the media, each
+    /// logical block of it or not.
+    Unknown,
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotExecuted => "it was not executed",
+            Self::Unknown => "it may have been executed",
+        })
+    }
+}
+
+impl Error {
+    /// Whether what failed so may have had an effect on the media.
+    pub fn fate(&self) -> Fate {
+        match self {
+            Self::TimedOut { fate, .. }
+            | Self::Reset { fate, .. }
+            | Self::ControllerFailed { fate, .. }
+            | Self::Removed { fate, .. }
+            | Self::Protocol { fate, .. }
+            | Self::Closed { fate, .. }
+            | Self::RuntimeGone { fate, .. } => *fate,
+            // The device says that it failed, and not how much of it was done before.
+            Self::Command(_) => Fate::Unknown,
+            Self::Split(split) => {
+                let any = split.parts.iter().any(|(_, result)| match result {
+                    Ok(()) => true,
+                    Err(error) => error.fate() == Fate::Unknown,
+                });
+                if any {
+                    Fate::Unknown
+                } else {
+                    Fate::NotExecuted
+                }
+            }
+            _ => Fate::NotExecuted,
+        }
+    }
 }
 
 /// A command that completed with an error status.
@@ -259,9 +342,9 @@ impl SplitError {
 pub struct IoError<B> {
     /// What went wrong.
     pub error: Error,
-    /// The buffer. Missing if the device may still access it: after a timeout, and when the
-    /// device or the runtime went away in the middle. What a failed read left in it is
-    /// unspecified.
+    /// The buffer. Missing if the device may still access it: when the runtime went away in the
+    /// middle, or when a device could neither be stopped nor cut off from memory. What a failed read
+    /// left in it is unspecified.
     pub buffer: Option<B>,
 }
 
@@ -298,20 +381,37 @@ impl From<Error> for io::Error {
     }
 }
 
-impl Failure {
+impl Failed {
     /// The error that a caller sees when `command` ended so.
     pub(crate) fn into_error(self, command: CommandName) -> Error {
+        let Self { failure, fate } = self;
         let address = command.address.clone();
-        match self {
-            Self::TimedOut { after } => Error::TimedOut { command, after },
-            Self::Lie(lie) => Error::Protocol { address, lie },
-            Self::Closed => Error::Closed { address },
-            Self::RuntimeGone => Error::RuntimeGone { address },
-            Self::NoDriver => Error::NoRuntime {
+        match failure {
+            Failure::TimedOut { after } => Error::TimedOut {
+                command,
+                after,
+                fate,
+            },
+            Failure::Lie(lie) => Error::Protocol { address, lie, fate },
+            Failure::Reset(cause) => Error::Reset {
+                command,
+                cause,
+                fate,
+            },
+            Failure::Recovering => Error::Recovering { address },
+            Failure::ControllerFailed { csts } => Error::ControllerFailed {
+                address,
+                csts,
+                fate,
+            },
+            Failure::Removed => Error::Removed { address, fate },
+            Failure::Closed => Error::Closed { address, fate },
+            Failure::RuntimeGone => Error::RuntimeGone { address, fate },
+            Failure::NoDriver => Error::NoRuntime {
                 address,
                 reason: "the Tokio runtime lacks its I/O or time driver; build it with enable_all()",
             },
-            Self::NotLocal => Error::NoRuntime {
+            Failure::NotLocal => Error::NoRuntime {
                 address,
                 reason: "a LocalNamespace must be used inside of a LocalSet or LocalRuntime",
             },

@@ -47,6 +47,7 @@ mod namespace;
 mod options;
 mod queue;
 mod queue_pair;
+mod recovery;
 mod url;
 
 pub use iova;
@@ -54,15 +55,16 @@ pub use nvme_spec;
 
 pub use crate::controller::{Controller, Counters};
 pub use crate::engine::{LocalQueue, PollMode, QueueAccess, SharedQueue};
-pub use crate::error::{CommandError, CommandName, Error, IoError, SplitError};
+pub use crate::error::{CommandError, CommandName, Error, Fate, IoError, SplitError};
 pub use crate::io::{
     IoBuffer, Read, ReadBuffer, ReadInto, RegisteredSlice, Registration, Write, WriteBuffer,
 };
 pub use crate::memory::{DmaBuf, Registered};
 pub use crate::namespace::{LocalNamespace, Namespace, Zeroes};
-pub use crate::options::OpenOptions;
+pub use crate::options::{OnRecovery, OpenOptions};
 pub use crate::queue::Lie;
 pub use crate::queue_pair::{CommandData, Completion, QueuePair};
+pub use crate::recovery::{ControllerState, ResetCause};
 pub use crate::url::{UrlError, parse_size};
 
 /// Opens a namespace by URL.

@@ -33,10 +33,25 @@ pub struct OpenOptions {
     pub(crate) poll_mode: PollMode,
     pub(crate) max_window: Duration,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) retries: u32,
+    pub(crate) repeat_writes: bool,
+    pub(crate) on_recovery: OnRecovery,
     pub(crate) pool_limit: usize,
     pub(crate) retained_bytes: u64,
     pub(crate) isolate: bool,
     pub(crate) max_transfer: usize,
+}
+
+/// What becomes of commands that are submitted while a queue pair is created anew or the controller
+/// is reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnRecovery {
+    /// They wait for its end, which comes within the times that [`OpenOptions::timeout`] describes.
+    #[default]
+    Wait,
+    /// They fail with [`Error::Recovering`].
+    Fail,
 }
 
 impl Default for OpenOptions {
@@ -53,6 +68,9 @@ impl Default for OpenOptions {
             poll_mode: PollMode::default(),
             max_window: Duration::from_micros(50),
             timeout: Some(Duration::from_secs(30)),
+            retries: 5,
+            repeat_writes: false,
+            on_recovery: OnRecovery::default(),
             pool_limit: 256 << 20,
             retained_bytes: 0,
             isolate: false,
@@ -119,10 +137,42 @@ impl OpenOptions {
         self
     }
 
-    /// How long a command may take, `None` for ever; by default 30 s. It counts from when the command
-    /// gets its place in a queue.
+    /// How long a command may take, its repeats included, `None` for ever; by default 30 s. It counts
+    /// from when the command gets its place in a queue.
+    ///
+    /// What takes longer is aborted; if that does not help, its queue pair is created anew, and if
+    /// that does not, the controller is reset. So the future of a command resolves, with its buffer,
+    /// at the latest after this time and what those take: up to 2 s for the Abort, 0.5 s more for the
+    /// command to end, this time again for each command of the recovery that the device does not
+    /// answer, and for each reset twice what the controller claims that it may take (CAP.TO), at
+    /// most three times.
     pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
         self.timeout = timeout;
+        self
+    }
+
+    /// How often a command is sent again that may be, within its time; by default 5 times. That is
+    /// done when the controller says that it is worth trying (an error status without Do Not Retry,
+    /// after the delay that it asks for), and when the command was outstanding during a reset.
+    ///
+    /// What only asks may be sent again (reads, compares, flushes). What writes is not, unless it was
+    /// allowed: [`repeat_writes`](Self::repeat_writes), [`Write::repeatable`](crate::Write::repeatable).
+    pub fn retries(mut self, retries: u32) -> Self {
+        self.retries = retries;
+        self
+    }
+
+    /// Whether commands that write may be sent again although the device may have executed them; by
+    /// default they may not. It is right for programs that never have two writes of one block
+    /// outstanding, and read no block of which a write is.
+    pub fn repeat_writes(mut self, repeat: bool) -> Self {
+        self.repeat_writes = repeat;
+        self
+    }
+
+    /// What becomes of commands that are submitted during recovery; by default they wait.
+    pub fn on_recovery(mut self, on_recovery: OnRecovery) -> Self {
+        self.on_recovery = on_recovery;
         self
     }
 

@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use nvme_spec::{Cqe, Sqe};
 
-use crate::engine::access::Access;
 use crate::engine::state::Command;
 use crate::engine::{SharedQueue, Submission};
 use crate::io::{Convert, Flow, Holdings, Payload};
@@ -128,6 +127,7 @@ impl QueuePair {
             sqe,
             holdings,
             timeout: inner.timeout,
+            repeatable: false,
         };
         let (result, holdings) = Submission::new(&self.queue, command).await;
         let data = holdings.and_then(|mut holdings| {

@@ -15,7 +15,7 @@ use crate::engine::{SharedQueue, Submission};
 use crate::error::CommandError;
 use crate::io::{Holdings, Payload};
 use crate::memory::{DEVICE_PAGE, DmaBuf, Pool};
-use crate::{CommandName, Error};
+use crate::{CommandName, Error, Fate};
 
 /// The admin queue, with what its commands need.
 #[derive(Clone)]
@@ -55,12 +55,8 @@ impl Admin {
             payload: Payload::Dma(buffer),
             ..Holdings::default()
         };
-        match self.submit(sqe, holdings).await?.1.payload {
-            Payload::Dma(buffer) => Ok(buffer),
-            _ => Err(Error::Closed {
-                address: self.address.to_string(),
-            }),
-        }
+        let (_, holdings) = self.submit(sqe, holdings).await?;
+        self.buffer(holdings)
     }
 
     pub(crate) async fn identify_controller(&self) -> Result<Box<IdentifyController>, Error> {
@@ -135,6 +131,7 @@ impl Admin {
             sqe,
             holdings,
             timeout: self.timeout,
+            repeatable: is_repeatable(&sqe),
         };
         let (result, holdings) = Submission::new(&self.queue, command).await;
         let cqe = result.map_err(|failure| failure.into_error(self.name(&sqe)))?;
@@ -149,6 +146,30 @@ impl Admin {
         Ok((cqe, holdings.unwrap_or_default()))
     }
 
+    /// Sets a feature whose value is the data of the command, in `buffer`.
+    pub(crate) async fn set_feature(&self, id: u8, buffer: DmaBuf) -> Result<DmaBuf, Error> {
+        let prp1 = buffer.iova().expect("a block of the pool has an address");
+        let data = DataPointer::Prp { prp1, prp2: 0 };
+        let sqe = admin::set_features(id, 0, false).with_data(data);
+        let holdings = Holdings {
+            payload: Payload::Dma(buffer),
+            ..Holdings::default()
+        };
+        self.submit(sqe, holdings)
+            .await
+            .and_then(|(_, holdings)| self.buffer(holdings))
+    }
+
+    fn buffer(&self, holdings: Holdings) -> Result<DmaBuf, Error> {
+        match holdings.payload {
+            Payload::Dma(buffer) => Ok(buffer),
+            _ => Err(Error::Closed {
+                address: self.address.to_string(),
+                fate: Fate::Unknown,
+            }),
+        }
+    }
+
     fn name(&self, sqe: &Sqe) -> CommandName {
         CommandName {
             address: self.address.to_string(),
@@ -157,4 +178,12 @@ impl Admin {
             blocks: None,
         }
     }
+}
+
+/// Whether a command only asks, so that it may be sent again.
+fn is_repeatable(sqe: &Sqe) -> bool {
+    matches!(
+        AdminOpcode(sqe.opcode()),
+        AdminOpcode::IDENTIFY | AdminOpcode::GET_LOG_PAGE | AdminOpcode::GET_FEATURES
+    )
 }

@@ -1,30 +1,30 @@
 //! From a device to a controller that takes commands (NVMe base specification 2.0, section 3.5.1).
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use iova::{AddressSpace, Retention};
-use nvme_spec::admin;
+use nvme_spec::feature;
 use nvme_spec::identify::{IdentifyController, SglAlignment};
-use nvme_spec::registers::{
-    AdminQueueAttributes, Capabilities, ControllerConfiguration, DoorbellKind, doorbell_offset,
-    offset,
-};
+use nvme_spec::registers::{Capabilities, ControllerConfiguration, DoorbellKind, doorbell_offset};
+use zerocopy::IntoBytes;
 
 use super::admin::Admin;
-use super::registers::Registers;
+use super::registers::{AdminRings, Registers};
 use super::registry::Release;
+use super::tenure::Tenure;
 use super::{CommandLimits, ControllerInner, events, shutdown};
 use crate::device::Device;
 use crate::engine::eventfd::Wakeups;
 use crate::engine::state::Core;
-use crate::engine::{Failure, PollMode, QueueSettings, SharedQueue, State};
+use crate::engine::{Failed, Failure, PollMode, QueueSettings, SharedQueue, State};
 use crate::io::DmaContext;
-use crate::memory::{DEVICE_PAGE, DmaWords, Pool};
+use crate::memory::{DEVICE_PAGE, DmaBuf, DmaWords, Pool};
 use crate::queue::data_pointer::SglSupport;
 use crate::queue::{CompletionRing, QueueCore, SubmissionRing};
-use crate::{CommandName, Error, OpenOptions};
+use crate::recovery::{Plant, QueueLayout, Settings, Supervision};
+use crate::{CommandName, Error, OnRecovery, OpenOptions};
 
 const ADMIN_ENTRIES: u16 = 64;
 /// Asynchronous event requests that are kept outstanding, if the controller allows as many.
@@ -34,6 +34,18 @@ const SQE_SIZE_LOG2: u8 = 6;
 const CQE_SIZE_LOG2: u8 = 4;
 /// The largest command that a PRP list of one block of the pool describes.
 const LARGEST_TRANSFER: u64 = 16 << 20;
+
+/// How long a command of a recovery may take when nothing says how long a command may take.
+const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+/// An Abort command need not do more than find the command; this is for controllers that are busy.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a command may take after it was aborted.
+const GRACE: Duration = Duration::from_millis(500);
+/// However little time commands have: with less, a loaded machine is taken for a broken device.
+const LEAST_TIMEOUT: Duration = Duration::from_millis(50);
+/// A controller that was reset so often in so long is broken.
+const MAX_RESETS: usize = 8;
+const RESET_WINDOW: Duration = Duration::from_secs(60);
 
 /// What a bring-up knows before there is a controller.
 struct BringUp<'a> {
@@ -74,7 +86,8 @@ pub(super) async fn bring_up(
         address,
         pool,
     };
-    let (admin, mut guard) = this.enable(ready_timeout, release).await?;
+    let (admin, admin_rings, configuration, mut guard) =
+        this.enable(ready_timeout, release).await?;
     let identify = admin.identify_controller().await?;
     if !identify.supports_nvm_entry_sizes() {
         return Err(this.unusable("its queue entries are not of 64 and 16 bytes".to_owned()));
@@ -88,11 +101,45 @@ pub(super) async fn bring_up(
         options.isolate,
         limits.max_transfer as usize,
     )?;
-    let mut queues = this.create_queues(&admin).await?;
+    let retry_delays = [&identify.crdt1, &identify.crdt2, &identify.crdt3]
+        .map(|units| Duration::from_millis(u64::from(units.get()) * 100));
+    let host_behavior = this.enable_retry_delays(&admin, retry_delays).await?;
+    let queues = this.create_queues(&admin, retry_delays).await?;
+    let events = events::configuration(&identify);
+    let event_requests = EVENT_REQUESTS.min(identify.aerl.saturating_add(1));
+    let tenure = guard.tenure.clone();
+    let plant = Plant {
+        tenure: tenure.clone(),
+        configuration,
+        admin_rings,
+        admin: admin.queue.clone(),
+        queues: queues.clone(),
+        identify: this.pool.alloc(DEVICE_PAGE)?,
+        // VID, SSVID and SN, the first fields.
+        identity: identify.as_bytes()[..24].into(),
+        host_behavior,
+        events,
+        event_requests,
+    };
+    let settings = this.recovery_settings(&identify, plant.host_behavior.is_some(), ready_timeout);
+    let settings = Settings {
+        queues: queues.len() as u16,
+        ..settings
+    };
+    let mut queues: Vec<_> = queues.into_iter().map(|(_, queue)| queue).collect();
     let shared = usize::from(options.queues).min(queues.len());
     let local_queues = queues.split_off(shared);
+    let supervision = match Supervision::start(plant, settings, device.notices()) {
+        Ok(supervision) => supervision,
+        Err(source) => {
+            return Err(Error::Open {
+                address: admin.address.to_string(),
+                reason: Box::new(source),
+            });
+        }
+    };
     let inner = Arc::new(ControllerInner {
-        registers: Mutex::new(Some(registers)),
+        tenure,
         software_thread: device.software_thread(),
         capabilities,
         version,
@@ -103,16 +150,14 @@ pub(super) async fn bring_up(
         limits,
         ready_timeout,
         timeout: options.timeout,
+        repeat_writes: options.repeat_writes,
         closing: AtomicBool::new(false),
         ending: tokio::sync::Mutex::default(),
-        release: Mutex::new(guard.defuse()),
+        supervision,
         identify,
     });
-    events::arm(
-        &inner,
-        EVENT_REQUESTS.min(inner.identify.aerl.saturating_add(1)),
-    )
-    .await;
+    guard.defuse();
+    events::arm(&inner, event_requests).await;
     tracing::debug!(
         address = &*inner.admin.address,
         model = inner.identify.model_number(),
@@ -125,14 +170,14 @@ pub(super) async fn bring_up(
 
 /// The runtime has what completions need.
 pub(super) fn check_runtime(device: &dyn Device) -> Result<(), Error> {
-    let none = |failure: Failure| {
+    let none = |failure: Failure| -> Error {
         let name = CommandName {
             address: device.address().to_owned(),
             name: "open",
             nsid: None,
             blocks: None,
         };
-        failure.into_error(name)
+        Failed::from(failure).into_error(name)
     };
     if tokio::runtime::Handle::try_current().is_err() {
         return Err(none(Failure::RuntimeGone));
@@ -173,25 +218,24 @@ fn check_capabilities(address: &str, capabilities: Capabilities) -> Result<(), E
 /// When a bring-up fails or is dropped, the controller must be disabled before the memory that it
 /// may access goes. That memory is all of one pool, which the admin queue keeps alive.
 struct Enabled {
-    registers: Registers,
+    tenure: Arc<Tenure>,
     ready_timeout: Duration,
-    keep: Option<(Admin, Release)>,
+    admin: Option<Admin>,
 }
 
 impl Enabled {
     /// Leaves the controller to a new owner.
-    fn defuse(&mut self) -> Option<Release> {
-        self.keep.take().map(|(_, release)| release)
+    fn defuse(&mut self) {
+        self.admin = None;
     }
 }
 
 impl Drop for Enabled {
     fn drop(&mut self) {
-        if let Some((admin, release)) = self.keep.take() {
+        if let Some(admin) = self.admin.take() {
             // Taken away from its reaper, which would keep it for as long as its runtime lives.
             let keep = (admin.queue.take(), admin);
-            let registers = self.registers.clone();
-            shutdown::stop_and_drop(registers, self.ready_timeout, keep, Some(release));
+            shutdown::stop_and_drop(&self.tenure, self.ready_timeout, keep, None);
         }
     }
 }
@@ -209,20 +253,19 @@ impl BringUp<'_> {
         &self,
         ready_timeout: Duration,
         release: Release,
-    ) -> Result<(Admin, Enabled), Error> {
+    ) -> Result<(Admin, AdminRings, ControllerConfiguration, Enabled), Error> {
         let device = &self.registers.device;
         let (submission, completion) = self.ring_memory(ADMIN_ENTRIES)?;
-        let attributes = AdminQueueAttributes::new()
-            .with_asqs(ADMIN_ENTRIES - 1)
-            .with_acqs(ADMIN_ENTRIES - 1);
-        device.write32(offset::AQA, attributes.into_bits())?;
-        device.write64(offset::ASQ, submission.iova())?;
-        device.write64(offset::ACQ, completion.iova())?;
-        device.set_bus_master(true)?;
+        let rings = AdminRings {
+            entries: ADMIN_ENTRIES,
+            submission: submission.iova(),
+            completion: completion.iova(),
+        };
         let settings = QueueSettings {
             // Admin commands are few, and some take long.
             mode: PollMode::Interrupt,
             max_window: Duration::ZERO,
+            ..self.queue_settings([Duration::ZERO; 3])
         };
         let core = self.core(0, ADMIN_ENTRIES, submission, completion)?;
         let vector = device.vectors()[0].clone();
@@ -242,15 +285,74 @@ impl BringUp<'_> {
             .with_css(css)
             .with_iosqes(SQE_SIZE_LOG2)
             .with_iocqes(CQE_SIZE_LOG2);
-        self.registers.configure(configuration)?;
         let guard = Enabled {
-            registers: self.registers.clone(),
+            tenure: Tenure::new(self.registers.clone(), release),
             ready_timeout,
-            keep: Some((admin.clone(), release)),
+            admin: Some(admin.clone()),
         };
-        self.registers.configure(configuration.with_en(true))?;
+        self.registers.set_up_admin(&rings)?;
+        self.registers.enable(configuration)?;
         self.registers.ready(ready_timeout).await?;
-        Ok((admin, guard))
+        Ok((admin, rings, configuration, guard))
+    }
+
+    fn queue_settings(&self, retry_delays: [Duration; 3]) -> QueueSettings {
+        QueueSettings {
+            mode: self.options.poll_mode,
+            max_window: self.options.max_window,
+            retries: self.options.retries,
+            fails_fast: self.options.on_recovery == OnRecovery::Fail,
+            retry_delays,
+        }
+    }
+
+    /// Tells a controller that would like commands to be sent again later that we know how (Advanced
+    /// Command Retry Enable); returns what it is told by, to be told again after a reset.
+    async fn enable_retry_delays(
+        &self,
+        admin: &Admin,
+        retry_delays: [Duration; 3],
+    ) -> Result<Option<DmaBuf>, Error> {
+        if retry_delays.iter().all(Duration::is_zero) {
+            return Ok(None);
+        }
+        let behavior = feature::HostBehaviorSupport {
+            acre: 1,
+            ..Default::default()
+        };
+        let mut buffer = self.pool.alloc(size_of_val(&behavior))?;
+        buffer.copy_from_slice(behavior.as_bytes());
+        match admin
+            .set_feature(feature::id::HOST_BEHAVIOR_SUPPORT, buffer)
+            .await
+        {
+            Ok(buffer) => Ok(Some(buffer)),
+            Err(error) => {
+                tracing::debug!(%error, "the controller does not ask for delays before retries");
+                Ok(None)
+            }
+        }
+    }
+
+    /// For a controller without I/O queues.
+    fn recovery_settings(
+        &self,
+        identify: &IdentifyController,
+        host_behavior: bool,
+        ready_timeout: Duration,
+    ) -> Settings {
+        let timeout = self.options.timeout.unwrap_or(STEP_TIMEOUT);
+        Settings {
+            queues: 0,
+            abort_limit: usize::from(identify.acl) + 1,
+            abort_timeout: timeout.clamp(LEAST_TIMEOUT, ABORT_TIMEOUT),
+            grace: timeout.clamp(LEAST_TIMEOUT, GRACE),
+            step_timeout: timeout.max(LEAST_TIMEOUT),
+            ready_timeout,
+            max_resets: MAX_RESETS,
+            reset_window: RESET_WINDOW,
+            host_behavior,
+        }
     }
 
     async fn limits(&self, admin: &Admin, identify: &IdentifyController) -> CommandLimits {
@@ -287,7 +389,11 @@ impl BringUp<'_> {
     }
 
     /// Creates as many I/O queue pairs as are wanted and granted.
-    async fn create_queues(&self, admin: &Admin) -> Result<Vec<Arc<SharedQueue>>, Error> {
+    async fn create_queues(
+        &self,
+        admin: &Admin,
+        retry_delays: [Duration; 3],
+    ) -> Result<Vec<(QueueLayout, Arc<SharedQueue>)>, Error> {
         let wanted = self
             .options
             .queues
@@ -299,10 +405,7 @@ impl BringUp<'_> {
             .min(self.options.queue_entries.into())
             .min(u16::MAX.into()) as u16;
         let vectors = self.registers.device.vectors();
-        let settings = QueueSettings {
-            mode: self.options.poll_mode,
-            max_window: self.options.max_window,
-        };
+        let settings = self.queue_settings(retry_delays);
         let mut queues = Vec::with_capacity(granted.into());
         for id in 1..=granted {
             let (submission, completion) = self.ring_memory(entries)?;
@@ -311,30 +414,18 @@ impl BringUp<'_> {
                 1 => 0,
                 count => 1 + usize::from(id - 1) % (count - 1),
             };
-            let interrupt = (settings.mode != PollMode::Busy).then_some(vector as u16);
-            let (sq, cq) = (submission.iova(), completion.iova());
+            let layout = QueueLayout {
+                id,
+                entries,
+                submission: submission.iova(),
+                completion: completion.iova(),
+                vector: (settings.mode != PollMode::Busy).then_some(vector as u16),
+            };
             let core = self.core(id, entries, submission, completion)?;
-            queues.push(SharedQueue::new(
-                State::new(core, settings),
-                vectors[vector].clone(),
-            ));
-            admin
-                .run(admin::create_completion_queue(
-                    id,
-                    entries.into(),
-                    cq,
-                    interrupt,
-                ))
-                .await?;
-            admin
-                .run(admin::create_submission_queue(
-                    id,
-                    entries.into(),
-                    sq,
-                    id,
-                    Default::default(),
-                ))
-                .await?;
+            let state = State::new(core, settings);
+            queues.push((layout, SharedQueue::new(state, vectors[vector].clone())));
+            admin.run(layout.create_completion_queue()).await?;
+            admin.run(layout.create_submission_queue()).await?;
         }
         Ok(queues)
     }

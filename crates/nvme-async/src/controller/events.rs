@@ -1,46 +1,53 @@
 //! Asynchronous events: always asked for, and acknowledged by reading their log page.
 
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use nvme_spec::event::AsyncEvent;
+use nvme_spec::identify::IdentifyController;
 use nvme_spec::{admin, feature};
 use tokio::runtime::Handle;
 
 use super::ControllerInner;
 use crate::Error;
-use crate::engine::access::Access;
+use crate::engine::Notification;
 
 /// Enough of any log page to clear its event.
 const LOG_BYTES: u32 = 512;
 
-/// Switches events on and keeps `requests` requests outstanding (NVMe base specification 2.0,
-/// "Asynchronous Event Request command").
-pub(super) async fn arm(inner: &Arc<ControllerInner>, requests: u8) {
+/// The events that are wanted, of those that the controller has, as Asynchronous Event
+/// Configuration takes them.
+pub(super) fn configuration(identify: &IdentifyController) -> u32 {
     let wanted = feature::AsyncEventConfiguration::new()
         // Spare, temperature, reliability, read only and volatile memory backup.
         .with_smart_critical_warnings(0x1f)
         .with_namespace_attributes(true);
-    let supported = feature::AsyncEventConfiguration::from_bits(
-        wanted.into_bits() & (inner.identify.oaes.get() | 0xff),
-    );
-    let set = admin::set_features(
-        feature::id::ASYNC_EVENT_CONFIGURATION,
-        supported.into_bits(),
-        false,
-    );
+    wanted.into_bits() & (identify.oaes.get() | 0xff)
+}
+
+/// Switches events on and keeps `requests` requests outstanding (NVMe base specification 2.0,
+/// "Asynchronous Event Request command").
+pub(super) async fn arm(inner: &Arc<ControllerInner>, requests: u8) {
+    let wanted = configuration(&inner.identify);
+    let set = admin::set_features(feature::id::ASYNC_EVENT_CONFIGURATION, wanted, false);
     if let Err(error) = inner.admin.run(set).await {
         tracing::debug!(%error, "asynchronous events keep their default configuration");
     }
     let weak = Arc::downgrade(inner);
-    inner.admin.queue.set_on_event(Box::new(move |event| {
-        // Called by the admin queue's reaper, so inside of a runtime.
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(acknowledge(weak.clone(), event));
-        }
-    }));
+    inner
+        .admin
+        .queue
+        .set_on_event(Box::new(move |notification| {
+            // Called by the admin queue's reaper, so inside of a runtime.
+            if let Notification::Event(event) = notification
+                && let Ok(runtime) = Handle::try_current()
+            {
+                runtime.spawn(acknowledge(weak.clone(), event));
+            }
+        }));
     inner.admin.queue.with(|state| {
         for _ in 0..requests {
-            state.request_event();
+            state.request_event(Instant::now());
         }
     });
 }
@@ -57,7 +64,10 @@ async fn acknowledge(inner: Weak<ControllerInner>, event: AsyncEvent) {
         tracing::warn!(address, %error, "the log page of an event could not be read");
     }
     // Only now, so that a controller can't report faster than its events are dealt with.
-    inner.admin.queue.with(|state| state.request_event());
+    inner
+        .admin
+        .queue
+        .with(|state| state.request_event(Instant::now()));
 }
 
 async fn read_log(inner: &ControllerInner, page: u8) -> Result<(), Error> {

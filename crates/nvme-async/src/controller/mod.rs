@@ -3,27 +3,30 @@
 pub(crate) mod admin;
 mod bring_up;
 mod events;
-mod registers;
+pub(crate) mod registers;
 pub(crate) mod registry;
 mod shutdown;
+pub(crate) mod tenure;
 
 use std::fmt;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nvme_spec::identify::IdentifyController;
 use nvme_spec::registers::{Capabilities, Version};
 use tokio::runtime::{Handle, worker_index};
+use tokio::sync::watch;
 
 use self::admin::Admin;
-use self::registers::Registers;
+use self::tenure::Tenure;
 use crate::engine::eventfd::signal_count;
 use crate::engine::{QueueCounters, SharedQueue};
 use crate::io::{DmaContext, Registration};
 use crate::memory::{DmaBuf, Registered};
 use crate::queue_pair::QueuePair;
+use crate::recovery::{ControllerState, Supervision};
 use crate::{Error, Namespace};
 
 /// An open NVMe controller.
@@ -40,8 +43,7 @@ pub struct Controller {
 }
 
 pub(crate) struct ControllerInner {
-    /// Gone once the device has been given up.
-    pub(crate) registers: Mutex<Option<Registers>>,
+    pub(crate) tenure: Arc<Tenure>,
     pub(crate) software_thread: Option<u32>,
     pub(crate) capabilities: Capabilities,
     pub(crate) version: Version,
@@ -55,12 +57,12 @@ pub(crate) struct ControllerInner {
     pub(crate) limits: CommandLimits,
     pub(crate) ready_timeout: Duration,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) repeat_writes: bool,
     /// Whether shutdown has begun.
     pub(crate) closing: AtomicBool,
     /// Held by the shutdown that is under way.
     pub(crate) ending: tokio::sync::Mutex<()>,
-    /// Dropped when the device has been given up, for those who want to open it again.
-    pub(crate) release: Mutex<Option<registry::Release>>,
+    pub(crate) supervision: Supervision,
 }
 
 /// Limits of the controller on single commands.
@@ -92,6 +94,8 @@ pub struct Counters {
     pub interrupts: u64,
     /// Completions that were found waiting although no interrupt had come.
     pub lost_interrupts: u64,
+    /// I/O commands that were sent again.
+    pub retries: u64,
     /// Bytes copied because the device could not reach them in place.
     pub bounced_bytes: u64,
 }
@@ -184,6 +188,16 @@ impl Controller {
             .map(|queue| QueuePair::new(self.clone(), queue.clone()))
     }
 
+    /// How it is at the moment.
+    pub fn state(&self) -> ControllerState {
+        self.inner.supervision.state()
+    }
+
+    /// Tells of each change of its state. A receiver that is slow sees the latest only.
+    pub fn watch_state(&self) -> watch::Receiver<ControllerState> {
+        self.inner.supervision.watch()
+    }
+
     /// What happened since it was opened.
     pub fn counters(&self) -> Counters {
         let mut sum = Counters {
@@ -197,11 +211,13 @@ impl Controller {
                 polled_completions,
                 doorbell_writes,
                 lost_interrupts,
+                retries,
             } = queue.counters();
             sum.completions += completions;
             sum.polled_completions += polled_completions;
             sum.doorbell_writes += doorbell_writes;
             sum.lost_interrupts += lost_interrupts;
+            sum.retries += retries;
             // Queues may share a vector.
             if !vectors
                 .iter()
@@ -259,13 +275,18 @@ impl ControllerInner {
         self.queues.iter().chain(&self.local_queues)
     }
 
-    pub(crate) fn registers(&self) -> Option<Registers> {
-        let registers = self.registers.lock();
-        registers.unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     pub(crate) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
+    }
+
+    /// Whether commands have a chance, now or after a recovery.
+    pub(crate) fn is_usable(&self) -> bool {
+        let state = self.supervision.state();
+        !self.is_closing()
+            && matches!(
+                state,
+                ControllerState::Live | ControllerState::Recovering { .. }
+            )
     }
 }
 

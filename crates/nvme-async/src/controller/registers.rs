@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvme_spec::registers::{
-    Capabilities, ControllerConfiguration, ControllerStatus, ReadyTimeouts, ShutdownNotification,
-    ShutdownStatus, Version, offset,
+    AdminQueueAttributes, Capabilities, ControllerConfiguration, ControllerStatus, ReadyTimeouts,
+    ShutdownNotification, ShutdownStatus, Version, offset,
 };
 
-use crate::Error;
 use crate::device::{Device, DeviceError};
+use crate::{Error, Fate};
 
 /// Between two looks at a register that is waited for; grows from the first to the last.
 const FIRST_LOOK: Duration = Duration::from_micros(100);
@@ -19,6 +19,15 @@ const LAST_LOOK: Duration = Duration::from_millis(10);
 #[derive(Clone)]
 pub(crate) struct Registers {
     pub(crate) device: Arc<dyn Device>,
+}
+
+/// Where the admin queue's rings are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdminRings {
+    pub(crate) entries: u16,
+    /// I/O virtual addresses.
+    pub(crate) submission: u64,
+    pub(crate) completion: u64,
 }
 
 /// What a wait for a register may end with, besides success.
@@ -107,7 +116,51 @@ impl Registers {
         .await
     }
 
-    fn clear_enable(&self) -> Result<(), Error> {
+    /// Tells the disabled controller where the admin queue is, and lets it access memory.
+    pub(crate) fn set_up_admin(&self, rings: &AdminRings) -> Result<(), Error> {
+        let attributes = AdminQueueAttributes::new()
+            .with_asqs(rings.entries - 1)
+            .with_acqs(rings.entries - 1);
+        let device = &self.device;
+        device.write32(offset::AQA, attributes.into_bits())?;
+        device.write64(offset::ASQ, rings.submission)?;
+        device.write64(offset::ACQ, rings.completion)?;
+        Ok(device.set_bus_master(true)?)
+    }
+
+    /// Sets the configuration, and then CC.EN.
+    pub(crate) fn enable(&self, configuration: ControllerConfiguration) -> Result<(), Error> {
+        self.configure(configuration)?;
+        self.configure(configuration.with_en(true))
+    }
+
+    /// CSTS, or nothing if there is no controller behind the registers: they can't be read, or are
+    /// all ones, or all zeroes, which VS never is.
+    pub(crate) fn live_status(&self) -> Option<u32> {
+        let csts = self.device.read32(offset::CSTS).ok()?;
+        let is_there = csts != 0 || self.device.read32(offset::VS).ok()? != 0;
+        (csts != u32::MAX && is_there).then_some(csts)
+    }
+
+    /// Whether the controller is known to be disabled.
+    pub(crate) fn is_disabled(&self) -> bool {
+        let csts = self.live_status();
+        csts.is_some_and(|csts| !ControllerStatus::from_bits(csts).rdy())
+    }
+
+    /// Resets the function; returns whether the controller is disabled afterwards. May block.
+    pub(crate) fn reset_function(&self) -> bool {
+        match self.device.reset() {
+            Ok(()) => self.is_disabled(),
+            Err(error) => {
+                tracing::warn!(%error, "the function could not be reset");
+                false
+            }
+        }
+    }
+
+    /// Clears CC.EN, if it is set.
+    pub(crate) fn clear_enable(&self) -> Result<(), Error> {
         let configuration = self.configuration()?;
         if configuration.into_bits() == u32::MAX {
             return Err(self.removed());
@@ -168,6 +221,7 @@ impl Registers {
             Stop::Fatal(csts) => Error::ControllerFailed {
                 address: self.address(),
                 csts,
+                fate: Fate::NotExecuted,
             },
         }
     }
@@ -185,6 +239,7 @@ impl Registers {
     fn removed(&self) -> Error {
         Error::Removed {
             address: self.address(),
+            fate: Fate::NotExecuted,
         }
     }
 

@@ -10,7 +10,7 @@ use super::bring_up::bring_up;
 use super::{Controller, ControllerInner};
 use crate::device::{self, Device};
 use crate::url::Target;
-use crate::{Error, OpenOptions};
+use crate::{Error, Fate, OpenOptions};
 
 /// Held by a controller until its device has been given up.
 #[derive(Debug)]
@@ -98,7 +98,8 @@ async fn open_device(
 ) -> Result<(Arc<dyn Device>, Release), Error> {
     let address = key(target).unwrap_or_else(|| "mem:".to_owned());
     let Ok(runtime) = Handle::try_current() else {
-        return Err(Error::RuntimeGone { address });
+        let fate = Fate::NotExecuted;
+        return Err(Error::RuntimeGone { address, fate });
     };
     let target = target.clone();
     let queues = options.queues.saturating_add(options.local_queues);
@@ -115,7 +116,7 @@ async fn open_device(
 
 fn find(key: &str) -> Option<Arc<ControllerInner>> {
     let inner = lock().get(key)?.controller.upgrade()?;
-    (!inner.is_closing()).then_some(inner)
+    inner.is_usable().then_some(inner)
 }
 
 /// What identifies the device; nothing for memory, which is new each time.

@@ -1,21 +1,20 @@
 //! The end of a controller's use, in order or not.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use nvme_spec::admin;
 
 use super::bring_up::check_runtime;
-use super::registers::Registers;
-use super::registry::Release;
+use super::tenure::{Held, Tenure};
 use super::{Controller, ControllerInner};
-use crate::Error;
-use crate::engine::access::Access;
+use crate::engine::State;
 use crate::engine::state::Core;
 use crate::engine::submission::Drain;
-use crate::engine::{SharedQueue, State};
+use crate::recovery::{ControllerState, Retired};
+use crate::{Error, Fate};
 
 /// How long outstanding commands may take when nothing says how long a command may take.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -25,9 +24,9 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error> {
     // Several tasks may call it, and again after it was dropped half-way.
     let _ending = inner.ending.lock().await;
-    let Some(registers) = inner.registers() else {
+    let Some(registers) = inner.tenure.registers() else {
         // The device may have another owner by now.
-        return Ok(());
+        return gone(inner);
     };
     // What follows waits with timers, which panic where there are none.
     check_runtime(&*registers.device)?;
@@ -39,6 +38,14 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
         queue.with(|state| state.set_refusing(true));
     }
     drain(inner).await;
+    // What goes wrong from here on is not worth a recovery.
+    let supervisor = inner.supervision.retire();
+    if let Err(error) = tokio::task::spawn_blocking(move || supervisor.wait()).await {
+        tracing::warn!(%error, "while recovery ended");
+    }
+    if inner.tenure.registers().is_none() {
+        return gone(inner);
+    }
     let mut first_error = None;
     let mut note = |result: Result<(), Error>| {
         if let Err(error) = result {
@@ -46,24 +53,7 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
             first_error.get_or_insert(error);
         }
     };
-    for id in 1..=inner.all_queues().count() as u16 {
-        note(
-            inner
-                .admin
-                .run(admin::delete_submission_queue(id))
-                .await
-                .map(drop),
-        );
-    }
-    for id in 1..=inner.all_queues().count() as u16 {
-        note(
-            inner
-                .admin
-                .run(admin::delete_completion_queue(id))
-                .await
-                .map(drop),
-        );
-    }
+    note(delete_queues(inner).await);
     inner.admin.queue.with(|state| state.set_refusing(true));
     let timeout = match inner.identify.rtd3e.get() {
         0 => SHUTDOWN_TIMEOUT,
@@ -73,11 +63,9 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
     let disabled = registers.disable(inner.ready_timeout).await;
     // From here on nobody rings a doorbell, which during a reset would be fatal where the
     // kernel takes the BAR away for that time.
-    let cores: Vec<Core> = inner
-        .all_queues()
-        .chain([&inner.admin.queue])
-        .filter_map(|queue| queue.end())
-        .collect();
+    for queue in inner.all_queues().chain([&inner.admin.queue]) {
+        queue.with(|state| state.fence());
+    }
     let stopped = match disabled {
         Ok(()) => true,
         Err(error) => {
@@ -89,33 +77,58 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
         }
     };
     note(registers.device.set_bus_master(false).map_err(Error::from));
+    let cores: Vec<Core> = inner
+        .all_queues()
+        .chain([&inner.admin.queue])
+        .filter_map(|queue| queue.end(stopped))
+        .collect();
     if stopped {
         drop(cores);
     } else {
         // The device may still write there.
         std::mem::forget(cores);
     }
-    give_up(inner, registers).await;
+    drop(registers);
+    give_up(inner).await;
+    inner.supervision.close();
     first_error.map_or(Ok(()), Err)
 }
 
+/// How the shutdown of a controller ends that is not there any more.
+fn gone(inner: &ControllerInner) -> Result<(), Error> {
+    let address = inner.admin.address.to_string();
+    let fate = Fate::NotExecuted;
+    match inner.supervision.state() {
+        ControllerState::Removed => Err(Error::Removed { address, fate }),
+        ControllerState::Failed => Err(Error::ControllerFailed {
+            address,
+            csts: u32::MAX,
+            fate,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Deletes the I/O queues, until that fails: with a controller that does not answer there is no
+/// point in asking for each of them.
+async fn delete_queues(inner: &ControllerInner) -> Result<(), Error> {
+    let count = inner.all_queues().count() as u16;
+    for id in 1..=count {
+        inner.admin.run(admin::delete_submission_queue(id)).await?;
+    }
+    for id in 1..=count {
+        inner.admin.run(admin::delete_completion_queue(id)).await?;
+    }
+    Ok(())
+}
+
 /// Closes the device, which may block, and lets those know who wait for it.
-async fn give_up(inner: &ControllerInner, registers: Registers) {
-    let ours = inner
-        .registers
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
-    let release = inner
-        .release
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
+async fn give_up(inner: &ControllerInner) {
+    let tenure = inner.tenure.clone();
     let space = inner.dma.space.clone();
     let closing = tokio::task::spawn_blocking(move || {
         space.end_retention();
-        drop((registers, ours));
-        drop(release);
+        tenure.give_up();
     });
     if let Err(error) = closing.await {
         tracing::warn!(%error, "while the device was closed");
@@ -124,18 +137,17 @@ async fn give_up(inner: &ControllerInner, registers: Registers) {
 
 /// Sees to it that no LocalNamespace has a queue pair or gets one.
 fn end_lending(inner: &ControllerInner) -> Result<(), Error> {
-    let set_refusing =
-        |queue: &Arc<SharedQueue>, refusing| queue.with(|state| state.set_refusing(refusing));
-    if inner
-        .local_queues
-        .iter()
-        .all(|queue| set_refusing(queue, true).is_some())
-    {
+    let refuse = |refusing| {
+        for queue in &inner.local_queues {
+            queue.with(|state| state.set_refusing(refusing));
+        }
+    };
+    // From here on nobody becomes the owner of one.
+    refuse(true);
+    if !inner.local_queues.iter().any(|queue| queue.is_owned()) {
         return Ok(());
     }
-    for queue in &inner.local_queues {
-        set_refusing(queue, false);
-    }
+    refuse(false);
     Err(Error::InUse {
         address: inner.admin.address.to_string(),
         reason: "a LocalNamespace of it exists; drop it first",
@@ -162,16 +174,26 @@ async fn drain(inner: &ControllerInner) {
 /// Stops a controller that is not used any more, in a thread of its own, and drops `keep` when
 /// that is done: memory that the controller may access until then above all.
 pub(super) fn stop_and_drop(
-    registers: Registers,
+    tenure: &Tenure,
     ready_timeout: Duration,
     keep: impl Send + 'static,
-    release: Option<Release>,
+    supervisor: Option<Retired>,
 ) {
     // From here on it accesses no memory, whatever the thread takes.
-    if let Err(error) = registers.device.set_bus_master(false) {
+    if let Some(registers) = tenure.registers()
+        && let Err(error) = registers.device.set_bus_master(false)
+    {
         tracing::warn!(%error, "an unused controller could not be cut off from memory");
     }
+    let Some(held) = tenure.take() else {
+        // It was given up before, and what it could still access was leaked then.
+        return drop(keep);
+    };
     let stop = move || {
+        if let Some(supervisor) = supervisor {
+            supervisor.wait();
+        }
+        let Held { registers, release } = held;
         let disabled = registers.disable_blocking(ready_timeout);
         let stopped = disabled.is_ok() || registers.device.reset().is_ok();
         if !stopped {
@@ -184,6 +206,7 @@ pub(super) fn stop_and_drop(
             drop(keep);
         }
         // The device is closed before another opens it.
+        registers.device.close();
         drop(registers);
         drop(release);
     };
@@ -214,14 +237,11 @@ impl Drop for ControllerInner {
             .chain([&self.admin.queue])
             .cloned()
             .collect();
+        let supervisor = self.supervision.retire();
         let states: Vec<State> = queues.iter().filter_map(|queue| queue.take()).collect();
-        let registers = self.registers.get_mut();
-        let release = self.release.get_mut();
-        if let Some(registers) = registers.unwrap_or_else(PoisonError::into_inner).take() {
-            let release = release.unwrap_or_else(PoisonError::into_inner).take();
-            let keep = (states, self.admin.pool.clone());
-            stop_and_drop(registers, self.ready_timeout, keep, release);
-        }
+        let keep = (states, self.admin.pool.clone());
+        stop_and_drop(&self.tenure, self.ready_timeout, keep, Some(supervisor));
+        self.supervision.close();
     }
 }
 
@@ -230,9 +250,10 @@ impl Controller {
         if self.inner.is_closing() {
             return Err(Error::Closed {
                 address: self.address().to_owned(),
+                fate: Fate::NotExecuted,
             });
         }
-        Ok(())
+        gone(&self.inner)
     }
 }
 

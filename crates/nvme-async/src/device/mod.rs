@@ -66,6 +66,10 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// Resets the function; afterwards the controller is disabled and accesses no host memory.
     fn reset(&self) -> Result<(), DeviceError>;
 
+    /// Gives the device back to the host, for good: registers then give errors and doorbells go
+    /// nowhere. The controller was stopped before, or is gone. It may block for long.
+    fn close(&self) {}
+
     /// The kernel's number of the thread that a software controller in this process runs in.
     fn software_thread(&self) -> Option<u32> {
         None

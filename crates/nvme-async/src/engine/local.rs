@@ -5,25 +5,25 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use nvme_spec::event::AsyncEvent;
-
-use super::SharedQueue;
 use super::access::Access;
+use super::biased::Owner;
 use super::reaper::{Reaper, check_spawned, vacate};
 use super::state::{Aftermath, Failure, Outcome, State};
+use super::{Notification, SharedQueue};
 
-/// A queue pair taken from its [`SharedQueue`] and used without a lock.
+/// A [`SharedQueue`] that this thread owns, and uses without its lock.
 pub struct LocalQueue {
-    state: RefCell<Option<State>>,
+    /// Nothing once it was given back.
+    owner: RefCell<Option<Owner<Option<State>>>>,
     home: Arc<SharedQueue>,
 }
 
 impl LocalQueue {
     /// Takes the queue pair, or nothing if it is taken already or about to end.
     pub(crate) fn take(home: &Arc<SharedQueue>) -> Option<Rc<Self>> {
-        let state = home.lend()?;
+        let owner = home.own()?;
         Some(Rc::new(Self {
-            state: RefCell::new(Some(state)),
+            owner: RefCell::new(Some(owner)),
             home: home.clone(),
         }))
     }
@@ -31,21 +31,19 @@ impl LocalQueue {
     /// Gives the queue pair back; the reaper ends.
     pub(crate) fn give_back(&self) {
         let mut aftermath = Aftermath::default();
-        let state = self.state.borrow_mut().take().map(|mut state| {
-            state.dismiss_reapers(&mut aftermath);
-            state
-        });
+        self.with(|state| state.dismiss_reapers(&mut aftermath));
+        let owner = self.owner.borrow_mut().take();
         aftermath.run();
-        if let Some(state) = state {
-            self.home.put_back(state);
+        if owner.is_some() {
+            drop(owner);
+            self.home.go_on();
         }
     }
 }
 
 impl Access for Rc<LocalQueue> {
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
-        // Never entered twice: `f` runs no code of others.
-        self.state.borrow_mut().as_mut().map(f)
+        LocalQueue::with(self, f)
     }
 
     fn spawn_reaper(&self) -> Result<(), Failure> {
@@ -66,13 +64,19 @@ impl Access for Rc<LocalQueue> {
         }
     }
 
-    fn late_outcome(&self, _key: usize) -> Option<Outcome> {
-        // Its futures borrow the handle that the queue pair is lent to.
-        None
+    fn late_outcome(&self, key: usize) -> Option<Outcome> {
+        self.home.late_outcome(key)
     }
 
-    fn report(&self, event: AsyncEvent) {
+    fn report(&self, event: Notification) {
         // Only the admin queue has event requests, and it is never local.
         tracing::debug!(?event, "an event on an I/O queue");
+    }
+}
+
+impl LocalQueue {
+    fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
+        let owner = self.owner.borrow();
+        owner.as_ref()?.with(|state| state.as_mut().map(f))
     }
 }

@@ -5,12 +5,15 @@
 //! its way), or the queue's reaper, one task that polls the completion queue for as long as that
 //! pays and then sleeps on the interrupt's eventfd.
 
+pub(crate) mod biased;
 pub(crate) mod eventfd;
 pub(crate) mod local;
 pub(crate) mod reaper;
 pub(crate) mod shared;
 pub(crate) mod state;
 pub(crate) mod submission;
+pub(crate) mod sync;
+pub(crate) mod trouble;
 pub(crate) mod window;
 
 #[cfg(test)]
@@ -20,7 +23,7 @@ use std::time::Duration;
 
 pub use self::local::LocalQueue;
 pub use self::shared::SharedQueue;
-pub(crate) use self::state::{Failure, QueueCounters, State};
+pub(crate) use self::state::{Failed, Failure, Notification, QueueCounters, State};
 pub(crate) use self::submission::Submission;
 
 /// When a queue polls for completions and when it waits for the interrupt.
@@ -42,6 +45,22 @@ pub(crate) struct QueueSettings {
     pub(crate) mode: PollMode,
     /// The longest time without a completion for which an adaptive queue polls.
     pub(crate) max_window: Duration,
+    /// How often a command may be sent again.
+    pub(crate) retries: u32,
+    /// Whether commands fail while recovery is under way, instead of waiting for its end.
+    pub(crate) fails_fast: bool,
+    /// What the controller's three Command Retry Delay Times stand for (CRDT1 to CRDT3).
+    pub(crate) retry_delays: [Duration; 3],
+}
+
+impl QueueSettings {
+    /// How long to wait before a command is sent again whose status has this Command Retry Delay.
+    pub(crate) fn retry_delay(&self, crd: u8) -> Duration {
+        match crd {
+            0 => Duration::ZERO,
+            index => self.retry_delays[usize::from(index - 1).min(2)],
+        }
+    }
 }
 
 /// How futures reach a queue pair: through a lock, or on one thread without.
@@ -54,10 +73,8 @@ impl QueueAccess for std::sync::Arc<SharedQueue> {}
 impl QueueAccess for std::rc::Rc<LocalQueue> {}
 
 pub(crate) mod access {
-    use nvme_spec::event::AsyncEvent;
-
     use super::state::Outcome;
-    use super::{Failure, State};
+    use super::{Failure, Notification, State};
 
     /// Access to the state of a queue pair, and a reaper for it.
     pub(crate) trait Access: Clone + Unpin + 'static {
@@ -71,6 +88,6 @@ pub(crate) mod access {
         fn late_outcome(&self, key: usize) -> Option<Outcome>;
 
         /// Passes on what the controller reported by itself.
-        fn report(&self, event: AsyncEvent);
+        fn report(&self, event: Notification);
     }
 }

@@ -1,30 +1,32 @@
 //! A queue pair that any thread can use.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use nvme_spec::event::AsyncEvent;
 use tokio::runtime::Handle;
 
+use super::Notification;
 use super::access::Access;
+use super::biased::{Biased, Owner};
 use super::reaper::{Reaper, check_spawned, vacate};
 use super::state::{Aftermath, Core, Failure, Outcome, Outcomes, QueueCounters, State};
 
 /// A queue pair behind a lock, which is held for the time of one submission or one batch of
-/// completions and never while anything else runs.
+/// completions and never while anything else runs. A [`LocalQueue`](super::LocalQueue) can own it
+/// and then takes no lock.
 pub struct SharedQueue {
-    /// Empty while a [`LocalQueue`](super::LocalQueue) has the queue pair, and after the end.
-    state: Mutex<Option<State>>,
+    /// Empty after the end.
+    state: Arc<Biased<Option<State>>>,
     /// What futures have not taken before the end.
     outcomes: Mutex<Outcomes>,
     vector: Arc<OwnedFd>,
-    on_event: OnceLock<Box<dyn Fn(AsyncEvent) + Send + Sync>>,
+    on_event: OnceLock<Box<dyn Fn(Notification) + Send + Sync>>,
 }
 
 impl SharedQueue {
     pub(crate) fn new(state: State, vector: Arc<OwnedFd>) -> Arc<Self> {
         Arc::new(Self {
-            state: Mutex::new(Some(state)),
+            state: Arc::new(Biased::new(Some(state))),
             outcomes: Mutex::default(),
             vector,
             on_event: OnceLock::new(),
@@ -33,56 +35,63 @@ impl SharedQueue {
 
     /// Takes the state away; futures that are still polled fail, and the reaper ends.
     pub(crate) fn take(&self) -> Option<State> {
-        self.take_if(|_| true)
-    }
-
-    /// Takes the state away for a [`LocalQueue`](super::LocalQueue), unless another one has it or
-    /// the queue pair is about to end.
-    pub(crate) fn lend(&self) -> Option<State> {
-        self.take_if(|state| !state.is_refusing())
-    }
-
-    fn take_if(&self, condition: impl FnOnce(&State) -> bool) -> Option<State> {
         let mut aftermath = Aftermath::default();
-        let state = self
-            .lock()
-            .take_if(|state| condition(state))
-            .map(|mut state| {
+        let state = self.state.with(|state| {
+            state.take().map(|mut state| {
                 state.dismiss_reapers(&mut aftermath);
                 state
-            });
+            })
+        });
         aftermath.run();
         state
     }
 
-    /// Ends the queue pair and returns what the device may still use. Futures get the outcomes that
-    /// there are, and the others fail.
-    pub(crate) fn end(&self) -> Option<Core> {
+    /// Makes the calling thread the owner, unless there is one or the queue pair is about to end.
+    /// The reapers of other threads end.
+    pub(super) fn own(&self) -> Option<Owner<Option<State>>> {
         let mut aftermath = Aftermath::default();
-        let core = {
-            let mut home = self.lock();
+        let owner = self.state.own(|state| match state {
+            Some(state) if !state.is_refusing() => {
+                state.dismiss_reapers(&mut aftermath);
+                true
+            }
+            _ => false,
+        });
+        aftermath.run();
+        owner
+    }
+
+    /// Whether a [`LocalQueue`](super::LocalQueue) has it.
+    pub(crate) fn is_owned(&self) -> bool {
+        self.state.is_owned()
+    }
+
+    /// Ends the queue pair and returns what the device may still use, which is nothing if it has
+    /// `stopped`. Futures get the outcomes that there are, and the others fail.
+    pub(crate) fn end(&self, stopped: bool) -> Option<Core> {
+        let mut aftermath = Aftermath::default();
+        let core = self.state.with(|home| {
             home.take().map(|state| {
-                let (outcomes, core) = state.end(&mut aftermath);
-                *lock(&self.outcomes) = outcomes;
+                let (outcomes, core) = state.end(stopped, &mut aftermath);
+                *super::sync::lock_std(&self.outcomes) = outcomes;
                 core
             })
-        };
+        });
         aftermath.run();
         core
     }
 
-    /// Puts a state back that was taken, and sees to it that outstanding commands are reaped.
-    pub(crate) fn put_back(self: &Arc<Self>, state: State) {
-        let unfinished = state.is_watched();
-        *self.lock() = Some(state);
+    /// Sees to it that outstanding commands are reaped after its owner has given it up.
+    pub(super) fn go_on(self: &Arc<Self>) {
+        let unfinished = self.with(|state| state.is_watched());
         // Without a runtime here, the next one to use the queue takes care of them.
-        if unfinished && self.spawn_reaper().is_err() {
+        if unfinished == Some(true) && self.spawn_reaper().is_err() {
             tracing::debug!("commands are outstanding on a queue that nobody drives");
         }
     }
 
     /// Sets who is told of asynchronous events.
-    pub(crate) fn set_on_event(&self, on_event: Box<dyn Fn(AsyncEvent) + Send + Sync>) {
+    pub(crate) fn set_on_event(&self, on_event: Box<dyn Fn(Notification) + Send + Sync>) {
         // Set once, at bring-up.
         let _ = self.on_event.set(on_event);
     }
@@ -92,20 +101,28 @@ impl SharedQueue {
     }
 
     pub(crate) fn counters(&self) -> QueueCounters {
-        self.lock()
-            .as_ref()
-            .map(|state| state.counters)
-            .unwrap_or_default()
+        self.with(|state| state.counters).unwrap_or_default()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<State>> {
-        lock(&self.state)
+    /// Runs `f` on the state, if it is there, and then what follows from it.
+    pub(crate) fn attend<R>(&self, f: impl FnOnce(&mut State, &mut Aftermath) -> R) -> Option<R> {
+        let mut aftermath = Aftermath::default();
+        let result = self
+            .state
+            .with(|state| state.as_mut().map(|state| f(state, &mut aftermath)));
+        aftermath.run();
+        result
+    }
+
+    /// Runs `f` on the state, if it is there.
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
+        self.state.with(|state| state.as_mut().map(f))
     }
 }
 
 impl Access for Arc<SharedQueue> {
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
-        self.lock().as_mut().map(f)
+        SharedQueue::with(self, f)
     }
 
     fn spawn_reaper(&self) -> Result<(), Failure> {
@@ -126,17 +143,12 @@ impl Access for Arc<SharedQueue> {
     }
 
     fn late_outcome(&self, key: usize) -> Option<Outcome> {
-        lock(&self.outcomes).take(key)
+        super::sync::lock_std(&self.outcomes).take(key)
     }
 
-    fn report(&self, event: AsyncEvent) {
+    fn report(&self, event: Notification) {
         if let Some(on_event) = self.on_event.get() {
             on_event(event);
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing that can panic runs under the lock in a state that must not be seen.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

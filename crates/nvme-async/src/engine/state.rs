@@ -1,57 +1,40 @@
 //! What one queue pair holds: its protocol core, and the operations that wait for it.
 
+mod drain;
+mod operation;
+mod recovery;
 mod seat;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use iova::Mapped;
 use nvme_spec::event::AsyncEvent;
-use nvme_spec::{Cqe, Sqe};
+use nvme_spec::{Cqe, Status};
 use slab::Slab;
 use smallvec::SmallVec;
 
+use self::drain::Draining;
+pub(crate) use self::operation::{
+    Aftermath, Command, Failed, Failure, Flight, InFlight, Outcome, Outcomes,
+};
+use self::operation::{Operation, Stage};
 pub(crate) use self::seat::{Place, Seat, Term};
+use super::trouble::{Inbox, Trouble};
 use super::window::Window;
 use super::{PollMode, QueueSettings};
 use crate::device::Doorbell;
-use crate::io::Holdings;
 use crate::memory::DmaWords;
-use crate::queue::{Class, Finished, Lie, QueueCore};
+use crate::queue::{Class, Finished, QueueCore};
 
 /// So many completions are taken before those who wait for them are woken.
 const REAP_BATCH: usize = 32;
+/// After so long without a completion, while some are due, somebody should look at the controller.
+const STALL: Duration = Duration::from_secs(1);
 
 /// The protocol core of a queue pair on a device.
 pub(crate) type Core = QueueCore<InFlight, DmaWords, Doorbell>;
-
-/// Why a command has no completion.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Failure {
-    /// The deadline passed.
-    TimedOut {
-        /// Since the submission.
-        after: Duration,
-    },
-    /// The device broke the protocol.
-    Lie(Lie),
-    /// The controller was shut down.
-    Closed,
-    /// Nothing drives the queue, and the future was polled outside of a Tokio runtime.
-    RuntimeGone,
-    /// The current runtime lacks its I/O or time driver.
-    NoDriver,
-    /// A thread-local queue is used outside of a `LocalSet` or `LocalRuntime`.
-    NotLocal,
-}
-
-/// A command that is to be submitted, and what it needs until it is done.
-pub(crate) struct Command {
-    pub(crate) sqe: Sqe,
-    pub(crate) holdings: Holdings,
-    pub(crate) timeout: Option<Duration>,
-}
 
 /// How far [`State::start`] got with a command.
 pub(crate) enum Progress {
@@ -66,75 +49,55 @@ pub(crate) enum Refusal {
     NoReaper(Command),
 }
 
-/// What became of a command. The holdings are gone with a command that the device may still be
-/// working on.
-pub(crate) type Outcome = (Result<Cqe, Failure>, Option<Holdings>);
-
 /// The state of one queue pair.
 pub(crate) struct State {
     core: Core,
     operations: Slab<Operation>,
-    /// Commands that wait for a slot, oldest first.
-    backlog: VecDeque<Waiting>,
+    /// Commands that wait for a slot, in the order in which they get one.
+    backlog: VecDeque<Flight>,
+    /// Commands that are to be sent again, and when.
+    delayed: Vec<(Instant, Flight)>,
+    next_ticket: u64,
     /// Why nothing is accepted any more.
     failure: Option<Failure>,
+    gate: Gate,
     /// Whether the controller is being shut down.
     refusing: bool,
+    /// Who deals with what goes wrong.
+    supervisor: Option<Arc<Inbox>>,
     /// Who drives the queue. Where nobody does, the next operation that is polled spawns a reaper.
     pub(crate) seats: SmallVec<[Seat; 1]>,
     last_term: Term,
     pub(crate) window: Window,
     /// When a command was last completed, or submitted to an idle queue.
     last_progress: Instant,
+    /// When it was last reported that none is.
+    last_stall: Option<Instant>,
     settings: QueueSettings,
     drains: Slab<Draining>,
-    events: Vec<AsyncEvent>,
+    events: Vec<Notification>,
     pub(crate) counters: QueueCounters,
 }
 
-pub(crate) enum InFlight {
-    Operation { key: usize, holdings: Holdings },
-    AsyncEvent,
+/// What those are told of who watch for a controller's events.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Notification {
+    Event(AsyncEvent),
+    /// The controller was reset: events may have gone unreported, and anything may have changed.
+    Reset,
 }
 
-/// A command that waits for a slot, and the operation that it belongs to.
-struct Waiting {
-    key: usize,
-    command: Command,
-    since: Instant,
-}
-
-/// Somebody who waits until all commands with lower sequence numbers are done.
-struct Draining {
-    mark: u64,
-    waker: Option<Waker>,
-}
-
-struct Operation {
-    waker: Waker,
-    stage: Stage,
-}
-
-enum Stage {
-    Queued,
-    Submitted { slot: u16 },
-    Done(Outcome),
-}
-
-/// What is left of a queue pair after its end: outcomes that their futures have not taken yet.
-#[derive(Default)]
-pub(crate) struct Outcomes {
-    operations: Slab<Operation>,
-}
-
-impl Outcomes {
-    /// The outcome of an operation that has not taken it yet.
-    pub(crate) fn take(&mut self, key: usize) -> Option<Outcome> {
-        match self.operations.try_remove(key)?.stage {
-            Stage::Done(outcome) => Some(outcome),
-            Stage::Queued | Stage::Submitted { .. } => None,
-        }
-    }
+/// What recovery leaves of a queue pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gate {
+    /// All.
+    Open,
+    /// No doorbell is rung; completions are taken.
+    Fenced,
+    /// The same, and completions are not believed: the device broke the protocol.
+    Distrusted,
+    /// The device does not know the queue pair.
+    Stopped,
 }
 
 /// Events counted by one queue pair since it was created.
@@ -148,26 +111,8 @@ pub(crate) struct QueueCounters {
     pub(crate) doorbell_writes: u64,
     /// Completions that were found waiting although no interrupt had come.
     pub(crate) lost_interrupts: u64,
-}
-
-/// What is to be done once the state is not borrowed any more: wakers run arbitrary code, and so
-/// does dropping them, or memory that others gave us.
-#[derive(Default)]
-pub(crate) struct Aftermath {
-    wakers: SmallVec<[Waker; REAP_BATCH]>,
-    /// Mappings of commands that are done, which others may be waiting for: they do not wait until
-    /// somebody takes the outcome.
-    mapped: SmallVec<[Mapped; 4]>,
-    garbage: Vec<Holdings>,
-    unused: SmallVec<[Waker; 1]>,
-}
-
-impl Aftermath {
-    pub(crate) fn run(self) {
-        for waker in self.wakers {
-            waker.wake();
-        }
-    }
+    /// Commands that were sent again.
+    pub(crate) retries: u64,
 }
 
 /// What a look at the completion queue is worth.
@@ -188,12 +133,17 @@ impl State {
             core,
             operations: Slab::with_capacity(capacity),
             backlog: VecDeque::new(),
+            delayed: Vec::new(),
+            next_ticket: 0,
             failure: None,
+            gate: Gate::Open,
             refusing: false,
+            supervisor: None,
             seats: SmallVec::new(),
             last_term: Term::default(),
             window: Window::new(settings.max_window),
             last_progress: Instant::now(),
+            last_stall: None,
             settings,
             drains: Slab::new(),
             events: Vec::new(),
@@ -206,10 +156,10 @@ impl State {
         &mut self,
         command: Command,
         waker: Waker,
+        now: Instant,
         aftermath: &mut Aftermath,
     ) -> Result<Progress, Refusal> {
-        let closed = self.refusing.then_some(Failure::Closed);
-        if let Some(failure) = self.failure.clone().or(closed) {
+        if let Some(failure) = self.refusal() {
             aftermath.unused.push(waker);
             return Err(Refusal::Failed(failure, command));
         }
@@ -217,24 +167,27 @@ impl State {
             aftermath.unused.push(waker);
             return Err(Refusal::NoReaper(command));
         }
-        let now = Instant::now();
         let was_idle = self.core.in_flight() == 0;
         let entry = self.operations.vacant_entry();
         let key = entry.key();
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        let flight = Flight {
+            key,
+            ticket,
+            command,
+            since: None,
+            attempts: 0,
+        };
         let submitted = if self.backlog.is_empty() {
-            submit(&mut self.core, key, command, now, &mut self.counters)
+            submit(&mut self.core, flight, now, &mut self.counters)
         } else {
-            Err(command)
+            Err(flight)
         };
         let stage = match submitted {
             Ok(slot) => Stage::Submitted { slot },
-            Err(command) => {
-                let since = now;
-                self.backlog.push_back(Waiting {
-                    key,
-                    command,
-                    since,
-                });
+            Err(flight) => {
+                self.backlog.push_back(flight);
                 Stage::Queued
             }
         };
@@ -289,11 +242,18 @@ impl State {
         aftermath.unused.push(waker);
         match stage {
             Stage::Queued => {
-                if let Some(index) = self.backlog.iter().position(|waiting| waiting.key == key)
-                    && let Some(waiting) = self.backlog.remove(index)
-                {
-                    aftermath.garbage.push(waiting.command.holdings);
-                }
+                let is_it = |flight: &Flight| flight.key == key;
+                let flight = match self.backlog.iter().position(is_it) {
+                    Some(index) => self.backlog.remove(index),
+                    None => {
+                        let index = self.delayed.iter().position(|(_, flight)| is_it(flight));
+                        index.map(|index| self.delayed.swap_remove(index).1)
+                    }
+                };
+                aftermath
+                    .garbage
+                    .extend(flight.map(|flight| flight.command.holdings));
+                self.wake_drains(aftermath);
             }
             Stage::Submitted { slot } => self.core.orphan(slot),
             Stage::Done((_, holdings)) => aftermath.garbage.extend(holdings),
@@ -304,14 +264,14 @@ impl State {
     /// Returns how many it took.
     pub(crate) fn reap(&mut self, look: Look, now: Instant, aftermath: &mut Aftermath) -> usize {
         let mut taken = 0;
-        while taken < REAP_BATCH && self.failure.is_none() {
+        while taken < REAP_BATCH && self.believes() {
             match self.core.next_completion() {
                 None => break,
                 Some(Ok(finished)) => {
                     taken += 1;
                     self.finish(finished, now, aftermath);
                 }
-                Some(Err(lie)) => self.fail(Failure::Lie(lie), aftermath),
+                Some(Err(lie)) => self.distrust(lie, aftermath),
             }
         }
         if taken > 0 {
@@ -319,7 +279,7 @@ impl State {
             self.count(look, taken);
             // Before the lock is released: whoever reaps next starts from the head we tell.
             self.counters.doorbell_writes += u64::from(self.core.acknowledge());
-            self.refill(now);
+            self.send_delayed(now);
             self.wake_drains(aftermath);
         }
         taken
@@ -332,64 +292,29 @@ impl State {
         }
     }
 
-    /// Resolves operations whose deadline has passed. Their slots stay taken.
-    ///
-    /// Commands that wait for a slot have as much time again, but only once all slots are lost:
-    /// as long as others complete, their turn comes.
+    /// Deals with what is due: commands whose deadline has passed, those that are to be sent again,
+    /// and a device that completes nothing.
     pub(crate) fn expire(&mut self, now: Instant, aftermath: &mut Aftermath) {
-        let operations = &mut self.operations;
-        self.core.expire(now, |in_flight, submitted| {
-            let InFlight::Operation { key, .. } = in_flight else {
-                return;
+        let mut overdue: SmallVec<[(u16, u16); 8]> = SmallVec::new();
+        self.core.expire(now, |slot, cid| overdue.push((slot, cid)));
+        for (slot, cid) in overdue {
+            let Some(supervisor) = &self.supervisor else {
+                self.give_up(slot, now, aftermath);
+                continue;
             };
-            let after = now.saturating_duration_since(submitted);
-            operations[*key].resolve((Err(Failure::TimedOut { after }), None), aftermath);
-        });
-        if self.core.in_flight() > 0 || self.core.lost() == 0 {
-            return;
+            let queue = self.core.id();
+            supervisor.report(Trouble::Overdue { queue, cid });
         }
-        for waiting in std::mem::take(&mut self.backlog) {
-            let after = now.saturating_duration_since(waiting.since);
-            if waiting.command.timeout.is_some_and(|limit| after >= limit) {
-                let holdings = Some(waiting.command.holdings);
-                let outcome = (Err(Failure::TimedOut { after }), holdings);
-                self.operations[waiting.key].resolve(outcome, aftermath);
-            } else {
-                self.backlog.push_back(waiting);
-            }
+        self.send_delayed(now);
+        let since = self.last_stall.unwrap_or(self.last_progress);
+        let since = since.max(self.last_progress);
+        let is_stalled = self.in_flight() > 0
+            && self.gate == Gate::Open
+            && now.saturating_duration_since(since) >= STALL;
+        if let Some(supervisor) = self.supervisor.as_ref().filter(|_| is_stalled) {
+            self.last_stall = Some(now);
+            supervisor.report(Trouble::Stalled);
         }
-    }
-
-    /// Fails everything that is waited for, and everything that comes. Memory that the device may
-    /// still use stays in its slots.
-    pub(crate) fn fail(&mut self, failure: Failure, aftermath: &mut Aftermath) {
-        if self.failure.is_some() {
-            return;
-        }
-        for (_, operation) in &mut self.operations {
-            if let Stage::Submitted { slot } = operation.stage {
-                self.core.orphan(slot);
-                operation.resolve((Err(failure.clone()), None), aftermath);
-            }
-        }
-        for waiting in std::mem::take(&mut self.backlog) {
-            let outcome = (Err(failure.clone()), Some(waiting.command.holdings));
-            self.operations[waiting.key].resolve(outcome, aftermath);
-        }
-        self.failure = Some(failure);
-        self.wake_drains(aftermath);
-        self.wake_reapers(aftermath);
-    }
-
-    /// Ends the queue pair: fails what is still waited for, and separates the outcomes from what the
-    /// device may still use.
-    pub(crate) fn end(mut self, aftermath: &mut Aftermath) -> (Outcomes, Core) {
-        self.fail(Failure::Closed, aftermath);
-        self.dismiss_reapers(aftermath);
-        let outcomes = Outcomes {
-            operations: self.operations,
-        };
-        (outcomes, self.core)
     }
 
     /// Whether no further commands are accepted. Those that are outstanding or wait for a slot go
@@ -408,11 +333,10 @@ impl State {
     }
 
     /// Asks for one event of the controller.
-    pub(crate) fn request_event(&mut self) {
+    pub(crate) fn request_event(&mut self, now: Instant) {
         if self.failure.is_some() || self.refusing {
             return;
         }
-        let now = Instant::now();
         let sqe = nvme_spec::admin::async_event_request();
         // With all slots taken there is one event request less until the next one completes.
         let submitted = self
@@ -424,40 +348,14 @@ impl State {
         }
     }
 
+    /// Notes that the controller was reset, for those who are told of its events.
+    pub(crate) fn note_reset(&mut self) {
+        self.events.push(Notification::Reset);
+    }
+
     /// What the controller reported by itself since the last call.
-    pub(crate) fn take_events(&mut self) -> Vec<AsyncEvent> {
+    pub(crate) fn take_events(&mut self) -> Vec<Notification> {
         std::mem::take(&mut self.events)
-    }
-
-    /// Begins to wait for everything that was started so far; returns the key of that wait.
-    pub(crate) fn begin_drain(&mut self) -> usize {
-        // What waits for a slot gets the next sequence numbers, and until it does, all slots are
-        // taken by what came before it.
-        let mark = self.core.next_sequence() + self.backlog.len() as u64;
-        self.drains.insert(Draining { mark, waker: None })
-    }
-
-    /// How a drain ended; if it has not, the waker is woken when it may have. Another one is left
-    /// in its place.
-    pub(crate) fn poll_drain(
-        &mut self,
-        key: usize,
-        waker: &mut Option<Waker>,
-    ) -> Option<Result<(), Failure>> {
-        let draining = &mut self.drains[key];
-        if !self.core.is_outstanding_before(draining.mark) {
-            return Some(Ok(()));
-        }
-        if let Some(failure) = &self.failure {
-            return Some(Err(failure.clone()));
-        }
-        std::mem::swap(&mut draining.waker, waker);
-        None
-    }
-
-    /// Ends a drain.
-    pub(crate) fn end_drain(&mut self, key: usize) -> Option<Waker> {
-        self.drains.remove(key).waker
     }
 
     /// Commands that somebody submitted and whose completion is worth waiting for: those that were
@@ -471,58 +369,131 @@ impl State {
 
     /// Whether the queue is looked at every so often even without an interrupt.
     pub(crate) fn is_watched(&self) -> bool {
-        self.failure.is_none() && self.core.in_flight() + self.core.lost() > 0
+        self.failure.is_none()
+            && (self.core.in_flight() + self.core.lost() > 0 || !self.delayed.is_empty())
     }
 
     /// Whether a completion waits to be taken.
     pub(crate) fn completion_ready(&self) -> bool {
-        self.failure.is_none() && self.core.completion_ready()
+        self.believes() && self.core.completion_ready()
     }
 
     pub(crate) fn mode(&self) -> PollMode {
         self.settings.mode
     }
 
+    /// Why no command is accepted, if so.
+    fn refusal(&self) -> Option<Failure> {
+        if self.failure.is_some() {
+            self.failure
+        } else if self.refusing {
+            Some(Failure::Closed)
+        } else {
+            let recovering = self.gate != Gate::Open && self.settings.fails_fast;
+            recovering.then_some(Failure::Recovering)
+        }
+    }
+
+    /// Whether completions are taken.
+    fn believes(&self) -> bool {
+        self.failure.is_none() && matches!(self.gate, Gate::Open | Gate::Fenced)
+    }
+
     fn finish(&mut self, finished: Finished<InFlight>, now: Instant, aftermath: &mut Aftermath) {
         self.counters.completions += 1;
-        match finished.token {
+        let Finished {
+            token,
+            cqe,
+            awaited,
+            overdue,
+            submitted,
+            ..
+        } = finished;
+        match token {
             InFlight::AsyncEvent => {
-                if finished.cqe.status().is_success() {
-                    self.events
-                        .push(AsyncEvent::from_bits(finished.cqe.result()));
+                if cqe.status().is_success() {
+                    let event = AsyncEvent::from_bits(cqe.result());
+                    self.events.push(Notification::Event(event));
                 } else {
-                    tracing::debug!(status = %finished.cqe.status(), "event request refused");
+                    tracing::debug!(status = %cqe.status(), "event request refused");
                 }
             }
-            InFlight::Operation { key, holdings } => {
-                debug_assert_eq!(finished.class, Class::Foreground);
+            InFlight::Step(id) => {
+                if let Some(supervisor) = &self.supervisor {
+                    supervisor.report(Trouble::Step { id, cqe });
+                }
+            }
+            InFlight::Operation(flight) => {
                 self.window
-                    .observe(now.saturating_duration_since(finished.submitted));
-                if finished.awaited {
-                    let outcome = (Ok(finished.cqe), Some(holdings));
-                    self.operations[key].resolve(outcome, aftermath);
+                    .observe(now.saturating_duration_since(submitted));
+                if awaited {
+                    self.finish_operation(flight, cqe, overdue, now, aftermath);
                 } else {
-                    aftermath.garbage.push(holdings);
+                    aftermath.garbage.push(flight.command.holdings);
                 }
             }
         }
     }
 
-    fn refill(&mut self, now: Instant) {
-        while let Some(Waiting {
-            key,
-            command,
-            since,
-        }) = self.backlog.pop_front()
+    fn finish_operation(
+        &mut self,
+        mut flight: Flight,
+        cqe: Cqe,
+        overdue: bool,
+        now: Instant,
+        aftermath: &mut Aftermath,
+    ) {
+        let status = cqe.status();
+        if !status.is_success()
+            && !overdue
+            && is_worth_repeating(status)
+            && flight.may_repeat(self.settings.retries, now)
         {
-            match submit(&mut self.core, key, command, now, &mut self.counters) {
+            flight.attempts += 1;
+            self.counters.retries += 1;
+            self.operations[flight.key].stage = Stage::Queued;
+            let delay = self.settings.retry_delay(status.crd());
+            return self.delayed.push((now + delay, flight));
+        }
+        let aborted = overdue && status.is(Status::ABORT_REQUESTED);
+        let result = if aborted {
+            let after = flight.age(now);
+            Err(Failure::TimedOut { after }.told(true))
+        } else {
+            Ok(cqe)
+        };
+        let outcome = (result, Some(flight.command.holdings));
+        self.operations[flight.key].resolve(outcome, aftermath);
+    }
+
+    /// Resolves an overdue operation that nobody can do anything about. Its slot stays taken.
+    fn give_up(&mut self, slot: u16, now: Instant, aftermath: &mut Aftermath) {
+        if let Some(InFlight::Operation(flight)) = self.core.give_up(slot) {
+            let after = flight.age(now);
+            let failed = Failure::TimedOut { after }.told(true);
+            self.operations[flight.key].resolve((Err(failed), None), aftermath);
+        }
+    }
+
+    /// Puts commands whose next attempt is due first in line, and submits what there are slots for.
+    fn send_delayed(&mut self, now: Instant) {
+        if !self.delayed.is_empty() {
+            let due = self.delayed.extract_if(.., |(due, _)| *due <= now);
+            let due: Vec<Flight> = due.map(|(_, flight)| flight).collect();
+            for flight in due.into_iter().rev() {
+                self.backlog.push_front(flight);
+            }
+        }
+        self.refill(now);
+    }
+
+    fn refill(&mut self, now: Instant) {
+        while let Some(flight) = self.backlog.pop_front() {
+            let key = flight.key;
+            match submit(&mut self.core, flight, now, &mut self.counters) {
                 Ok(slot) => self.operations[key].stage = Stage::Submitted { slot },
-                Err(command) => {
-                    self.backlog.push_front(Waiting {
-                        key,
-                        command,
-                        since,
-                    });
+                Err(flight) => {
+                    self.backlog.push_front(flight);
                     break;
                 }
             }
@@ -541,62 +512,38 @@ impl State {
             }
         }
     }
-
-    fn wake_drains(&mut self, aftermath: &mut Aftermath) {
-        for (_, draining) in &mut self.drains {
-            if self.failure.is_some() || !self.core.is_outstanding_before(draining.mark) {
-                aftermath.wakers.extend(draining.waker.take());
-            }
-        }
-    }
 }
 
-impl Operation {
-    fn resolve(&mut self, mut outcome: Outcome, aftermath: &mut Aftermath) {
-        if let Some(holdings) = &mut outcome.1
-            && !holdings.mapped.is_empty()
-        {
-            aftermath.mapped.extend(holdings.mapped.drain(..));
-        }
-        self.stage = Stage::Done(outcome);
-        aftermath.wakers.push(self.take_waker());
-    }
-
-    fn take_waker(&mut self) -> Waker {
-        std::mem::replace(&mut self.waker, Waker::noop().clone())
-    }
+/// Whether a status lets hope for another one the next time (NVMe base specification 2.0, figure
+/// "Status Field", DNR). Data that differs will differ again, whatever the controller says.
+fn is_worth_repeating(status: Status) -> bool {
+    !status.dnr() && !status.is(Status::COMPARE_FAILURE)
 }
 
-/// Submits `command`, or gives it back if all slots are taken.
+/// Submits a command, or gives it back if all slots are taken or the queue pair is fenced.
 fn submit(
     core: &mut Core,
-    key: usize,
-    command: Command,
+    mut flight: Flight,
     now: Instant,
     counters: &mut QueueCounters,
-) -> Result<u16, Command> {
-    let Command {
-        sqe,
-        holdings,
-        timeout,
-    } = command;
-    let deadline = timeout.and_then(|timeout| now.checked_add(timeout));
-    let token = InFlight::Operation { key, holdings };
+) -> Result<u16, Flight> {
+    let before = flight.since;
+    flight.since = Some(before.unwrap_or(now));
+    let deadline = flight.deadline(now);
+    let sqe = flight.command.sqe;
+    let token = InFlight::Operation(flight);
     match core.submit(sqe, token, Class::Foreground, now, deadline) {
         Ok(slot) => {
             // It has rung the doorbell if it left nothing to the reaper.
             counters.doorbell_writes += u64::from(!core.has_deferred());
             Ok(slot)
         }
-        Err(InFlight::Operation { holdings, .. }) => Err(Command {
-            sqe,
-            holdings,
-            timeout,
-        }),
-        Err(InFlight::AsyncEvent) => Err(Command {
-            sqe,
-            holdings: Holdings::default(),
-            timeout,
-        }),
+        Err(InFlight::Operation(mut flight)) => {
+            flight.since = before;
+            Err(flight)
+        }
+        Err(InFlight::AsyncEvent | InFlight::Step(_)) => {
+            unreachable!("the queue core gives back what it was given")
+        }
     }
 }

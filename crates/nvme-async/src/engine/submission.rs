@@ -3,11 +3,12 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use tokio::task::coop::poll_proceed;
 
 use super::access::Access;
-use super::state::{Aftermath, Command, Failure, Outcome, Progress, Refusal};
+use super::state::{Aftermath, Command, Failed, Failure, Outcome, Progress, Refusal};
 
 /// Submits a command when first polled, and resolves when it is done.
 ///
@@ -49,7 +50,7 @@ impl<'a, Q: Access> Submission<'a, Q> {
             let mut unsubmitted = Some((command, cx.waker().clone()));
             let started = self.queue.with(|state| {
                 let (command, waker) = unsubmitted.take()?;
-                Some(state.start(command, waker, &mut aftermath))
+                Some(state.start(command, waker, Instant::now(), &mut aftermath))
             });
             aftermath.run();
             match started.flatten() {
@@ -59,17 +60,17 @@ impl<'a, Q: Access> Submission<'a, Q> {
                     return Poll::Pending;
                 }
                 Some(Err(Refusal::Failed(failure, command))) => {
-                    return Poll::Ready((Err(failure), Some(command.holdings)));
+                    return Poll::Ready((Err(failure.into()), Some(command.holdings)));
                 }
                 Some(Err(Refusal::NoReaper(refused))) => {
                     if let Err(failure) = self.queue.spawn_reaper() {
-                        return Poll::Ready((Err(failure), Some(refused.holdings)));
+                        return Poll::Ready((Err(failure.into()), Some(refused.holdings)));
                     }
                     command = refused;
                 }
                 None => {
                     let holdings = unsubmitted.map(|(command, _)| command.holdings);
-                    return Poll::Ready((Err(Failure::Closed), holdings));
+                    return Poll::Ready((Err(Failure::Closed.into()), holdings));
                 }
             }
         }
@@ -88,7 +89,7 @@ impl<'a, Q: Access> Submission<'a, Q> {
             match polled {
                 None => {
                     let late = self.queue.late_outcome(key);
-                    return Poll::Ready(late.unwrap_or((Err(Failure::Closed), None)));
+                    return Poll::Ready(late.unwrap_or((Err(Failure::Closed.told(true)), None)));
                 }
                 Some(Polled::Done(outcome)) => return Poll::Ready(outcome),
                 Some(Polled::Waiting { driven }) => break driven,
@@ -97,7 +98,7 @@ impl<'a, Q: Access> Submission<'a, Q> {
         };
         if !driven && let Err(failure) = self.queue.spawn_reaper() {
             abandon(self.queue, key);
-            return Poll::Ready((Err(failure), None));
+            return Poll::Ready((Err(failure.told(true)), None));
         }
         self.step = Step::Waiting { key };
         Poll::Pending
@@ -159,7 +160,7 @@ impl<'a, Q: Access> Drain<'a, Q> {
 }
 
 impl<Q: Access> Future for Drain<'_, Q> {
-    type Output = Result<(), Failure>;
+    type Output = Result<(), Failed>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
@@ -174,7 +175,7 @@ impl<Q: Access> Future for Drain<'_, Q> {
             Some((None, true)) => Poll::Pending,
             Some((None, false)) => match this.queue.spawn_reaper() {
                 Ok(()) => Poll::Pending,
-                Err(failure) => Poll::Ready(Err(failure)),
+                Err(failure) => Poll::Ready(Err(failure.told(true))),
             },
         }
     }

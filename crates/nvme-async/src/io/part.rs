@@ -13,7 +13,7 @@ use super::context::{DmaContext, Flow, Ready};
 use super::{Holdings, Payload};
 use crate::Error;
 use crate::engine::state::Command;
-use crate::engine::{Failure, QueueAccess, Submission};
+use crate::engine::{Failed, QueueAccess, Submission};
 
 /// What a command is to do.
 pub(crate) struct Order {
@@ -23,13 +23,15 @@ pub(crate) struct Order {
     /// Where its data is in the payload, in bytes.
     pub(crate) range: Range<usize>,
     pub(crate) timeout: Option<Duration>,
+    /// Whether it may be sent again although the device may have executed it.
+    pub(crate) repeatable: bool,
 }
 
 /// How a command ended.
 pub(crate) enum End {
     Success,
     Status(Status),
-    Failure(Failure),
+    Failed(Failed),
     /// It was not submitted.
     Unsubmitted(Error),
 }
@@ -72,19 +74,20 @@ impl<'a, Q: QueueAccess> Part<'a, Q> {
             sqe,
             holdings,
             timeout: self.order.timeout,
+            repeatable: self.order.repeatable,
         };
         Step::Submit(Submission::new(self.queue, command))
     }
 
     fn finish(
         &self,
-        result: Result<nvme_spec::Cqe, Failure>,
+        result: Result<nvme_spec::Cqe, Failed>,
         holdings: Option<Holdings>,
     ) -> (End, Option<Payload>) {
         let end = match result {
             Ok(cqe) if cqe.status().is_success() => End::Success,
             Ok(cqe) => End::Status(cqe.status()),
-            Err(failure) => End::Failure(failure),
+            Err(failed) => End::Failed(failed),
         };
         let payload = holdings.map(|mut holdings| {
             if self.order.flow == Flow::Read && matches!(end, End::Success) {

@@ -34,6 +34,7 @@ struct Request<'a, Q> {
     fua: bool,
     atomic: bool,
     timeout: Option<Duration>,
+    repeatable: bool,
 }
 
 /// The future of a request, whatever its buffer's type.
@@ -117,6 +118,7 @@ impl<Q> Request<'_, Q> {
             flow: self.flow,
             range: first..last,
             timeout: self.timeout,
+            repeatable: self.repeatable,
         }
     }
 }
@@ -311,6 +313,7 @@ impl<'a, Q: QueueAccess> ReadStart<'a, Q> {
             fua: false,
             atomic: false,
             timeout: self.timeout,
+            repeatable: true,
         });
         Ok(Transfer { stage })
     }
@@ -408,6 +411,17 @@ impl<'a, B: WriteBuffer, Q: QueueAccess> Write<'a, B, Q> {
         self
     }
 
+    /// Allows the write to be sent again although the device may have executed it: after an error
+    /// status that says that it is worth trying, and when it was outstanding during a reset
+    /// ([`OpenOptions::retries`](crate::OpenOptions::retries)). The caller sees to it that no other
+    /// write of the same blocks is outstanding. No effect after the first poll.
+    pub fn repeatable(mut self) -> Self {
+        if let Some(request) = self.transfer.request() {
+            request.repeatable = true;
+        }
+        self
+    }
+
     /// Sets the time that each command may take, in place of the controller's default. It has no
     /// effect after the first poll.
     pub fn timeout(mut self, timeout: Duration) -> Self {
@@ -455,6 +469,7 @@ fn whole<'a, Q: QueueAccess>(
         fua: false,
         atomic: false,
         timeout,
+        repeatable: flow == Flow::Read || namespace.repeats_writes(),
     };
     Transfer {
         stage: Stage::Start(request),

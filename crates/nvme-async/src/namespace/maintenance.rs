@@ -35,7 +35,8 @@ impl NamespaceInner {
         if !self.has_volatile_cache() {
             return Ok(());
         }
-        self.command(choose_queue(queues), nvm::flush(self.nsid), "Flush", None)
+        let flush = nvm::flush(self.nsid);
+        self.command(choose_queue(queues), flush, "Flush", None, true)
             .await
     }
 
@@ -62,7 +63,9 @@ impl NamespaceInner {
         for part in split(blocks, self.zeroing_limits()) {
             let count = (part.end - part.start) as u32;
             let sqe = nvm::write_zeroes(self.nsid, part.start, count, deallocate, false);
-            self.command(queue, sqe, "Write Zeroes", Some(part)).await?;
+            let repeatable = self.repeats_writes();
+            self.command(queue, sqe, "Write Zeroes", Some(part), repeatable)
+                .await?;
         }
         Ok(())
     }
@@ -109,6 +112,7 @@ impl NamespaceInner {
                 flow: Flow::Write,
                 range: 0..bytes.len(),
                 timeout: self.timeout(),
+                repeatable: self.repeats_writes(),
             };
             let (end, _) = Part::new(self.dma(), queue, order, Payload::Dma(buffer)).await;
             self.result(end, "Dataset Management", None)?;
@@ -121,7 +125,7 @@ impl NamespaceInner {
         futures::future::try_join_all(queues.iter().map(Drain::new))
             .await
             .map(drop)
-            .map_err(|failure| failure.into_error(self.name("quiesce", None)))
+            .map_err(|failed| failed.into_error(self.name("quiesce", None)))
     }
 
     async fn write_plain_zeroes<Q: QueueAccess>(
@@ -150,17 +154,19 @@ impl NamespaceInner {
         sqe: Sqe,
         name: &'static str,
         blocks: Option<Range<u64>>,
+        repeatable: bool,
     ) -> Result<(), Error> {
         let command = crate::engine::state::Command {
             sqe,
             holdings: crate::io::Holdings::default(),
             timeout: self.timeout(),
+            repeatable,
         };
         let (result, _) = crate::engine::Submission::new(queue, command).await;
         let end = match result {
             Ok(cqe) if cqe.status().is_success() => End::Success,
             Ok(cqe) => End::Status(cqe.status()),
-            Err(failure) => End::Failure(failure),
+            Err(failed) => End::Failed(failed),
         };
         self.result(end, name, blocks)
     }
@@ -179,7 +185,7 @@ impl NamespaceInner {
                 status,
             })
             .into()),
-            End::Failure(failure) => Err(failure.into_error(self.name(name, blocks))),
+            End::Failed(failed) => Err(failed.into_error(self.name(name, blocks))),
             End::Unsubmitted(error) => Err(error),
         }
     }

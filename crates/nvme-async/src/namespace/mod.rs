@@ -259,6 +259,10 @@ impl NamespaceInner {
         self.controller.inner.timeout
     }
 
+    pub(crate) fn repeats_writes(&self) -> bool {
+        self.controller.inner.repeat_writes
+    }
+
     pub(crate) fn has_volatile_cache(&self) -> bool {
         self.controller.inner.identify.has_volatile_write_cache()
     }

@@ -34,6 +34,8 @@ pub(crate) struct QueueCore<T, M, D> {
     generations: Vec<u16>,
     index_bits: u32,
     free: Vec<u16>,
+    /// Whether no doorbell may be rung: the device is about to be stopped, or is.
+    fenced: bool,
     foreground: usize,
     lost: usize,
     next_sequence: u64,
@@ -49,6 +51,11 @@ enum Slot<T> {
     Submitted(Entry<T>),
     /// On its way; nobody waits for it any more.
     Orphaned(Entry<T>),
+    /// Its deadline has passed, and the device is being made to let go of it.
+    Aborting {
+        entry: Entry<T>,
+        awaited: bool,
+    },
     /// Its deadline has passed and its owner was told so. The device may still use its memory.
     Lost(Entry<T>),
 }
@@ -57,7 +64,10 @@ impl<T> Slot<T> {
     fn entry(&self) -> Option<&Entry<T>> {
         match self {
             Self::Free => None,
-            Self::Submitted(entry) | Self::Orphaned(entry) | Self::Lost(entry) => Some(entry),
+            Self::Submitted(entry)
+            | Self::Orphaned(entry)
+            | Self::Aborting { entry, .. }
+            | Self::Lost(entry) => Some(entry),
         }
     }
 }
@@ -76,8 +86,20 @@ pub(crate) struct Finished<T> {
     pub(crate) cqe: Cqe,
     /// Whether somebody waits for it.
     pub(crate) awaited: bool,
-    pub(crate) class: Class,
+    /// Whether its deadline had passed.
+    pub(crate) overdue: bool,
     pub(crate) submitted: Instant,
+}
+
+/// A command that was taken back from a device that is known to have stopped.
+pub(crate) struct Reclaimed<T> {
+    pub(crate) token: T,
+    /// Whether somebody waits for it.
+    pub(crate) awaited: bool,
+    /// Whether its deadline had passed.
+    pub(crate) overdue: bool,
+    /// Whether the device was told of it, so that it may have executed it.
+    pub(crate) told: bool,
 }
 
 impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
@@ -98,6 +120,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             generations: vec![0; capacity.into()],
             index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
             free: (0..capacity).rev().collect(),
+            fenced: false,
             foreground: 0,
             lost: 0,
             next_sequence: 0,
@@ -121,7 +144,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.lost
     }
 
-    /// Puts a command into the ring and returns its slot, or gives `token` back if all are taken.
+    /// Puts a command into the ring and returns its slot, or gives `token` back if all are taken or
+    /// the queue pair is fenced.
     ///
     /// The doorbell is rung at once when nothing else is outstanding; otherwise it may be left to
     /// [`ring_deferred`](Self::ring_deferred). Background commands have no deadline.
@@ -133,6 +157,9 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         now: Instant,
         deadline: Option<Instant>,
     ) -> Result<u16, T> {
+        if self.fenced {
+            return Err(token);
+        }
         let Some(slot) = self.free.pop() else {
             return Err(token);
         };
@@ -166,13 +193,16 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     /// Tells the device of commands that [`submit`](Self::submit) did not tell it of.
     pub(crate) fn ring_deferred(&mut self) -> bool {
+        if self.fenced {
+            return false;
+        }
         self.untold = self.next_sequence;
         self.submission.ring()
     }
 
-    /// Whether there are commands that the device has not been told of.
+    /// Whether there are commands that the device has not been told of, and may be.
     pub(crate) fn has_deferred(&self) -> bool {
-        self.submission.deferred() > 0
+        !self.fenced && self.submission.deferred() > 0
     }
 
     /// Records that nobody waits for the command in `slot` any more. Its memory stays here.
@@ -180,6 +210,10 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         let slot = &mut self.slots[usize::from(slot)];
         *slot = match std::mem::replace(slot, Slot::Free) {
             Slot::Submitted(entry) => Slot::Orphaned(entry),
+            Slot::Aborting { entry, .. } => Slot::Aborting {
+                entry,
+                awaited: false,
+            },
             other => other,
         };
     }
@@ -197,7 +231,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     /// Tells the device which completions were taken.
     pub(crate) fn acknowledge(&mut self) -> bool {
-        self.completion.acknowledge()
+        !self.fenced && self.completion.acknowledge()
     }
 
     /// The moment before which no deadline passes.
@@ -209,14 +243,14 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
     }
 
-    /// Gives up commands whose deadline has passed; calls `expired` with the token and the age of
-    /// each that somebody waits for. Their slots, and the memory in them, stay taken.
-    pub(crate) fn expire(&mut self, now: Instant, mut expired: impl FnMut(&T, Instant)) {
+    /// Finds commands whose deadline has passed, once each, and calls `overdue` with slot and command
+    /// identifier. They are still outstanding.
+    pub(crate) fn expire(&mut self, now: Instant, mut overdue: impl FnMut(u16, u16)) {
         if self.earliest_deadline.is_none_or(|deadline| now < deadline) {
             return;
         }
         let mut earliest: Option<Instant> = None;
-        for slot in &mut self.slots {
+        for (index, slot) in (0..).zip(&mut self.slots) {
             let (Slot::Submitted(entry) | Slot::Orphaned(entry)) = &*slot else {
                 continue;
             };
@@ -227,31 +261,117 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 earliest = Some(earliest.map_or(deadline, |earliest| earliest.min(deadline)));
                 continue;
             }
-            self.foreground -= 1;
-            self.lost += 1;
             *slot = match std::mem::replace(slot, Slot::Free) {
-                Slot::Submitted(entry) => {
-                    expired(&entry.token, entry.submitted);
-                    Slot::Lost(entry)
-                }
-                Slot::Orphaned(entry) => Slot::Lost(entry),
+                Slot::Submitted(entry) => Slot::Aborting {
+                    entry,
+                    awaited: true,
+                },
+                Slot::Orphaned(entry) => Slot::Aborting {
+                    entry,
+                    awaited: false,
+                },
                 other => other,
             };
+            let generation = self.generations[usize::from(index)];
+            overdue(index, cid(generation, self.index_bits, index));
         }
         self.earliest_deadline = earliest;
     }
 
-    /// The sequence number that the next command will have.
-    pub(crate) fn next_sequence(&self) -> u64 {
-        self.next_sequence
+    /// Gives up an overdue command, for lack of anybody who could make the device let go of it. Its
+    /// slot, and the memory in it, stay taken. Returns its token if somebody waits for it.
+    pub(crate) fn give_up(&mut self, slot: u16) -> Option<&T> {
+        let slot = &mut self.slots[usize::from(slot)];
+        let awaited = match std::mem::replace(slot, Slot::Free) {
+            Slot::Aborting { entry, awaited } => {
+                self.foreground -= 1;
+                self.lost += 1;
+                *slot = Slot::Lost(entry);
+                awaited
+            }
+            other => {
+                *slot = other;
+                false
+            }
+        };
+        slot.entry().filter(|_| awaited).map(|entry| &entry.token)
     }
 
-    /// Whether a foreground command with a sequence number below `sequence` is outstanding.
-    pub(crate) fn is_outstanding_before(&self, sequence: u64) -> bool {
+    /// Whether the command with this identifier is overdue and outstanding.
+    pub(crate) fn is_overdue(&self, cid: u16) -> bool {
+        self.outstanding(cid)
+            .is_some_and(|slot| matches!(self.slots[usize::from(slot)], Slot::Aborting { .. }))
+    }
+
+    /// Forbids all doorbells from now on.
+    pub(crate) fn fence(&mut self) {
+        self.fenced = true;
+    }
+
+    /// Whether doorbells are forbidden.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.fenced
+    }
+
+    /// Takes back all commands from a device that has stopped, oldest first.
+    pub(crate) fn reclaim(&mut self) -> Vec<Reclaimed<T>> {
+        let mut reclaimed = Vec::new();
+        for (index, slot) in (0..).zip(&mut self.slots) {
+            let (entry, awaited, overdue) = match std::mem::replace(slot, Slot::Free) {
+                Slot::Free => continue,
+                Slot::Submitted(entry) => (entry, true, false),
+                Slot::Orphaned(entry) => (entry, false, false),
+                Slot::Aborting { entry, awaited } => (entry, awaited, true),
+                Slot::Lost(entry) => (entry, false, true),
+            };
+            self.free.push(index);
+            let told = entry.sequence < self.untold;
+            let sequence = entry.sequence;
+            reclaimed.push((
+                sequence,
+                Reclaimed {
+                    token: entry.token,
+                    awaited,
+                    overdue,
+                    told,
+                },
+            ));
+        }
+        self.foreground = 0;
+        self.lost = 0;
+        self.earliest_deadline = None;
+        reclaimed.sort_unstable_by_key(|(sequence, _)| *sequence);
+        reclaimed
+            .into_iter()
+            .map(|(_, reclaimed)| reclaimed)
+            .collect()
+    }
+
+    /// Begins anew with empty rings, for a queue pair that the device is about to be given again.
+    /// All commands were taken back before, and doorbells stay forbidden.
+    pub(crate) fn restart(&mut self) {
+        debug_assert!(self.fenced && self.free.len() == self.slots.len());
+        self.submission.restart();
+        self.completion.restart();
+        self.untold = self.next_sequence;
+    }
+
+    /// Allows doorbells again, for rings that the device knows.
+    pub(crate) fn unfence(&mut self) {
+        self.fenced = false;
+    }
+
+    /// What the commands hold that are outstanding, those that were given up included.
+    pub(crate) fn tokens(&self) -> impl Iterator<Item = &T> {
         self.slots
             .iter()
             .filter_map(Slot::entry)
-            .any(|entry| entry.class == Class::Foreground && entry.sequence < sequence)
+            .map(|entry| &entry.token)
+    }
+
+    /// The identifier of the queue pair.
+    pub(crate) fn id(&self) -> u16 {
+        self.id
     }
 
     fn finish(&mut self, cqe: Cqe) -> Result<Finished<T>, Lie> {
@@ -268,24 +388,34 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 head: cqe.sq_head(),
             });
         }
-        let (entry, awaited) =
+        let (entry, awaited, overdue) =
             match std::mem::replace(&mut self.slots[usize::from(slot)], Slot::Free) {
                 Slot::Free => return Err(unknown),
                 Slot::Submitted(entry) => {
                     self.count_out(&entry);
-                    (entry, true)
+                    (entry, true, false)
                 }
                 Slot::Orphaned(entry) => {
                     self.count_out(&entry);
-                    (entry, false)
+                    (entry, false, false)
+                }
+                Slot::Aborting { entry, awaited } => {
+                    self.count_out(&entry);
+                    (entry, awaited, true)
                 }
                 Slot::Lost(entry) => {
                     self.lost -= 1;
-                    (entry, false)
+                    (entry, false, true)
                 }
             };
         self.free.push(slot);
-        Ok(entry.finished(cqe, awaited))
+        Ok(Finished {
+            token: entry.token,
+            cqe,
+            awaited,
+            overdue,
+            submitted: entry.submitted,
+        })
     }
 
     fn count_out(&mut self, entry: &Entry<T>) {
@@ -309,18 +439,6 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         let generation = self.generations[usize::from(slot)];
         let is_current = cid(generation, self.index_bits, slot) == wire;
         (is_current && entry.sequence < self.untold).then_some(slot)
-    }
-}
-
-impl<T> Entry<T> {
-    fn finished(self, cqe: Cqe, awaited: bool) -> Finished<T> {
-        Finished {
-            token: self.token,
-            cqe,
-            awaited,
-            class: self.class,
-            submitted: self.submitted,
-        }
     }
 }
 

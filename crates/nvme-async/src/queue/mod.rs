@@ -11,7 +11,7 @@ pub(crate) mod ring;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub(crate) use self::core::{Class, Finished, QueueCore};
+pub(crate) use self::core::{Class, Finished, QueueCore, Reclaimed};
 pub(crate) use self::ring::{CompletionRing, SubmissionRing};
 
 /// Something that the device said which it may not say.

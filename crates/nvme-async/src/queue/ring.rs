@@ -93,6 +93,11 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
         true
     }
 
+    /// Begins anew, for a device that forgot the ring.
+    pub(crate) fn restart(&mut self) {
+        (self.tail, self.rung, self.head) = (0, 0, 0);
+    }
+
     /// Takes the head from a completion; `false` if the device can't have got there.
     pub(crate) fn advance_head(&mut self, head: u16) -> bool {
         let head = u32::from(head);
@@ -191,6 +196,14 @@ impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
         self.doorbell.ring(self.head);
         self.acknowledged = self.head;
         true
+    }
+
+    /// Begins anew, for a device that forgot the ring: no old entry may pass for a new one.
+    pub(crate) fn restart(&mut self) {
+        for word in self.memory.words() {
+            word.store(0, Ordering::Relaxed);
+        }
+        (self.head, self.acknowledged, self.phase) = (0, 0, true);
     }
 
     fn is_new(&self, last_word: u32) -> bool {

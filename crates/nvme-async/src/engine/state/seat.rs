@@ -77,11 +77,13 @@ impl State {
             + FIRST_CHECK
                 .saturating_mul(1 << checks.min(8))
                 .min(LAST_CHECK);
-        Some(
-            self.core
-                .earliest_deadline()
-                .map_or(check, |deadline| deadline.min(check)),
-        )
+        let delayed = self.delayed.iter().map(|(due, _)| *due);
+        self.core
+            .earliest_deadline()
+            .into_iter()
+            .chain(delayed)
+            .chain([check])
+            .min()
     }
 
     /// Whether the queue is driven for operations that are polled here.
@@ -149,9 +151,7 @@ impl State {
                 aftermath.wakers.push(operation.take_waker());
             }
         }
-        for (_, draining) in &mut self.drains {
-            aftermath.wakers.extend(draining.waker.take());
-        }
+        self.wake_all_drains(aftermath);
     }
 
     /// Wakes all reapers that sleep.

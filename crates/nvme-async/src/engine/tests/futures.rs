@@ -34,7 +34,7 @@ fn reap(queue: &impl Access) {
 
 fn failure(polled: Poll<Outcome>) -> Failure {
     match polled {
-        Poll::Ready((Err(failure), _)) => failure,
+        Poll::Ready((Err(failed), _)) => failed.failure,
         Poll::Ready((Ok(_), _)) => panic!("it succeeded"),
         Poll::Pending => panic!("it waits"),
     }
@@ -79,11 +79,11 @@ fn a_queue_that_was_taken_away_is_closed() {
     let state = queue.take();
     assert_eq!(failure(poll(waiting, &waker)), Failure::Closed);
     let (command, memory) = command(1);
-    let Poll::Ready((Err(Failure::Closed), Some(_))) =
-        poll(pin!(Submission::new(&queue, command)), &waker)
+    let Poll::Ready((Err(failed), Some(_))) = poll(pin!(Submission::new(&queue, command)), &waker)
     else {
         panic!("not closed, or its memory is gone");
     };
+    assert_eq!(failed, Failure::Closed.told(false));
     assert!(!memory.is_alive());
     assert_eq!(poll(pin!(Drain::new(&queue)), &waker), Poll::Ready(Ok(())));
     drop(state);
@@ -96,7 +96,7 @@ fn a_queue_that_is_about_to_end_is_not_lent() {
     assert!(LocalQueue::take(&queue).is_none());
     queue.with(|state| state.set_refusing(false));
     let local = LocalQueue::take(&queue).unwrap();
-    assert!(LocalQueue::take(&queue).is_none() && queue.with(|_| ()).is_none());
+    assert!(LocalQueue::take(&queue).is_none() && queue.with(|_| ()).is_some());
     local.give_back();
     assert!(queue.with(|_| ()).is_some());
     assert!(
@@ -135,7 +135,8 @@ fn without_a_runtime_nothing_drives_it() {
     vacate(&queue, term);
     assert_eq!(wakes.count(), 2, "both are woken to find another reaper");
 
-    assert_eq!(poll(drain, &waker), Poll::Ready(Err(Failure::RuntimeGone)));
+    let gone = Failure::RuntimeGone.told(true);
+    assert_eq!(poll(drain, &waker), Poll::Ready(Err(gone)));
     assert_eq!(failure(poll(waiting, &waker)), Failure::RuntimeGone);
     assert_eq!(
         failure(poll(pin!(Submission::new(&queue, command(1).0)), &waker)),
@@ -254,7 +255,7 @@ impl Access for Strict {
         self.queue.late_outcome(key)
     }
 
-    fn report(&self, _: nvme_spec::event::AsyncEvent) {}
+    fn report(&self, _: crate::engine::Notification) {}
 }
 
 #[test]
@@ -296,7 +297,7 @@ fn nothing_of_others_runs_while_the_queue_is_borrowed() {
     reap(&queue);
     vacate(&queue, claim_again(&queue));
     let mut aftermath = Aftermath::default();
-    queue.with(|state| state.fail(Failure::Closed, &mut aftermath));
+    queue.with(|state| state.fail(Failure::Closed, false, &mut aftermath));
     aftermath.run();
     drop(drain);
     assert!(poll(pin!(Submission::new(&queue, command(9).0)), &nosy()).is_ready());

@@ -1,12 +1,12 @@
 //! What becomes of operations.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 
 use super::rig::{Rig, TIMEOUT};
-use crate::engine::PollMode;
 use crate::engine::state::{Failure, Refusal};
+use crate::engine::{Notification, PollMode};
 use crate::queue::Lie;
 
 const MOMENT: Duration = Duration::from_millis(1);
@@ -119,7 +119,7 @@ fn abandoned_while_the_device_works() {
     rig.after(|state, aftermath| {
         state.reap(
             crate::engine::state::Look::Polled,
-            std::time::Instant::now(),
+            Instant::now(),
             aftermath,
         );
         assert!(
@@ -168,11 +168,11 @@ fn a_failure_ends_everything_and_frees_nothing_in_use() {
 
     assert_eq!(submitted[0].wakes.count(), 1);
     let (result, holdings) = rig.outcome(&submitted[0]).unwrap();
-    assert_eq!(result.unwrap_err(), Failure::Closed);
+    assert_eq!(result.unwrap_err(), Failure::Closed.told(true));
     assert!(holdings.is_none(), "the device may still use it");
     assert_eq!(queued.wakes.count(), 1);
     let (result, holdings) = rig.outcome(&queued).unwrap();
-    assert_eq!(result.unwrap_err(), Failure::Closed);
+    assert_eq!(result.unwrap_err(), Failure::Closed.told(false));
     assert!(holdings.is_some(), "the device never heard of it");
 
     match rig.try_start() {
@@ -205,7 +205,10 @@ fn only_the_first_failure_counts() {
     assert_eq!(rig.reap(), 0);
     rig.fail();
     let lie = Failure::Lie(Lie::UnknownCommand { cid: 0x7777 });
-    assert_eq!(rig.outcome(&started).unwrap().0.unwrap_err(), lie);
+    assert_eq!(
+        rig.outcome(&started).unwrap().0.unwrap_err(),
+        lie.told(true)
+    );
     match rig.try_start() {
         Err(Refusal::Failed(failure, _)) => assert_eq!(failure, lie),
         _ => panic!("accepted after a lie"),
@@ -254,7 +257,7 @@ fn a_deadline_passes() {
     rig.expire(TIMEOUT + MOMENT);
     assert_eq!(late.wakes.count(), 1);
     let (result, holdings) = rig.outcome(&late).unwrap();
-    match result.unwrap_err() {
+    match result.unwrap_err().failure {
         Failure::TimedOut { after } => assert!(after >= TIMEOUT),
         other => panic!("{other:?}"),
     }
@@ -272,56 +275,13 @@ fn a_deadline_passes() {
 }
 
 #[test]
-fn late_for_a_slot_only_when_all_slots_are_lost() {
-    let mut rig = rig(3);
-    let held = [rig.start(), rig.start()];
-    let queued = rig.start();
-    rig.fetched();
-    rig.expire(TIMEOUT - Duration::from_secs(1));
-    rig.device.complete(0).unwrap();
-    rig.reap();
-    assert_eq!(rig.fetched(), [1, 2], "its turn has come");
-    let waits = rig.start();
-
-    rig.expire(TIMEOUT + MOMENT);
-    for late in [&held[1], &queued] {
-        let (result, holdings) = rig.outcome(late).unwrap();
-        assert!(matches!(result.unwrap_err(), Failure::TimedOut { .. }) && holdings.is_none());
-    }
-    // Nothing else would ever end it.
-    let (result, holdings) = rig.outcome(&waits).unwrap();
-    assert!(matches!(result.unwrap_err(), Failure::TimedOut { .. }) && holdings.is_some());
-    assert_eq!(waits.wakes.count(), 1);
-
-    let new = rig.start();
-    rig.expire(TIMEOUT - Duration::from_secs(1));
-    assert!(rig.outcome(&new).is_none(), "it has its own time");
-    rig.expire(TIMEOUT + MOMENT);
-    assert!(rig.outcome(&new).is_some());
-}
-
-#[test]
-fn no_deadline_passes_for_the_backlog_while_others_are_under_way() {
-    let mut rig = rig(2);
-    rig.timeout = TIMEOUT * 3;
-    rig.start();
-    rig.timeout = TIMEOUT;
-    let waits = rig.start();
-    rig.expire(TIMEOUT * 2);
-    assert!(rig.outcome(&waits).is_none(), "its turn may come");
-    rig.work();
-    rig.work();
-    rig.success(&waits);
-}
-
-#[test]
 fn nothing_is_asked_of_a_queue_that_is_about_to_end() {
     let mut rig = rig(8);
     rig.state.set_refusing(true);
-    rig.state.request_event();
+    rig.state.request_event(Instant::now());
     rig.state.set_refusing(false);
     rig.fail();
-    rig.state.request_event();
+    rig.state.request_event(Instant::now());
     assert_eq!(rig.device.fetch(usize::MAX), 0);
 }
 
@@ -329,7 +289,7 @@ fn nothing_is_asked_of_a_queue_that_is_about_to_end() {
 fn events_are_reported_once() {
     let mut rig = rig(8);
     for _ in 0..2 {
-        rig.state.request_event();
+        rig.state.request_event(Instant::now());
     }
     assert_eq!((rig.state.in_flight(), rig.state.is_watched()), (0, false));
     assert_eq!(rig.device.fetch(usize::MAX), 2, "rung for at once");
@@ -343,14 +303,17 @@ fn events_are_reported_once() {
     assert_eq!(rig.reap(), 1);
     let events = rig.state.take_events();
     assert_eq!(events.len(), 1);
-    assert_eq!(events[0].log_page(), 1);
+    let Notification::Event(event) = events[0] else {
+        panic!("{events:?}");
+    };
+    assert_eq!(event.log_page(), 1);
     assert!(rig.state.take_events().is_empty());
     assert_eq!(
         rig.device.fetch(usize::MAX),
         0,
         "not before it was dealt with"
     );
-    rig.state.request_event();
+    rig.state.request_event(Instant::now());
     assert_eq!(rig.device.fetch(usize::MAX), 1);
 
     let cid = rig.device.fetched[1].cid();

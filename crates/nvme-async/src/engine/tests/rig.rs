@@ -23,6 +23,7 @@ use crate::queue::{CompletionRing, QueueCore, SubmissionRing};
 
 pub(super) const ID: u16 = 1;
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const RETRIES: u32 = 2;
 
 /// Remembers where mapped memory is, so that the model device reaches it by its file.
 #[derive(Default)]
@@ -117,6 +118,9 @@ pub(super) fn state(entries: u16, mode: PollMode) -> (State, Device) {
     let settings = QueueSettings {
         mode,
         max_window: Duration::from_micros(50),
+        retries: RETRIES,
+        fails_fast: false,
+        retry_delays: [1, 2, 3].map(Duration::from_secs),
     };
     let mut state = State::new(core, settings);
     state.claim_reaper().unwrap();
@@ -178,6 +182,7 @@ pub(super) fn command(number: u32) -> (Command, Memory) {
         sqe: nvm::read(1, number.into(), 1, false),
         holdings,
         timeout: Some(TIMEOUT),
+        repeatable: false,
     };
     (command, watch)
 }
@@ -216,7 +221,9 @@ impl Rig {
         command.timeout = Some(self.timeout);
         let (wakes, waker) = Wakes::new();
         let mut aftermath = Aftermath::default();
-        let started = self.state.start(command, waker, &mut aftermath);
+        let started = self
+            .state
+            .start(command, waker, Instant::now(), &mut aftermath);
         aftermath.run();
         let Progress::Waiting { key } = started? else {
             panic!("done at once");
@@ -253,7 +260,7 @@ impl Rig {
     }
 
     pub(super) fn fail(&mut self) {
-        self.after(|state, aftermath| state.fail(Failure::Closed, aftermath));
+        self.after(|state, aftermath| state.fail(Failure::Closed, false, aftermath));
     }
 
     pub(super) fn abandon(&mut self, started: &Started) {

@@ -4,7 +4,7 @@ use std::task::Waker;
 
 use super::rig::{Rig, Started, TIMEOUT, Wakes};
 use crate::engine::PollMode;
-use crate::engine::state::Failure;
+use crate::engine::state::{Failed, Failure};
 
 fn rig(entries: u16) -> Rig {
     Rig::new(entries, PollMode::Interrupt)
@@ -23,7 +23,7 @@ impl Drain {
         Self { key, wakes, waker }
     }
 
-    fn poll(&self, rig: &mut Rig) -> Option<Result<(), Failure>> {
+    fn poll(&self, rig: &mut Rig) -> Option<Result<(), Failed>> {
         rig.state
             .poll_drain(self.key, &mut Some(self.waker.clone()))
     }
@@ -107,7 +107,7 @@ fn a_failed_queue_is_not_quiet() {
     assert_eq!(drain.poll(&mut rig), None);
     rig.fail();
     assert_eq!(drain.wakes.count(), 1);
-    assert_eq!(drain.poll(&mut rig), Some(Err(Failure::Closed)));
+    assert_eq!(drain.poll(&mut rig), Some(Err(Failure::Closed.told(true))));
 }
 
 #[test]

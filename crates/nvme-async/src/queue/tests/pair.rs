@@ -138,6 +138,15 @@ impl Pair {
         }
     }
 
+    /// Gives up what is late at `now`; returns the numbers of those that somebody waits for.
+    pub(super) fn give_up_late(&mut self, now: Instant) -> Vec<u32> {
+        let mut late = Vec::new();
+        self.host.expire(now, |slot, _| late.push(slot));
+        late.into_iter()
+            .filter_map(|slot| self.host.give_up(slot).map(|token| token.number))
+            .collect()
+    }
+
     pub(super) fn alive(&self) -> usize {
         self.alive.borrow().len()
     }

@@ -1,0 +1,53 @@
+//! Having a device, and giving it up.
+
+use std::sync::{Arc, Mutex};
+
+use super::registers::Registers;
+use super::registry::Release;
+use crate::engine::sync::lock_std;
+
+/// A controller's device, until it is given up: when it was shut down, has failed, or is gone.
+pub(crate) struct Tenure {
+    address: Arc<str>,
+    held: Mutex<Option<Held>>,
+}
+
+/// The device, and what lets those know who wait for it.
+pub(crate) struct Held {
+    pub(crate) registers: Registers,
+    /// Dropped last.
+    pub(crate) release: Release,
+}
+
+impl Tenure {
+    pub(crate) fn new(registers: Registers, release: Release) -> Arc<Self> {
+        Arc::new(Self {
+            address: registers.device.address().into(),
+            held: Mutex::new(Some(Held { registers, release })),
+        })
+    }
+
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The registers, while there is a device.
+    pub(crate) fn registers(&self) -> Option<Registers> {
+        let held = lock_std(&self.held);
+        held.as_ref().map(|held| held.registers.clone())
+    }
+
+    /// Takes the device away.
+    pub(crate) fn take(&self) -> Option<Held> {
+        lock_std(&self.held).take()
+    }
+
+    /// Gives the device back to the host, which may take long.
+    pub(crate) fn give_up(&self) {
+        if let Some(Held { registers, release }) = self.take() {
+            registers.device.close();
+            drop(registers);
+            drop(release);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Waiting for everything that was started so far.
+
+use std::task::Waker;
+
+use super::{Aftermath, Failed, InFlight, State};
+
+/// Somebody who waits until all commands with lower tickets are done.
+pub(super) struct Draining {
+    mark: u64,
+    waker: Option<Waker>,
+}
+
+impl State {
+    /// Begins to wait for everything that was started so far; returns the key of that wait.
+    pub(crate) fn begin_drain(&mut self) -> usize {
+        let mark = self.next_ticket;
+        self.drains.insert(Draining { mark, waker: None })
+    }
+
+    /// How a drain ended; if it has not, the waker is woken when it may have. Another one is left
+    /// in its place.
+    pub(crate) fn poll_drain(
+        &mut self,
+        key: usize,
+        waker: &mut Option<Waker>,
+    ) -> Option<Result<(), Failed>> {
+        let mark = self.drains[key].mark;
+        if !self.is_unfinished_before(mark) {
+            return Some(Ok(()));
+        }
+        if let Some(failure) = self.failure {
+            // The device may still be working on some of them.
+            return Some(Err(failure.told(true)));
+        }
+        std::mem::swap(&mut self.drains[key].waker, waker);
+        None
+    }
+
+    /// Ends a drain.
+    pub(crate) fn end_drain(&mut self, key: usize) -> Option<Waker> {
+        self.drains.remove(key).waker
+    }
+
+    pub(super) fn wake_drains(&mut self, aftermath: &mut Aftermath) {
+        let mut drains = std::mem::take(&mut self.drains);
+        for (_, draining) in &mut drains {
+            if self.failure.is_some() || !self.is_unfinished_before(draining.mark) {
+                aftermath.wakers.extend(draining.waker.take());
+            }
+        }
+        self.drains = drains;
+    }
+
+    pub(super) fn wake_all_drains(&mut self, aftermath: &mut Aftermath) {
+        for (_, draining) in &mut self.drains {
+            aftermath.wakers.extend(draining.waker.take());
+        }
+    }
+
+    fn is_unfinished_before(&self, mark: u64) -> bool {
+        let outstanding = self.core.tokens().any(|token| match token {
+            InFlight::Operation(flight) => flight.ticket < mark,
+            InFlight::AsyncEvent | InFlight::Step(_) => false,
+        });
+        let waiting = || self.backlog.iter().any(|flight| flight.ticket < mark);
+        let delayed = || self.delayed.iter().any(|(_, flight)| flight.ticket < mark);
+        outstanding || waiting() || delayed()
+    }
+}
