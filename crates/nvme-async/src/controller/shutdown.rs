@@ -100,9 +100,9 @@ fn gone(inner: &ControllerInner) -> Result<(), Error> {
     let fate = Fate::NotExecuted;
     match inner.supervision.state() {
         ControllerState::Removed => Err(Error::Removed { address, fate }),
-        ControllerState::Failed => Err(Error::ControllerFailed {
+        ControllerState::Failed { csts } => Err(Error::ControllerFailed {
             address,
-            csts: u32::MAX,
+            csts,
             fate,
         }),
         _ => Ok(()),
@@ -186,7 +186,7 @@ pub(super) fn stop_and_drop(
         tracing::warn!(%error, "an unused controller could not be cut off from memory");
     }
     let Some(held) = tenure.take() else {
-        // It was given up before, and what it could still access was leaked then.
+        // It was given up before, stopped and cut off.
         return drop(keep);
     };
     let stop = move || {
@@ -240,6 +240,10 @@ impl Drop for ControllerInner {
         let supervisor = self.supervision.retire();
         let states: Vec<State> = queues.iter().filter_map(|queue| queue.take()).collect();
         let keep = (states, self.admin.pool.clone());
+        if self.tenure.registers().is_none() && keep.0.iter().any(State::may_be_in_use) {
+            // It was given up without having been stopped.
+            return std::mem::forget(keep);
+        }
         stop_and_drop(&self.tenure, self.ready_timeout, keep, Some(supervisor));
         self.supervision.close();
     }

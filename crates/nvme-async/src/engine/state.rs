@@ -60,6 +60,8 @@ pub(crate) struct State {
     next_ticket: u64,
     /// Why nothing is accepted any more.
     failure: Option<Failure>,
+    /// Whether the device was known to have stopped then.
+    stopped: bool,
     gate: Gate,
     /// Whether the controller is being shut down.
     refusing: bool,
@@ -136,6 +138,7 @@ impl State {
             delayed: Vec::new(),
             next_ticket: 0,
             failure: None,
+            stopped: false,
             gate: Gate::Open,
             refusing: false,
             supervisor: None,
@@ -279,7 +282,7 @@ impl State {
             self.count(look, taken);
             // Before the lock is released: whoever reaps next starts from the head we tell.
             self.counters.doorbell_writes += u64::from(self.core.acknowledge());
-            self.send_delayed(now);
+            self.send_delayed(now, aftermath);
             self.wake_drains(aftermath);
         }
         taken
@@ -305,7 +308,7 @@ impl State {
             let queue = self.core.id();
             supervisor.report(Trouble::Overdue { queue, cid });
         }
-        self.send_delayed(now);
+        self.send_delayed(now, aftermath);
         let since = self.last_stall.unwrap_or(self.last_progress);
         let since = since.max(self.last_progress);
         let is_stalled = self.in_flight() > 0
@@ -444,16 +447,16 @@ impl State {
         aftermath: &mut Aftermath,
     ) {
         let status = cqe.status();
+        let due = now + self.settings.retry_delay(status.crd());
         if !status.is_success()
             && !overdue
             && is_worth_repeating(status)
-            && flight.may_repeat(self.settings.retries, now)
+            && flight.may_repeat(self.settings.retries, due)
         {
             flight.attempts += 1;
             self.counters.retries += 1;
             self.operations[flight.key].stage = Stage::Queued;
-            let delay = self.settings.retry_delay(status.crd());
-            return self.delayed.push((now + delay, flight));
+            return self.delayed.push((due, flight));
         }
         let aborted = overdue && status.is(Status::ABORT_REQUESTED);
         let result = if aborted {
@@ -476,7 +479,7 @@ impl State {
     }
 
     /// Puts commands whose next attempt is due first in line, and submits what there are slots for.
-    fn send_delayed(&mut self, now: Instant) {
+    fn send_delayed(&mut self, now: Instant, aftermath: &mut Aftermath) {
         if !self.delayed.is_empty() {
             let due = self.delayed.extract_if(.., |(due, _)| *due <= now);
             let due: Vec<Flight> = due.map(|(_, flight)| flight).collect();
@@ -484,12 +487,22 @@ impl State {
                 self.backlog.push_front(flight);
             }
         }
-        self.refill(now);
+        self.refill(now, aftermath);
     }
 
-    fn refill(&mut self, now: Instant) {
+    fn refill(&mut self, now: Instant, aftermath: &mut Aftermath) {
         while let Some(flight) = self.backlog.pop_front() {
             let key = flight.key;
+            if flight.since.is_some()
+                && flight.deadline(now).is_some_and(|deadline| deadline <= now)
+            {
+                // It waited for its next attempt for too long.
+                let after = flight.age(now);
+                let failed = Failure::TimedOut { after }.told(flight.attempts > 0);
+                let outcome = (Err(failed), Some(flight.command.holdings));
+                self.operations[key].resolve(outcome, aftermath);
+                continue;
+            }
             match submit(&mut self.core, flight, now, &mut self.counters) {
                 Ok(slot) => self.operations[key].stage = Stage::Submitted { slot },
                 Err(flight) => {

@@ -3,5 +3,6 @@
 mod futures;
 mod operations;
 mod reaper;
+mod recovery;
 mod rig;
 mod waiting;

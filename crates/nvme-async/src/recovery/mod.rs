@@ -27,7 +27,10 @@ pub enum ControllerState {
     },
     /// It could not be made to work again. It accesses no memory, and all operations fail with
     /// [`Error::ControllerFailed`](crate::Error::ControllerFailed).
-    Failed,
+    Failed {
+        /// The last value of the controller status register.
+        csts: u32,
+    },
     /// It is gone, or the host has asked for it and got it back. All operations fail with
     /// [`Error::Removed`](crate::Error::Removed).
     Removed,

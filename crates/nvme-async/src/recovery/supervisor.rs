@@ -303,7 +303,10 @@ impl Supervisor {
         }
         let (failure, state) = match end {
             End::Removed => (Failure::Removed, ControllerState::Removed),
-            End::Failed { csts } => (Failure::ControllerFailed { csts }, ControllerState::Failed),
+            End::Failed { csts } => (
+                Failure::ControllerFailed { csts },
+                ControllerState::Failed { csts },
+            ),
         };
         for queue in self.plant.all_queues() {
             queue.with(|state| state.fence());

@@ -74,7 +74,8 @@ impl State {
         self.core.unfence();
         self.gate = Gate::Open;
         self.last_progress = now;
-        self.refill(now);
+        self.refill(now, aftermath);
+        self.wake_drains(aftermath);
         self.wake_reapers(aftermath);
     }
 
@@ -87,6 +88,7 @@ impl State {
             return;
         }
         self.failure = Some(failure);
+        self.stopped = stopped;
         if stopped {
             self.core.fence();
             for Reclaimed {
@@ -128,6 +130,12 @@ impl State {
         }
         self.wake_drains(aftermath);
         self.wake_reapers(aftermath);
+    }
+
+    /// Whether the queue pair has failed, and the device was not stopped: it may still use what the
+    /// slots hold.
+    pub(crate) fn may_be_in_use(&self) -> bool {
+        self.failure.is_some() && !self.stopped
     }
 
     /// Ends the queue pair: fails what is still waited for, and separates the outcomes from what the

@@ -201,6 +201,7 @@ pub(super) struct Rig {
     pub(super) reaper: Arc<Wakes>,
     /// Of the commands that are started.
     pub(super) timeout: Duration,
+    pub(super) repeatable: bool,
     next_number: u32,
 }
 
@@ -212,6 +213,7 @@ impl Rig {
             device,
             reaper: Arc::default(),
             timeout: TIMEOUT,
+            repeatable: false,
             next_number: 0,
         }
     }
@@ -219,6 +221,7 @@ impl Rig {
     pub(super) fn try_start(&mut self) -> Result<Started, Refusal> {
         let (mut command, memory) = command(self.next_number);
         command.timeout = Some(self.timeout);
+        command.repeatable = self.repeatable;
         let (wakes, waker) = Wakes::new();
         let mut aftermath = Aftermath::default();
         let started = self

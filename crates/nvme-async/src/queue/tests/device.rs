@@ -160,6 +160,14 @@ impl<W: Words> ModelDevice<W> {
         }
     }
 
+    /// Is reset: forgets queue and commands, and is given the queue again.
+    pub(crate) fn forget(&mut self) {
+        self.look_at_doorbells();
+        (self.told_tail, self.head) = (0, 0);
+        (self.told_head, self.tail, self.phase) = (0, 0, true);
+        self.fetched.clear();
+    }
+
     pub(crate) fn head(&self) -> u16 {
         self.head as u16
     }
