@@ -19,9 +19,13 @@ use crate::workspace::Workspace;
 /// The variable by which tests know that the full counts are wanted.
 const FULL: &str = "NVME_ASYNC_FULL";
 
-/// Packages with loom models, and the part of a test's path that tells them from tests that
-/// know nothing of loom.
-const LOOM: [(&str, &str); 2] = [("iova", "models::"), ("nvme-soft", "wake::")];
+/// Packages with loom models, the part of a test's path that tells them from tests that know nothing
+/// of loom, and the configuration that they are built with: Tokio takes `loom` for its own.
+const LOOM: [(&str, &str, &str); 3] = [
+    ("iova", "models::", "loom"),
+    ("nvme-soft", "wake::", "loom"),
+    ("nvme-async", "models::", "nvme_async_loom"),
+];
 
 /// Features that nothing in the workspace turns on, and that have tests.
 const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory";
@@ -69,15 +73,15 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
     }
     if wanted(&Suite::Loom) {
         report.step("loom: list", || every_loom_package_is_listed(workspace));
-        for (package, filter) in LOOM {
+        for (package, filter, configuration) in LOOM {
             report.suite(&format!("loom: {package}"), || {
                 run_cargo(
                     workspace
                         .cargo()
                         .args(["test", "--release", "--package", package, "--lib", filter])
                         .arg("--target-dir")
-                        .arg(workspace.target.join("loom"))
-                        .env("RUSTFLAGS", "--cfg loom"),
+                        .arg(workspace.target.join(configuration))
+                        .env("RUSTFLAGS", format!("--cfg {configuration}")),
                     arguments,
                 )
             });
@@ -242,7 +246,7 @@ fn every_loom_package_is_listed(workspace: &Workspace) -> Result<()> {
         let name = package["name"].as_str().unwrap_or_default();
         let mut dependencies = package["dependencies"].as_array().into_iter().flatten();
         if dependencies.any(|dependency| dependency["name"] == "loom") {
-            let listed = LOOM.iter().any(|(listed, _)| *listed == name);
+            let listed = LOOM.iter().any(|(listed, ..)| *listed == name);
             ensure!(
                 listed,
                 "{name} has loom models, and xtask does not know where"

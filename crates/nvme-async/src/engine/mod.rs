@@ -16,6 +16,8 @@ pub(crate) mod sync;
 pub(crate) mod trouble;
 pub(crate) mod window;
 
+#[cfg(all(test, nvme_async_loom))]
+mod models;
 #[cfg(test)]
 mod tests;
 

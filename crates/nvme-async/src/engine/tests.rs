@@ -4,5 +4,5 @@ mod futures;
 mod operations;
 mod reaper;
 mod recovery;
-mod rig;
+pub(super) mod rig;
 mod waiting;

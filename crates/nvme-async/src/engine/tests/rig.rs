@@ -70,7 +70,7 @@ impl Files {
 }
 
 /// Ring memory by way of its file.
-pub(super) struct FileWords {
+pub(in crate::engine) struct FileWords {
     file: File,
     offset: u64,
 }
@@ -91,10 +91,10 @@ impl Words for FileWords {
     }
 }
 
-pub(super) type Device = ModelDevice<FileWords>;
+pub(in crate::engine) type Device = ModelDevice<FileWords>;
 
 /// A state and its device, with a reaper's seat that is taken.
-pub(super) fn state(entries: u16, mode: PollMode) -> (State, Device) {
+pub(in crate::engine) fn state(entries: u16, mode: PollMode) -> (State, Device) {
     let files = Arc::new(Files::default());
     let pool = Pool::new(AddressSpace::new(files.clone()).unwrap(), 4 << 20);
     let submission = DmaWords::new(&pool, usize::from(entries) * 16).unwrap();
@@ -128,14 +128,14 @@ pub(super) fn state(entries: u16, mode: PollMode) -> (State, Device) {
 }
 
 /// An interrupt vector that never fires.
-pub(super) fn vector() -> (Arc<OwnedFd>, std::io::PipeWriter) {
+pub(in crate::engine) fn vector() -> (Arc<OwnedFd>, std::io::PipeWriter) {
     let (reader, writer) = std::io::pipe().unwrap();
     (Arc::new(reader.into()), writer)
 }
 
 /// Counts how often it is woken.
 #[derive(Default)]
-pub(super) struct Wakes(AtomicUsize);
+pub(in crate::engine) struct Wakes(AtomicUsize);
 
 impl Wake for Wakes {
     fn wake(self: Arc<Self>) {
@@ -149,7 +149,7 @@ impl Wakes {
         (wakes.clone(), wakes.into())
     }
 
-    pub(super) fn count(&self) -> usize {
+    pub(in crate::engine) fn count(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -163,15 +163,15 @@ impl AsRef<[u8]> for Owner {
 }
 
 /// Tells whether a command's memory still exists.
-pub(super) struct Memory(Weak<[u8; 16]>);
+pub(in crate::engine) struct Memory(Weak<[u8; 16]>);
 
 impl Memory {
-    pub(super) fn is_alive(&self) -> bool {
+    pub(in crate::engine) fn is_alive(&self) -> bool {
         self.0.strong_count() > 0
     }
 }
 
-pub(super) fn command(number: u32) -> (Command, Memory) {
+pub(in crate::engine) fn command(number: u32) -> (Command, Memory) {
     let memory = Arc::new([number as u8; 16]);
     let watch = Memory(Arc::downgrade(&memory));
     let holdings = Holdings {
