@@ -44,6 +44,16 @@ pub struct Config {
     pub atomic_write_normal: u32,
     /// Blocks that are written atomically across a loss of power (AWUPF), 1 to 65,536.
     pub atomic_write_power_fail: u32,
+    /// Whether there is Compare (ONCS).
+    pub compare: bool,
+    /// Whether there is Verify (ONCS).
+    pub verify: bool,
+    /// Whether there is Copy (ONCS); its limits are those of each
+    /// [namespace](NamespaceConfig::copy_blocks).
+    pub copy: bool,
+    /// The largest Verify is the smallest page size shifted left by this (VSL); 0 stands for no
+    /// limit.
+    pub vsl: u8,
     /// The largest Write Zeroes is the smallest page size shifted left by this (WZSL); 0 stands
     /// for no limit.
     pub wzsl: u8,
@@ -82,6 +92,10 @@ impl Default for Config {
             async_event_limit: 4,
             atomic_write_normal: 128,
             atomic_write_power_fail: 1,
+            compare: true,
+            verify: true,
+            copy: true,
+            vsl: 0,
             wzsl: 0,
             dmrl: 0,
             dmrsl: 0,
@@ -106,6 +120,13 @@ pub struct NamespaceConfig {
     /// Blocks to which deallocations should be aligned and of which their length should be a
     /// multiple (NPDA, NPDG), 1 to 65,536; 0 stands for not announced.
     pub deallocate_granularity: u32,
+    /// Blocks in one source range of a Copy (MSSRL), at least 1.
+    pub copy_range_blocks: u16,
+    /// Blocks in all source ranges of one Copy (MCL), from `copy_range_blocks` to 65,536. The
+    /// controller keeps as much memory.
+    pub copy_blocks: u32,
+    /// Source ranges of one Copy (MSRC), 1 to 256.
+    pub copy_ranges: u16,
 }
 
 impl NamespaceConfig {
@@ -116,6 +137,9 @@ impl NamespaceConfig {
             lba_size,
             optimal_io_boundary: 0,
             deallocate_granularity: 0,
+            copy_range_blocks: 1024,
+            copy_blocks: 2048,
+            copy_ranges: 128,
         }
     }
 }
@@ -241,6 +265,7 @@ impl Config {
             self.atomic_write_normal.into(),
             "1..=atomic_write_normal",
         )?;
+        within("vsl", self.vsl.into(), 0, 19, "0..=19")?;
         within("wzsl", self.wzsl.into(), 0, 19, "0..=19")?;
         for (index, namespace) in self.namespaces.iter().enumerate() {
             if !matches!(namespace.lba_size, 512 | 4096) {
@@ -258,6 +283,17 @@ impl Config {
                 65_536,
                 "0..=65536",
             )?;
+            let range_blocks = u64::from(namespace.copy_range_blocks);
+            within("copy_range_blocks", range_blocks, 1, 65_535, "1..=65535")?;
+            within(
+                "copy_blocks",
+                namespace.copy_blocks.into(),
+                range_blocks,
+                65_536,
+                "copy_range_blocks..=65536",
+            )?;
+            let ranges = namespace.copy_ranges.into();
+            within("copy_ranges", ranges, 1, 256, "1..=256")?;
             let size = namespace.store.size();
             if size < u64::from(namespace.lba_size) {
                 return Err(StartError::EmptyNamespace {
@@ -301,6 +337,14 @@ mod tests {
         assert_eq!(
             refused(|config| config.namespaces = vec![NamespaceConfig::new(store(1024), 1024)]),
             "lba_size: 1024 is not within 512, 4096"
+        );
+        assert_eq!(
+            refused(|config| {
+                let mut namespace = NamespaceConfig::new(store(1024), 512);
+                (namespace.copy_range_blocks, namespace.copy_blocks) = (9, 8);
+                config.namespaces = vec![namespace];
+            }),
+            "copy_blocks: 8 is not within copy_range_blocks..=65536"
         );
         assert_eq!(
             refused(|config| config.namespaces = vec![NamespaceConfig::new(store(1024), 4096)]),

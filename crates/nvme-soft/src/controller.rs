@@ -160,6 +160,8 @@ impl SoftController {
             failed_commands: cells.failed_commands.get(),
             bytes_read: cells.bytes_read.get(),
             bytes_written: cells.bytes_written.get(),
+            bytes_checked: cells.bytes_checked.get(),
+            bytes_copied: cells.bytes_copied.get(),
             syncs: cells.syncs.get(),
             interrupts: cells.interrupts.get(),
             refused_accesses: cells.refused_accesses.get(),

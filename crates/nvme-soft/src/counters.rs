@@ -15,6 +15,10 @@ pub struct Counters {
     pub bytes_read: u64,
     /// Bytes that completed writes stored.
     pub bytes_written: u64,
+    /// Bytes that Compare and Verify read from the store.
+    pub bytes_checked: u64,
+    /// Bytes that completed Copies stored.
+    pub bytes_copied: u64,
     /// Calls to make data durable: flushes and durable writes.
     pub syncs: u64,
     /// Interrupts raised.
@@ -39,6 +43,8 @@ pub(crate) struct Cells {
     pub(crate) bytes_read: Cell,
     pub(crate) writes: Cell,
     pub(crate) bytes_written: Cell,
+    pub(crate) bytes_checked: Cell,
+    pub(crate) bytes_copied: Cell,
     pub(crate) syncs: Cell,
     pub(crate) interrupts: Cell,
     pub(crate) refused_accesses: Cell,

@@ -17,6 +17,9 @@ pub(crate) struct Namespace {
     pub(crate) blocks: u64,
     pub(crate) optimal_io_boundary: u16,
     pub(crate) deallocate_granularity: u32,
+    pub(crate) copy_range_blocks: u16,
+    pub(crate) copy_blocks: u32,
+    pub(crate) copy_ranges: u16,
     /// Bytes that were written since the last sync and need not be durable.
     unsynced: u64,
 }
@@ -33,6 +36,9 @@ impl Namespace {
             lba_shift,
             optimal_io_boundary: config.optimal_io_boundary,
             deallocate_granularity: config.deallocate_granularity,
+            copy_range_blocks: config.copy_range_blocks,
+            copy_blocks: config.copy_blocks,
+            copy_ranges: config.copy_ranges,
             unsynced: 0,
         }
     }

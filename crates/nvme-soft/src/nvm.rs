@@ -1,5 +1,8 @@
 //! The commands of the I/O queues (NVM command set specification 1.0, section 3).
 
+mod compare;
+mod copy;
+
 use std::io;
 
 use nvme_spec::nvm::BlockRange;
@@ -10,8 +13,8 @@ use zerocopy::FromBytes;
 use crate::data::Flow;
 use crate::engine::{Engine, Reply};
 
-/// Data goes through a buffer of at most this size. What a command transfers up to here is written
-/// all or not at all, even if host memory is refused halfway.
+/// Data to and from the host goes through a buffer of at most this size. What a command transfers up
+/// to here is written all or not at all, even if host memory is refused halfway.
 const BUFFER: usize = 1 << 20;
 
 /// What became of a command that did not fail.
@@ -59,6 +62,9 @@ impl Engine {
             NvmOpcode::FLUSH => Self::flush,
             NvmOpcode::WRITE_ZEROES => Self::write_zeroes,
             NvmOpcode::DATASET_MANAGEMENT => Self::dataset_management,
+            NvmOpcode::COMPARE if self.config.compare => Self::compare,
+            NvmOpcode::VERIFY if self.config.verify => Self::verify,
+            NvmOpcode::COPY if self.config.copy => Self::copy,
             _ => return Err(Status::INVALID_OPCODE),
         };
         // No fused operations are supported.
@@ -77,13 +83,8 @@ impl Engine {
         }
         let bytes = namespace.bytes(range.slba, range.blocks.into())?;
         self.prepare(command, Flow::ToHost, len)?;
+        self.flush_before_reading(command.nsid(), range.fua)?;
         let namespace = self.namespaces.find(command.nsid())?;
-        // FUA: the data are to come from the media, so they must have got there.
-        if range.fua && self.admin.features.volatile_write_cache() {
-            namespace
-                .flush(&self.shared.counters)
-                .map_err(write_failed)?;
-        }
         if let Some(contents) = namespace.store.as_slice() {
             let data = contents
                 .get(bytes.start as usize..bytes.end as usize)

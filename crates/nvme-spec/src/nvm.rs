@@ -120,6 +120,45 @@ impl BlockRange {
     }
 }
 
+/// The fields that a controller reads from Copy (NVM, section 3.2.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyRequest {
+    /// The first logical block to write.
+    pub destination_lba: u64,
+    /// How many source ranges there are, 1 to 256.
+    pub ranges: u32,
+    /// Descriptor Format of the source ranges, 4 bits; 0 is that of
+    /// [`copy::SourceRange`](crate::copy::SourceRange).
+    pub format: u8,
+    /// PRINFOR, 4 bits: protection information action and checks of the reads.
+    pub read_prinfo: u8,
+    /// Directive Type of the write, 4 bits.
+    pub directive: u8,
+    /// PRINFOW, 4 bits: protection information action and checks of the write.
+    pub write_prinfo: u8,
+    /// Force Unit Access, of the write.
+    pub fua: bool,
+    /// Limited Retry.
+    pub limited_retry: bool,
+}
+
+impl CopyRequest {
+    /// The fields of `command`. Whether they are valid is the caller's to check.
+    pub const fn from_command(command: &Sqe) -> Self {
+        let cdw12 = command.cdw12();
+        Self {
+            destination_lba: command.cdw10_11(),
+            ranges: (cdw12 & 0xff) + 1,
+            format: (cdw12 >> 8) as u8 & 0xf,
+            read_prinfo: (cdw12 >> 12) as u8 & 0xf,
+            directive: (cdw12 >> 20) as u8 & 0xf,
+            write_prinfo: (cdw12 >> 26) as u8 & 0xf,
+            fua: cdw12 & FUA != 0,
+            limited_retry: cdw12 & (1 << 31) != 0,
+        }
+    }
+}
+
 const fn range(opcode: NvmOpcode, nsid: u32, slba: u64, blocks: u32, flags: u32) -> Sqe {
     Sqe::new(opcode.0)
         .with_nsid(nsid)

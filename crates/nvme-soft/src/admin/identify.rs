@@ -30,7 +30,7 @@ impl Engine {
                 self.answer(command, data.as_bytes())
             }
             Cns::NAMESPACE => {
-                let data = namespace_data(self.namespaces.find(nsid)?);
+                let data = namespace_data(self.namespaces.find(nsid)?, self.config.copy);
                 self.answer(command, data.as_bytes())
             }
             Cns::ACTIVE_NAMESPACES => {
@@ -59,6 +59,7 @@ impl Engine {
             Cns::COMMAND_SET_CONTROLLER => {
                 nvm_command_set(command)?;
                 let data = IdentifyNvmController {
+                    vsl: self.config.vsl,
                     wzsl: self.config.wzsl,
                     dmrl: self.config.dmrl,
                     dmrsl: self.config.dmrsl.into(),
@@ -102,6 +103,9 @@ impl Engine {
             cqes: 0x44,
             nn: self.namespaces.count().into(),
             oncs: OptionalNvmCommands::new()
+                .with_compare(config.compare)
+                .with_verify(config.verify)
+                .with_copy(config.copy)
                 .with_dataset_management(true)
                 .with_write_zeroes(true)
                 .with_save_and_select(true)
@@ -111,6 +115,8 @@ impl Engine {
             vwc: 0b110 | u8::from(config.volatile_write_cache),
             awun: ((config.atomic_write_normal - 1) as u16).into(),
             awupf: ((config.atomic_write_power_fail - 1) as u16).into(),
+            // Format 0 of Copy's source ranges.
+            ocfs: u16::from(config.copy).into(),
             sgls: sgl_support(config).into_bits().into(),
             ..IdentifyController::default()
         };
@@ -147,7 +153,7 @@ impl Engine {
     }
 }
 
-fn namespace_data(namespace: &Namespace) -> IdentifyNamespace {
+fn namespace_data(namespace: &Namespace, has_copy: bool) -> IdentifyNamespace {
     let mut data = IdentifyNamespace {
         nsze: namespace.blocks.into(),
         ncap: namespace.blocks.into(),
@@ -164,6 +170,11 @@ fn namespace_data(namespace: &Namespace) -> IdentifyNamespace {
             .into_bits();
         data.npdg = (granularity as u16).into();
         data.npda = (granularity as u16).into();
+    }
+    if has_copy {
+        data.mssrl = namespace.copy_range_blocks.into();
+        data.mcl = namespace.copy_blocks.into();
+        data.msrc = (namespace.copy_ranges - 1) as u8;
     }
     data.lbaf[0] = LbaFormat {
         lbads: namespace.lba_shift,

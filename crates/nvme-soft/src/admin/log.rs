@@ -39,7 +39,10 @@ impl ErrorLog {
     }
 
     pub(super) fn note_failure(&mut self, submission_queue: u16, command: &Sqe, status: Status) {
-        if status.code_type() == StatusCodeType::MediaAndDataIntegrity {
+        // Data that differ from what a host compares them with are none.
+        if status.code_type() == StatusCodeType::MediaAndDataIntegrity
+            && !status.is(Status::COMPARE_FAILURE)
+        {
             self.media_errors += 1;
         }
         let is_io = submission_queue != 0;
@@ -140,7 +143,8 @@ impl Engine {
             composite_temperature: COMPOSITE_TEMPERATURE.into(),
             available_spare: 100,
             available_spare_threshold: 10,
-            data_units_read: data_units(counters.bytes_read.get()),
+            // Of the commands of the NVM command set Compare and Verify count as reads.
+            data_units_read: data_units(counters.bytes_read.get() + counters.bytes_checked.get()),
             data_units_written: data_units(counters.bytes_written.get()),
             host_read_commands: u128::from(counters.reads.get()).into(),
             host_write_commands: u128::from(counters.writes.get()).into(),

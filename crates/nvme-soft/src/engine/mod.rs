@@ -70,6 +70,8 @@ pub(crate) struct Limits {
     pub(crate) max_transfer: u64,
     /// The largest Write Zeroes in bytes (WZSL).
     pub(crate) max_write_zeroes: u64,
+    /// The largest Verify in bytes (VSL).
+    pub(crate) max_verify: u64,
 }
 
 /// All that the controller's thread owns.
@@ -115,6 +117,7 @@ impl Engine {
                 page_size: min_page,
                 max_transfer: limit(config.mdts),
                 max_write_zeroes: limit(config.wzsl),
+                max_verify: limit(config.vsl),
             },
             doorbells: shared.doorbells.clone(),
             dma: Dma::new(memory, shared.clone()),

@@ -116,9 +116,10 @@ fn namespaces_are_listed_and_described() {
 fn command_set_structures_are_those_of_nvm() {
     let mut config = two_namespaces();
     (config.wzsl, config.dmrl, config.dmrsl, config.dmsl) = (5, 16, 1000, 5000);
+    config.vsl = 7;
     let mut host = Host::enabled(config);
     let limits: IdentifyNvmController = identify(&mut host, admin::identify_nvm_controller());
-    assert_eq!((limits.wzsl, limits.dmrl), (5, 16));
+    assert_eq!((limits.vsl, limits.wzsl, limits.dmrl), (7, 5, 16));
     assert_eq!((limits.dmrsl.get(), limits.dmsl.get()), (1000, 5000));
     let sets = host.admin_data(admin::identify(Cns::COMMAND_SETS, 0, 0), 4096);
     assert_eq!(

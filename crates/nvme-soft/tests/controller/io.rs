@@ -9,7 +9,7 @@ use zerocopy::IntoBytes;
 
 use crate::host::{Host, config, pattern, prp};
 
-fn file_config(lba_size: u32) -> (tempfile::TempDir, Config) {
+pub(crate) fn file_config(lba_size: u32) -> (tempfile::TempDir, Config) {
     let directory = tempfile::tempdir().unwrap();
     let store = FileStore::create(directory.path().join("disk.img"), 1 << 20).unwrap();
     let mut config = Config::default();
@@ -20,7 +20,7 @@ fn file_config(lba_size: u32) -> (tempfile::TempDir, Config) {
 }
 
 /// Both stores with both block sizes.
-fn everywhere(test: impl Fn(Config, u64)) {
+pub(crate) fn everywhere(test: impl Fn(Config, u64)) {
     for lba_size in [512_u32, 4096] {
         test(config(lba_size), lba_size.into());
         let (_directory, config) = file_config(lba_size);
@@ -28,7 +28,7 @@ fn everywhere(test: impl Fn(Config, u64)) {
     }
 }
 
-fn write(host: &mut Host, slba: u64, data: &[u8], lba_size: u64) {
+pub(crate) fn write(host: &mut Host, slba: u64, data: &[u8], lba_size: u64) {
     let mark = host.mark();
     let buffer = host.allocate(data.len() as u64);
     host.memory.set(buffer, data);
@@ -38,7 +38,7 @@ fn write(host: &mut Host, slba: u64, data: &[u8], lba_size: u64) {
     host.free_to(mark);
 }
 
-fn read(host: &mut Host, slba: u64, len: u64, lba_size: u64) -> Vec<u8> {
+pub(crate) fn read(host: &mut Host, slba: u64, len: u64, lba_size: u64) -> Vec<u8> {
     let mark = host.mark();
     let buffer = host.allocate(len);
     let pointer = host.prps(buffer, len);
@@ -74,7 +74,11 @@ fn the_largest_transfer_works_and_one_more_block_does_not() {
     assert!(read(&mut host, 0, 16384, 512) == data);
     let buffer = host.allocate(32768);
     let pointer = host.prps(buffer, 16896);
-    for command in [nvm::read(1, 0, 33, false), nvm::write(1, 0, 33, false)] {
+    for command in [
+        nvm::read(1, 0, 33, false),
+        nvm::write(1, 0, 33, false),
+        nvm::compare(1, 0, 33, false),
+    ] {
         host.io_refused(command.with_data(pointer), Status::INVALID_FIELD);
     }
 }
@@ -96,7 +100,10 @@ fn ranges_outside_of_the_namespace_are_refused() {
         let mut host = Host::ready(config);
         let blocks = (1 << 20) / lba_size;
         let buffer = host.allocate(8192);
-        let commands: [fn(u64, u32) -> Sqe; 3] = [
+        // Data that Compare finds equal.
+        let commands: [fn(u64, u32) -> Sqe; 5] = [
+            |slba, blocks| nvm::compare(1, slba, blocks, false),
+            |slba, blocks| nvm::verify(1, slba, blocks, false),
             |slba, blocks| nvm::read(1, slba, blocks, false),
             |slba, blocks| nvm::write(1, slba, blocks, false),
             |slba, blocks| nvm::write_zeroes(1, slba, blocks, false, false),
@@ -127,6 +134,9 @@ fn namespaces_that_do_not_exist_are_refused() {
             nvm::flush(nsid),
             nvm::write_zeroes(nsid, 0, 1, false, false),
             nvm::dataset_management(nsid, 1, true),
+            nvm::compare(nsid, 0, 1, false),
+            nvm::verify(nsid, 0, 1, false),
+            nvm::copy(nsid, 0, 1, false),
         ] {
             let command = command.with_data(prp(buffer));
             host.io_refused(command, Status::INVALID_NAMESPACE_OR_FORMAT);
@@ -138,7 +148,9 @@ fn namespaces_that_do_not_exist_are_refused() {
 
 #[test]
 fn commands_and_fields_that_are_not_supported_are_refused() {
-    let mut host = Host::ready(config(512));
+    let mut config = config(512);
+    (config.compare, config.verify, config.copy) = (false, false, false);
+    let mut host = Host::ready(config);
     let buffer = host.allocate(4096);
     for opcode in [0x04, 0x05, 0x0c, 0x0d, 0x19, 0x80, 0xff] {
         host.io_refused(Sqe::new(opcode).with_nsid(1), Status::INVALID_OPCODE);
@@ -382,10 +394,10 @@ fn contents_of_a_file_outlive_the_controller() {
 
 /// A store whose medium is broken.
 #[derive(Debug)]
-struct Broken {
+pub(crate) struct Broken {
     /// Writes reach the cache; only the medium is broken.
-    writes: bool,
-    kind: std::io::ErrorKind,
+    pub(crate) writes: bool,
+    pub(crate) kind: std::io::ErrorKind,
 }
 
 impl nvme_soft::store::Store for Broken {

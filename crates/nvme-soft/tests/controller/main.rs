@@ -1,6 +1,8 @@
 //! Drives the controller as a host does: registers, queues in plain memory, doorbells.
 
 mod admin_commands;
+mod checks;
+mod copies;
 mod data;
 mod events;
 mod host;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use nvme_soft::store::{FileStore, MemoryStore};
 use nvme_soft::{Config, NamespaceConfig};
+use nvme_spec::copy::SourceRange;
 use nvme_spec::dsm::Range;
 use nvme_spec::nvm;
 use proptest::prelude::*;
@@ -32,6 +33,12 @@ enum Step {
         slba: u64,
         blocks: u64,
     },
+    /// What lies at one place, twice, to another.
+    Copy {
+        slba: u64,
+        blocks: u64,
+        to: u64,
+    },
     Flush,
     Check {
         slba: u64,
@@ -49,6 +56,11 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (range.clone(), any::<bool>())
             .prop_map(|((slba, blocks), deallocate)| Step::Zero { slba, blocks, deallocate }),
         1 => range.clone().prop_map(|(slba, blocks)| Step::Deallocate { slba, blocks }),
+        2 => (range.clone(), 0..BLOCKS - 1).prop_map(|((slba, blocks), to)| Step::Copy {
+            slba,
+            blocks: blocks.min((BLOCKS - to) / 2),
+            to,
+        }),
         1 => Just(Step::Flush),
         3 => range.prop_map(|(slba, blocks)| Step::Check { slba, blocks }),
     ]
@@ -92,6 +104,14 @@ fn follows_model(config: Config, steps: &[Step]) {
                 host.io_ok(nvm::dataset_management(1, 1, true).with_data(prp(list)));
                 model[bytes(slba, blocks)].fill(0);
             }
+            Step::Copy { slba, blocks, to } => {
+                let list = host.allocate(64);
+                let ranges = [SourceRange::new(slba, blocks as u32); 2];
+                host.memory.set(list, ranges.as_bytes());
+                host.io_ok(nvm::copy(1, to, 2, false).with_data(prp(list)));
+                let data = model[bytes(slba, blocks)].repeat(2);
+                model[bytes(to, 2 * blocks)].copy_from_slice(&data);
+            }
             Step::Flush => host.io_ok(nvm::flush(1)),
             Step::Check { slba, blocks } => {
                 // The range in commands of one block, all in flight together.
@@ -111,6 +131,8 @@ fn follows_model(config: Config, steps: &[Step]) {
                 }
                 let data = host.memory.get(buffer, (blocks * LBA) as usize);
                 assert!(data == model[bytes(slba, blocks)], "{step:?}");
+                let pointer = host.prps(buffer, blocks * LBA);
+                host.io_ok(nvm::compare(1, slba, blocks as u32, false).with_data(pointer));
             }
         }
     }

@@ -171,8 +171,8 @@ pub struct IdentifyController {
     pub nwpc: u8,
     /// Atomic Compare & Write Unit, in logical blocks, 0's based.
     pub acwu: U16,
-    /// Copy Descriptor Formats Supported, a bit each.
-    pub cdfs: U16,
+    /// Optional Copy Formats Supported: source range formats of Copy, a bit each.
+    pub ocfs: U16,
     /// SGL Support: see [`sgl_support`](Self::sgl_support).
     pub sgls: U32,
     /// Maximum Number of Allowed Namespaces.
@@ -222,6 +222,7 @@ const _: () = {
     assert!(offset_of!(IdentifyController, vwc) == 525);
     assert!(offset_of!(IdentifyController, awun) == 526);
     assert!(offset_of!(IdentifyController, acwu) == 532);
+    assert!(offset_of!(IdentifyController, ocfs) == 534);
     assert!(offset_of!(IdentifyController, sgls) == 536);
     assert!(offset_of!(IdentifyController, maxcna) == 560);
     assert!(offset_of!(IdentifyController, subnqn) == 768);

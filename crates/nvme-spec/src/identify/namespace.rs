@@ -171,6 +171,11 @@ impl IdentifyNamespace {
         self.dlfeat & 0b1000 != 0
     }
 
+    /// How many source ranges one Copy may have (MSRC), 1 to 256.
+    pub const fn max_copy_ranges(&self) -> u16 {
+        self.msrc as u16 + 1
+    }
+
     /// Whether the namespace is write protected at present (NSATTR bit 0).
     pub const fn is_write_protected(&self) -> bool {
         self.nsattr & 1 != 0

@@ -154,8 +154,12 @@ fn a_namespace_by_hand() {
     );
     assert_eq!((namespace.npdg.get(), namespace.npda.get()), (7, 3));
     assert_eq!(
-        (namespace.mssrl.get(), namespace.mcl.get(), namespace.msrc),
-        (0x80, 0x1000, 127)
+        (
+            namespace.mssrl.get(),
+            namespace.mcl.get(),
+            namespace.max_copy_ranges()
+        ),
+        (0x80, 0x1000, 128)
     );
     assert_eq!(namespace.eui64, [0x52, 0x54, 0, 1, 2, 3, 4, 5]);
 }

@@ -65,6 +65,34 @@ fn other_bits_of_a_range_are_seen() {
     assert_eq!(range.prinfo, 0b1010);
 }
 
+#[test]
+fn the_fields_of_a_copy_are_seen() {
+    let command = copy(1, 0x0102_0304_0506_0708, 256, true);
+    let plain = CopyRequest {
+        destination_lba: 0x0102_0304_0506_0708,
+        ranges: 256,
+        format: 0,
+        read_prinfo: 0,
+        directive: 0,
+        write_prinfo: 0,
+        fua: true,
+        limited_retry: false,
+    };
+    assert_eq!(CopyRequest::from_command(&command), plain);
+    let command = command.with_cdw12(0xa8d5_9307);
+    let expected = CopyRequest {
+        ranges: 8,
+        format: 3,
+        read_prinfo: 9,
+        directive: 0xd,
+        write_prinfo: 0xa,
+        fua: false,
+        limited_retry: true,
+        ..plain
+    };
+    assert_eq!(CopyRequest::from_command(&command), expected);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
