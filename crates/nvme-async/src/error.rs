@@ -150,6 +150,14 @@ pub enum Error {
         /// In bytes.
         capacity: u64,
     },
+    /// A source of a copy and its destination have blocks in common.
+    #[error("bytes {range:?} can't be copied to bytes {destination:?}, which overlap them")]
+    Overlap {
+        /// The source, in bytes.
+        range: Range<u64>,
+        /// Where all sources together would go, in bytes.
+        destination: Range<u64>,
+    },
     /// A write that must be atomic would be split or torn.
     #[error("an atomic write of {len} bytes at offset {offset} is not possible: {reason}")]
     NotAtomic {
@@ -264,6 +272,19 @@ impl Error {
             _ => Fate::NotExecuted,
         }
     }
+
+    /// Whether the failure is that a [compare](crate::Namespace::compare) found other data in the
+    /// namespace. Of a compare that was split it is enough that one part did, whatever became of
+    /// the others.
+    pub fn is_compare_failure(&self) -> bool {
+        match self {
+            Self::Command(error) => error.status.is(Status::COMPARE_FAILURE),
+            Self::Split(split) => split
+                .failures()
+                .any(|(_, error)| error.is_compare_failure()),
+            _ => false,
+        }
+    }
 }
 
 /// A command that completed with an error status.
@@ -370,9 +391,10 @@ impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match &error {
             Error::TimedOut { .. } | Error::NotReady { .. } => io::ErrorKind::TimedOut,
-            Error::Unaligned { .. } | Error::OutOfRange { .. } | Error::NotAtomic { .. } => {
-                io::ErrorKind::InvalidInput
-            }
+            Error::Unaligned { .. }
+            | Error::OutOfRange { .. }
+            | Error::Overlap { .. }
+            | Error::NotAtomic { .. } => io::ErrorKind::InvalidInput,
             Error::Unsupported { .. } => io::ErrorKind::Unsupported,
             Error::Memory(_) => io::ErrorKind::OutOfMemory,
             _ => io::ErrorKind::Other,

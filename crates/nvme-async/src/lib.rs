@@ -57,7 +57,8 @@ pub use crate::controller::{Controller, Counters};
 pub use crate::engine::{LocalQueue, PollMode, QueueAccess, SharedQueue};
 pub use crate::error::{CommandError, CommandName, Error, Fate, IoError, SplitError};
 pub use crate::io::{
-    IoBuffer, Read, ReadBuffer, ReadInto, RegisteredSlice, Registration, Write, WriteBuffer,
+    Compare, IoBuffer, Read, ReadBuffer, ReadInto, RegisteredSlice, Registration, Write,
+    WriteBuffer,
 };
 pub use crate::memory::{DmaBuf, Registered};
 pub use crate::namespace::{LocalNamespace, Namespace, Zeroes};

@@ -373,11 +373,15 @@ impl BringUp<'_> {
         };
         let or_max = |limit: u64| if limit == 0 { u64::MAX } else { limit };
         let nvm = nvm.as_ref();
+        // A power of two in pages; 0, and what exceeds all sizes, is no limit.
+        let in_pages = |exponent: u8| match exponent {
+            0 => None,
+            exponent => page.checked_mul(1u64.checked_shl(exponent.into())?),
+        };
         CommandLimits {
             max_transfer: max_transfer - max_transfer % DEVICE_PAGE as u64,
-            write_zeroes_bytes: nvm
-                .filter(|nvm| nvm.wzsl != 0)
-                .and_then(|nvm| page.checked_mul(1u64.checked_shl(nvm.wzsl.into())?)),
+            write_zeroes_bytes: nvm.and_then(|nvm| in_pages(nvm.wzsl)),
+            verify_bytes: nvm.and_then(|nvm| in_pages(nvm.vsl)),
             discard_ranges: nvm
                 .filter(|nvm| nvm.dmrl != 0)
                 .map_or(256, |nvm| usize::from(nvm.dmrl)),

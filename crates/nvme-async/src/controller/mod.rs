@@ -72,6 +72,8 @@ pub(crate) struct CommandLimits {
     pub(crate) max_transfer: u64,
     /// Logical blocks of a Write Zeroes are limited in bytes (WZSL); nothing for no limit.
     pub(crate) write_zeroes_bytes: Option<u64>,
+    /// As for Write Zeroes, those of a Verify (VSL).
+    pub(crate) verify_bytes: Option<u64>,
     /// Ranges of a Dataset Management command (DMRL).
     pub(crate) discard_ranges: usize,
     /// Logical blocks of one of its ranges (DMRSL).

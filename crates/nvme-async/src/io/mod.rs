@@ -4,8 +4,9 @@ mod context;
 mod part;
 pub(crate) mod payload;
 pub(crate) mod registration;
+mod requests;
 pub(crate) mod split;
-pub(crate) mod transfer;
+mod transfer;
 
 use iova::Mapped;
 use smallvec::SmallVec;
@@ -15,7 +16,7 @@ pub(crate) use self::part::{End, Order, Part};
 pub(crate) use self::payload::{Convert, Payload};
 pub use self::payload::{IoBuffer, ReadBuffer, WriteBuffer};
 pub use self::registration::{RegisteredSlice, Registration};
-pub use self::transfer::{Read, ReadInto, Write};
+pub use self::requests::{Compare, Read, ReadInto, Write};
 
 use crate::memory::{DmaBuf, DmaWords};
 

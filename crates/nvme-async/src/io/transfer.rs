@@ -1,4 +1,4 @@
-//! Reads and writes of any length.
+//! Requests of any length: from one to as many commands as it takes.
 
 use std::future::Future;
 use std::ops::Range;
@@ -7,38 +7,62 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::stream::{FuturesUnordered, Stream};
 use nvme_spec::nvm;
 
 use super::context::Flow;
 use super::part::{End, Order, Part};
-use super::payload::{Convert, Payload, ReadBuffer, WriteBuffer};
+use super::payload::Payload;
 use super::split::{fits, split};
 use crate::Error;
-use crate::engine::{QueueAccess, SharedQueue};
-use crate::error::{IoError, SplitError};
-use crate::memory::DmaBuf;
+use crate::engine::QueueAccess;
+use crate::error::SplitError;
 use crate::namespace::NamespaceInner;
 
 /// Commands of one split request that are under way at the same time.
 const MAX_PARTS_IN_FLIGHT: usize = 32;
 
-/// A read or write that has not begun.
-struct Request<'a, Q> {
-    namespace: &'a Arc<NamespaceInner>,
+/// What a request does with its blocks and its buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Operation {
+    Read,
+    Write,
+    Compare,
+}
+
+impl Operation {
+    /// Which way the data goes.
+    fn flow(self) -> Flow {
+        match self {
+            Self::Read => Flow::Read,
+            Self::Write | Self::Compare => Flow::Write,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Read => "Read",
+            Self::Write => "Write",
+            Self::Compare => "Compare",
+        }
+    }
+}
+
+/// A request that has not begun.
+pub(super) struct Request<'a, Q> {
+    pub(super) namespace: &'a Arc<NamespaceInner>,
     queues: &'a [Q],
-    flow: Flow,
+    operation: Operation,
     offset: u64,
     payload: Payload,
-    fua: bool,
-    atomic: bool,
-    timeout: Option<Duration>,
-    repeatable: bool,
+    pub(super) fua: bool,
+    pub(super) atomic: bool,
+    pub(super) timeout: Option<Duration>,
+    pub(super) repeatable: bool,
 }
 
 /// The future of a request, whatever its buffer's type.
-struct Transfer<'a, Q: QueueAccess> {
+pub(super) struct Transfer<'a, Q: QueueAccess> {
     stage: Stage<'a, Q>,
 }
 
@@ -47,7 +71,7 @@ enum Stage<'a, Q: QueueAccess> {
     One {
         namespace: &'a Arc<NamespaceInner>,
         blocks: Range<u64>,
-        flow: Flow,
+        operation: Operation,
         part: Part<'a, Q>,
     },
     Many(Box<Parts<'a, Q>>),
@@ -55,7 +79,31 @@ enum Stage<'a, Q: QueueAccess> {
 }
 
 impl<'a, Q: QueueAccess> Transfer<'a, Q> {
-    fn request(&mut self) -> Option<&mut Request<'a, Q>> {
+    pub(super) fn new(
+        namespace: &'a Arc<NamespaceInner>,
+        queues: &'a [Q],
+        operation: Operation,
+        offset: u64,
+        payload: Payload,
+    ) -> Self {
+        let request = Request {
+            namespace,
+            queues,
+            operation,
+            offset,
+            payload,
+            fua: false,
+            atomic: false,
+            timeout: namespace.timeout(),
+            repeatable: operation != Operation::Write || namespace.repeats_writes(),
+        };
+        Self {
+            stage: Stage::Start(request),
+        }
+    }
+
+    /// The request, to be changed before it begins.
+    pub(super) fn request(&mut self) -> Option<&mut Request<'a, Q>> {
         match &mut self.stage {
             Stage::Start(request) => Some(request),
             _ => None,
@@ -64,6 +112,11 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
 
     fn begin(mut request: Request<'a, Q>) -> Result<Stage<'a, Q>, (Error, Payload)> {
         let namespace = request.namespace;
+        if request.operation == Operation::Compare
+            && let Err(error) = namespace.require("Compare", |commands| commands.compare())
+        {
+            return Err((error, request.payload));
+        }
         let len = request.payload.len() as u64;
         let blocks = match namespace.blocks(request.offset, len) {
             Ok(blocks) => blocks,
@@ -82,7 +135,7 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
             return Ok(Stage::One {
                 namespace,
                 blocks,
-                flow: request.flow,
+                operation: request.operation,
                 part,
             });
         }
@@ -107,15 +160,16 @@ impl<Q> Request<'_, Q> {
         let shift = self.namespace.block_shift();
         let count = (part.end - part.start) as u32;
         let nsid = self.namespace.nsid();
-        let sqe = match self.flow {
-            Flow::Read => nvm::read(nsid, part.start, count, self.fua),
-            Flow::Write => nvm::write(nsid, part.start, count, self.fua),
+        let sqe = match self.operation {
+            Operation::Read => nvm::read(nsid, part.start, count, self.fua),
+            Operation::Write => nvm::write(nsid, part.start, count, self.fua),
+            Operation::Compare => nvm::compare(nsid, part.start, count, self.fua),
         };
         let first = ((part.start - blocks.start) << shift) as usize;
         let last = ((part.end - blocks.start) << shift) as usize;
         Order {
             sqe,
-            flow: self.flow,
+            flow: self.operation.flow(),
             range: first..last,
             timeout: self.timeout,
             repeatable: self.repeatable,
@@ -143,11 +197,11 @@ impl<Q: QueueAccess> Future for Transfer<'_, Q> {
                 Stage::One {
                     namespace,
                     blocks,
-                    flow,
+                    operation,
                     part,
                 } => {
                     let (end, payload) = ready!(Pin::new(part).poll(cx));
-                    let result = namespace.result(end, name(*flow), Some(blocks.clone()));
+                    let result = namespace.result(end, operation.name(), Some(blocks.clone()));
                     this.stage = Stage::Over;
                     return Poll::Ready((result, payload));
                 }
@@ -212,9 +266,12 @@ impl<Q: QueueAccess> Parts<'_, Q> {
                 Some((index, end)) => {
                     let blocks = self.ranges[index].clone();
                     let Request {
-                        namespace, flow, ..
+                        namespace,
+                        operation,
+                        ..
                     } = self.request;
-                    self.results[index] = Some(namespace.result(end, name(flow), Some(blocks)));
+                    self.results[index] =
+                        Some(namespace.result(end, operation.name(), Some(blocks)));
                 }
                 None => return Poll::Ready(self.finish()),
             }
@@ -235,243 +292,5 @@ impl<Q: QueueAccess> Parts<'_, Q> {
         } else {
             (Err(Box::new(SplitError { parts }).into()), payload)
         }
-    }
-}
-
-fn name(flow: Flow) -> &'static str {
-    match flow {
-        Flow::Read => "Read",
-        Flow::Write => "Write",
-    }
-}
-
-fn give_back<B: Convert>(
-    (result, payload): (Result<(), Error>, Option<Payload>),
-) -> Result<B, IoError<B>> {
-    let buffer = payload.and_then(B::from_payload);
-    match (result, buffer) {
-        (Ok(()), Some(buffer)) => Ok(buffer),
-        (Err(error), buffer) => Err(IoError { error, buffer }),
-        // A success returns the payload that the request was made with.
-        (Ok(()), None) => unreachable!("a successful request lost its buffer"),
-    }
-}
-
-/// A read into memory of the driver's choice. See [`Namespace::read`](crate::Namespace::read).
-#[must_use = "futures do nothing unless polled"]
-pub struct Read<'a, Q: QueueAccess = Arc<SharedQueue>> {
-    start: ReadStart<'a, Q>,
-    transfer: Option<Transfer<'a, Q>>,
-}
-
-struct ReadStart<'a, Q> {
-    namespace: &'a Arc<NamespaceInner>,
-    queues: &'a [Q],
-    offset: u64,
-    len: usize,
-    timeout: Option<Duration>,
-}
-
-impl<'a, Q: QueueAccess> Read<'a, Q> {
-    pub(crate) fn new(
-        namespace: &'a Arc<NamespaceInner>,
-        queues: &'a [Q],
-        offset: u64,
-        len: usize,
-    ) -> Self {
-        let timeout = namespace.timeout();
-        Self {
-            start: ReadStart {
-                namespace,
-                queues,
-                offset,
-                len,
-                timeout,
-            },
-            transfer: None,
-        }
-    }
-
-    /// Sets the time that each command may take, in place of the controller's default.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.start.timeout = Some(timeout);
-        self
-    }
-}
-
-impl<'a, Q: QueueAccess> ReadStart<'a, Q> {
-    fn begin(&self) -> Result<Transfer<'a, Q>, Error> {
-        // Before memory is allocated for a length that may be absurd.
-        self.namespace.blocks(self.offset, self.len as u64)?;
-        let buffer = self.namespace.dma().read_buffer(self.len)?;
-        let stage = Stage::Start(Request {
-            namespace: self.namespace,
-            queues: self.queues,
-            flow: Flow::Read,
-            offset: self.offset,
-            payload: Payload::Dma(buffer),
-            fua: false,
-            atomic: false,
-            timeout: self.timeout,
-            repeatable: true,
-        });
-        Ok(Transfer { stage })
-    }
-}
-
-impl<Q: QueueAccess> Future for Read<'_, Q> {
-    type Output = Result<Bytes, Error>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.get_mut();
-        let transfer = match &mut this.transfer {
-            Some(transfer) => transfer,
-            None => this.transfer.insert(this.start.begin()?),
-        };
-        let done = ready!(Pin::new(transfer).poll(cx));
-        let buffer: DmaBuf = give_back(done)?;
-        Poll::Ready(Ok(buffer.into()))
-    }
-}
-
-/// A read into a buffer of the caller's. See
-/// [`Namespace::read_into`](crate::Namespace::read_into).
-#[must_use = "futures do nothing unless polled"]
-pub struct ReadInto<'a, B, Q: QueueAccess = Arc<SharedQueue>> {
-    transfer: Transfer<'a, Q>,
-    buffer: std::marker::PhantomData<fn() -> B>,
-}
-
-/// A write. See [`Namespace::write`](crate::Namespace::write).
-#[must_use = "futures do nothing unless polled"]
-pub struct Write<'a, B, Q: QueueAccess = Arc<SharedQueue>> {
-    transfer: Transfer<'a, Q>,
-    buffer: std::marker::PhantomData<fn() -> B>,
-}
-
-impl<'a, B: ReadBuffer, Q: QueueAccess> ReadInto<'a, B, Q> {
-    pub(crate) fn new(
-        namespace: &'a Arc<NamespaceInner>,
-        queues: &'a [Q],
-        offset: u64,
-        buffer: B,
-    ) -> Self {
-        Self {
-            transfer: whole(namespace, queues, Flow::Read, offset, buffer.into_payload()),
-            buffer: std::marker::PhantomData,
-        }
-    }
-
-    /// Sets the time that each command may take, in place of the controller's default. It has no
-    /// effect after the first poll.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.timeout = Some(timeout);
-        }
-        self
-    }
-}
-
-impl<'a, B: WriteBuffer, Q: QueueAccess> Write<'a, B, Q> {
-    pub(crate) fn new(
-        namespace: &'a Arc<NamespaceInner>,
-        queues: &'a [Q],
-        offset: u64,
-        buffer: B,
-    ) -> Self {
-        Self {
-            transfer: whole(
-                namespace,
-                queues,
-                Flow::Write,
-                offset,
-                buffer.into_payload(),
-            ),
-            buffer: std::marker::PhantomData,
-        }
-    }
-
-    /// Makes the write durable before it resolves (Force Unit Access). On a controller without a
-    /// volatile write cache every write is, and nothing changes. No effect after the first poll.
-    pub fn fua(mut self) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.fua = request.namespace.has_volatile_cache();
-        }
-        self
-    }
-
-    /// Refuses the write, with [`Error::NotAtomic`], unless the controller promises that after a
-    /// power failure either all or nothing of it is on the media. See
-    /// [`Namespace::atomic_write_limit`](crate::Namespace::atomic_write_limit). No effect after
-    /// the first poll.
-    pub fn atomic(mut self) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.atomic = true;
-        }
-        self
-    }
-
-    /// Allows the write to be sent again although the device may have executed it: after an error
-    /// status that says that it is worth trying, and when it was outstanding during a reset
-    /// ([`OpenOptions::retries`](crate::OpenOptions::retries)). The caller sees to it that no other
-    /// write of the same blocks is outstanding. No effect after the first poll.
-    pub fn repeatable(mut self) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.repeatable = true;
-        }
-        self
-    }
-
-    /// Sets the time that each command may take, in place of the controller's default. It has no
-    /// effect after the first poll.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.timeout = Some(timeout);
-        }
-        self
-    }
-}
-
-impl<B: ReadBuffer, Q: QueueAccess> Future for ReadInto<'_, B, Q> {
-    type Output = Result<B, IoError<B>>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.get_mut().transfer)
-            .poll(cx)
-            .map(give_back)
-    }
-}
-
-impl<B: WriteBuffer, Q: QueueAccess> Future for Write<'_, B, Q> {
-    type Output = Result<B, IoError<B>>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.get_mut().transfer)
-            .poll(cx)
-            .map(give_back)
-    }
-}
-
-fn whole<'a, Q: QueueAccess>(
-    namespace: &'a Arc<NamespaceInner>,
-    queues: &'a [Q],
-    flow: Flow,
-    offset: u64,
-    payload: Payload,
-) -> Transfer<'a, Q> {
-    let timeout = namespace.timeout();
-    let request = Request {
-        namespace,
-        queues,
-        flow,
-        offset,
-        payload,
-        fua: false,
-        atomic: false,
-        timeout,
-        repeatable: flow == Flow::Read || namespace.repeats_writes(),
-    };
-    Transfer {
-        stage: Stage::Start(request),
     }
 }

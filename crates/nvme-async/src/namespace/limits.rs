@@ -81,9 +81,19 @@ impl NamespaceInner {
         self.limits
     }
 
-    /// The limits of commands that transfer no data.
+    /// The limits of a Write Zeroes.
     pub(super) fn zeroing_limits(&self) -> Limits {
-        let by_controller = match self.controller.inner.limits.write_zeroes_bytes {
+        self.limits_without_transfer(self.controller.inner.limits.write_zeroes_bytes)
+    }
+
+    /// The limits of a Verify.
+    pub(super) fn verify_limits(&self) -> Limits {
+        self.limits_without_transfer(self.controller.inner.limits.verify_bytes)
+    }
+
+    /// The limits of commands that transfer no data.
+    fn limits_without_transfer(&self, bytes: Option<u64>) -> Limits {
+        let by_controller = match bytes {
             Some(bytes) => (bytes >> self.block_shift).max(1),
             None => MAX_BLOCKS,
         };

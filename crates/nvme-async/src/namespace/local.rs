@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::{Namespace, NamespaceInner, Zeroes};
 use crate::Error;
 use crate::engine::LocalQueue;
-use crate::io::{Read, ReadBuffer, ReadInto, Write, WriteBuffer};
+use crate::io::{Compare, Read, ReadBuffer, ReadInto, Write, WriteBuffer};
 use crate::memory::DmaBuf;
 
 /// An open namespace, for the tasks of one thread.
@@ -92,6 +92,35 @@ impl LocalNamespace {
     /// As [`Namespace::write`].
     pub fn write<B: WriteBuffer>(&self, offset: u64, buffer: B) -> Write<'_, B, Rc<LocalQueue>> {
         Write::new(&self.inner, self.queues(), offset, buffer)
+    }
+
+    /// As [`Namespace::compare`].
+    pub fn compare<B: WriteBuffer>(
+        &self,
+        offset: u64,
+        buffer: B,
+    ) -> Compare<'_, B, Rc<LocalQueue>> {
+        Compare::new(&self.inner, self.queues(), offset, buffer)
+    }
+
+    /// As [`Namespace::verify`].
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, a command that is under way goes on.
+    pub async fn verify(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.inner.verify(self.queues(), offset, len).await
+    }
+
+    /// As [`Namespace::copy`].
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, any of the blocks may or may not be copied.
+    pub async fn copy(&self, sources: &[Range<u64>], destination_offset: u64) -> Result<(), Error> {
+        self.inner
+            .copy(self.queues(), sources, destination_offset)
+            .await
     }
 
     /// As [`Namespace::flush`].

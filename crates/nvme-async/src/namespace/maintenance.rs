@@ -1,11 +1,14 @@
-//! Flush, Write Zeroes, Dataset Management, and waiting for all commands.
+//! Flush, Write Zeroes, Verify, Dataset Management, and waiting for all commands.
 
 use std::ops::Range;
 
+use nvme_spec::identify::OptionalNvmCommands;
+use nvme_spec::opcode::NvmOpcode;
 use nvme_spec::{Sqe, dsm, nvm};
 use zerocopy::IntoBytes;
 
 use super::NamespaceInner;
+use super::batches::{BatchLimits, batches};
 use crate::controller::choose_queue;
 use crate::engine::QueueAccess;
 use crate::engine::submission::Drain;
@@ -36,7 +39,7 @@ impl NamespaceInner {
             return Ok(());
         }
         let flush = nvm::flush(self.nsid);
-        self.command(choose_queue(queues), flush, "Flush", None, true)
+        self.command(choose_queue(queues), flush, "Flush", None)
             .await
     }
 
@@ -48,13 +51,7 @@ impl NamespaceInner {
         zeroes: Zeroes,
     ) -> Result<(), Error> {
         let blocks = self.blocks(offset, len)?;
-        if !self
-            .controller
-            .inner
-            .identify
-            .optional_nvm_commands()
-            .write_zeroes()
-        {
+        if !self.optional_commands().write_zeroes() {
             return self.write_plain_zeroes(queues, offset, len).await;
         }
         let deallocate =
@@ -63,9 +60,24 @@ impl NamespaceInner {
         for part in split(blocks, self.zeroing_limits()) {
             let count = (part.end - part.start) as u32;
             let sqe = nvm::write_zeroes(self.nsid, part.start, count, deallocate, false);
-            let repeatable = self.repeats_writes();
-            self.command(queue, sqe, "Write Zeroes", Some(part), repeatable)
-                .await?;
+            self.command(queue, sqe, "Write Zeroes", Some(part)).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn verify<Q: QueueAccess>(
+        &self,
+        queues: &[Q],
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Error> {
+        self.require("Verify", |commands| commands.verify())?;
+        let blocks = self.blocks(offset, len)?;
+        let queue = choose_queue(queues);
+        for part in split(blocks, self.verify_limits()) {
+            let count = (part.end - part.start) as u32;
+            let sqe = nvm::verify(self.nsid, part.start, count, false);
+            self.command(queue, sqe, "Verify", Some(part)).await?;
         }
         Ok(())
     }
@@ -75,18 +87,9 @@ impl NamespaceInner {
         queues: &[Q],
         ranges: &[Range<u64>],
     ) -> Result<(), Error> {
-        if !self
-            .controller
-            .inner
-            .identify
-            .optional_nvm_commands()
-            .dataset_management()
-        {
-            return Err(Error::Unsupported {
-                address: self.address().to_owned(),
-                what: "Dataset Management",
-            });
-        }
+        self.require("Dataset Management", |commands| {
+            commands.dataset_management()
+        })?;
         let mut all = Vec::with_capacity(ranges.len());
         for range in ranges {
             let len = range.end.saturating_sub(range.start);
@@ -94,28 +97,17 @@ impl NamespaceInner {
         }
         let queue = choose_queue(queues);
         let limits = self.controller.inner.limits;
-        for batch in batches(
-            &all,
-            limits.discard_ranges,
-            limits.discard_range_blocks,
-            limits.discard_blocks,
-        ) {
-            let bytes = batch.as_bytes();
-            let mut buffer = match self.dma().buffer(bytes.len()) {
-                Ok(buffer) => buffer,
-                Err(Error::Memory(_)) => DmaBuf::heap(bytes.len()),
-                Err(error) => return Err(error),
-            };
-            buffer.copy_from_slice(bytes);
-            let order = Order {
-                sqe: nvm::dataset_management(self.nsid, batch.len() as u32, true),
-                flow: Flow::Write,
-                range: 0..bytes.len(),
-                timeout: self.timeout(),
-                repeatable: self.repeats_writes(),
-            };
-            let (end, _) = Part::new(self.dma(), queue, order, Payload::Dma(buffer)).await;
-            self.result(end, "Dataset Management", None)?;
+        let limits = BatchLimits {
+            ranges: limits.discard_ranges,
+            range_blocks: limits.discard_range_blocks,
+            blocks: limits.discard_blocks,
+        };
+        // At most DMRSL blocks, which fits 32 bits.
+        let entry = |start, count| dsm::Range::new(start, count as u32);
+        for batch in batches(&all, limits, entry) {
+            let sqe = nvm::dataset_management(self.nsid, batch.len() as u32, true);
+            self.list_command(queue, sqe, batch.as_bytes(), "Dataset Management", None)
+                .await?;
         }
         Ok(())
     }
@@ -148,19 +140,69 @@ impl NamespaceInner {
         Ok(())
     }
 
+    /// The optional commands that the controller has (ONCS).
+    fn optional_commands(&self) -> OptionalNvmCommands {
+        self.controller.inner.identify.optional_nvm_commands()
+    }
+
+    /// Refuses what needs an optional command that the controller does not have.
+    pub(crate) fn require(
+        &self,
+        command: &'static str,
+        is_there: impl FnOnce(OptionalNvmCommands) -> bool,
+    ) -> Result<(), Error> {
+        if is_there(self.optional_commands()) {
+            Ok(())
+        } else {
+            Err(self.unsupported(command))
+        }
+    }
+
+    pub(super) fn unsupported(&self, what: &'static str) -> Error {
+        Error::Unsupported {
+            address: self.address().to_owned(),
+            what,
+        }
+    }
+
+    /// Runs a command whose data is a list, at most 8 KiB.
+    pub(super) async fn list_command<Q: QueueAccess>(
+        &self,
+        queue: &Q,
+        sqe: Sqe,
+        list: &[u8],
+        name: &'static str,
+        blocks: Option<Range<u64>>,
+    ) -> Result<(), Error> {
+        let mut buffer = match self.dma().buffer(list.len()) {
+            Ok(buffer) => buffer,
+            Err(Error::Memory(_)) => DmaBuf::heap(list.len()),
+            Err(error) => return Err(error),
+        };
+        buffer.copy_from_slice(list);
+        let order = Order {
+            sqe,
+            flow: Flow::Write,
+            range: 0..list.len(),
+            timeout: self.timeout(),
+            repeatable: self.may_repeat(&sqe),
+        };
+        let (end, _) = Part::new(self.dma(), queue, order, Payload::Dma(buffer)).await;
+        self.result(end, name, blocks)
+    }
+
     async fn command<Q: QueueAccess>(
         &self,
         queue: &Q,
         sqe: Sqe,
         name: &'static str,
         blocks: Option<Range<u64>>,
-        repeatable: bool,
     ) -> Result<(), Error> {
         let command = crate::engine::state::Command {
             sqe,
             holdings: crate::io::Holdings::default(),
             timeout: self.timeout(),
-            repeatable,
+            repeatable: self.may_repeat(&sqe),
         };
         let (result, _) = crate::engine::Submission::new(queue, command).await;
         let end = match result {
@@ -169,6 +211,15 @@ impl NamespaceInner {
             Err(failed) => End::Failed(failed),
         };
         self.result(end, name, blocks)
+    }
+
+    /// Whether a command may be sent again although the device may have executed it.
+    fn may_repeat(&self, sqe: &Sqe) -> bool {
+        let only_asks = matches!(
+            NvmOpcode(sqe.opcode()),
+            NvmOpcode::FLUSH | NvmOpcode::VERIFY
+        );
+        only_asks || self.repeats_writes()
     }
 
     /// How a command ended, for its caller.
@@ -196,70 +247,6 @@ impl NamespaceInner {
             name,
             nsid: Some(self.nsid),
             blocks,
-        }
-    }
-}
-
-/// Distributes ranges of blocks over as few commands as the controller's limits allow.
-fn batches(
-    ranges: &[Range<u64>],
-    max_ranges: usize,
-    max_range_blocks: u64,
-    max_blocks: u64,
-) -> Vec<Vec<dsm::Range>> {
-    let mut batches: Vec<Vec<dsm::Range>> = Vec::new();
-    let mut room = 0;
-    for range in ranges {
-        let mut next = range.start;
-        while next < range.end {
-            let full = batches.last().is_none_or(|batch| batch.len() >= max_ranges);
-            if full || room == 0 {
-                batches.push(Vec::new());
-                room = max_blocks;
-            }
-            let count = (range.end - next).min(max_range_blocks).min(room);
-            if let Some(batch) = batches.last_mut() {
-                // At most max_range_blocks, which fits 32 bits.
-                batch.push(dsm::Range::new(next, count as u32));
-            }
-            room -= count;
-            next += count;
-        }
-    }
-    batches
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn batches_hold_all_blocks_within_the_limits(
-            lens in prop::collection::vec((0..1000u64, 1..5000u64), 0..40),
-            max_ranges in 1..20usize,
-            max_range_blocks in 1..3000u64,
-            max_blocks in 1..20_000u64,
-        ) {
-            let ranges: Vec<_> = lens.iter().map(|&(start, len)| start..start + len).collect();
-            let batches = batches(&ranges, max_ranges, max_range_blocks, max_blocks);
-            let mut expected: Vec<u64> = ranges.iter().cloned().flatten().collect();
-            let mut found = Vec::new();
-            for batch in &batches {
-                prop_assert!(!batch.is_empty() && batch.len() <= max_ranges);
-                let blocks: u64 = batch.iter().map(|range| u64::from(range.blocks.get())).sum();
-                prop_assert!(blocks <= max_blocks);
-                for range in batch {
-                    let len = u64::from(range.blocks.get());
-                    prop_assert!(len > 0 && len <= max_range_blocks);
-                    found.extend(range.slba.get()..range.slba.get() + len);
-                }
-            }
-            expected.sort_unstable();
-            found.sort_unstable();
-            prop_assert_eq!(found, expected);
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A namespace: reads, writes and what else there is to do with logical blocks.
 
+mod batches;
+mod copy;
 mod limits;
 mod local;
 mod maintenance;
@@ -16,7 +18,7 @@ pub use self::maintenance::Zeroes;
 
 use crate::engine::SharedQueue;
 use crate::io::split::Limits;
-use crate::io::{DmaContext, Read, ReadBuffer, ReadInto, Write, WriteBuffer};
+use crate::io::{Compare, DmaContext, Read, ReadBuffer, ReadInto, Write, WriteBuffer};
 use crate::memory::DmaBuf;
 use crate::{Controller, Error};
 
@@ -150,6 +152,82 @@ impl Namespace {
     /// device is done with it.
     pub fn write<B: WriteBuffer>(&self, offset: u64, buffer: B) -> Write<'_, B> {
         Write::new(&self.inner, self.queues(), offset, buffer)
+    }
+
+    /// Compares what lies at `offset` with `buffer`, all of it, and gives it back if they are equal
+    /// (NVM command set specification 1.0, section 3.2.1). The controller reads the buffer.
+    ///
+    /// A comparison that is larger than the controller takes is split; a write of the same blocks
+    /// that is outstanding together with it may come between its parts.
+    ///
+    /// ```
+    /// # #[cfg(feature = "soft")]
+    /// # #[tokio::main]
+    /// # async fn main() -> Result<(), nvme_async::Error> {
+    /// let namespace = nvme_async::open("mem:?size=1M").await?;
+    /// let equal = match namespace.compare(0, vec![7; 4096]).await {
+    ///     Ok(_) => true,
+    ///     Err(error) if error.error.is_compare_failure() => false,
+    ///     Err(error) => return Err(error.into()),
+    /// };
+    /// assert!(!equal);
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "soft"))]
+    /// # fn main() {}
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// One of which [`Error::is_compare_failure`] is true if the data differ;
+    /// [`Error::Unsupported`] if the controller has no such command; otherwise as
+    /// [`read_into`](Self::read_into).
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing happens before the first poll. When it is dropped later, the buffer is dropped
+    /// when the device is done with it.
+    pub fn compare<B: WriteBuffer>(&self, offset: u64, buffer: B) -> Compare<'_, B> {
+        Compare::new(&self.inner, self.queues(), offset, buffer)
+    }
+
+    /// Checks that the device can read the `len` bytes at `offset`, without transferring any (NVM
+    /// command set specification 1.0, section 3.2.5).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if the controller has no such command, and those of
+    /// [`read`](Self::read), the first one where the range is larger than the controller takes at
+    /// a time.
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, a command that is under way goes on.
+    pub async fn verify(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.inner.verify(self.queues(), offset, len).await
+    }
+
+    /// Copies the bytes of all `sources`, one after the other, to `destination_offset` and after,
+    /// inside of the device (NVM command set specification 1.0, section 3.2.2). It is as durable
+    /// as a write. Several commands are used, in turn, where one does not take as much (MSSRL, MCL,
+    /// MSRC); so it is not atomic, and a write of a source that is outstanding together with it may
+    /// or may not be copied.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if the controller has no such command, and [`Error::Overlap`] if a
+    /// source overlaps the destination: what is copied then would depend on the controller.
+    /// Otherwise as [`write`](Self::write); an error names the blocks of the
+    /// destination, which hold old or new data then, as do those after them.
+    ///
+    /// # Cancel safety
+    ///
+    /// When it is dropped after its first poll, any of the blocks may or may not be copied, until
+    /// [`quiesce`](Self::quiesce) has resolved.
+    pub async fn copy(&self, sources: &[Range<u64>], destination_offset: u64) -> Result<(), Error> {
+        self.inner
+            .copy(self.queues(), sources, destination_offset)
+            .await
     }
 
     /// Makes all writes durable that had resolved before its first poll (NVM command set
