@@ -50,6 +50,15 @@ async fn operations<'a>(
                 .map(|done| drop(done.expect("writes"))),
         ),
         Box::pin(
+            // What is there depends on the writes.
+            namespace.compare(0, ledger.bytes(512, 1)).map(|done| {
+                assert!(
+                    done.err()
+                        .is_none_or(|lost| lost.error.is_compare_failure())
+                )
+            }),
+        ),
+        Box::pin(
             namespace
                 .read_into(8192, read)
                 .map(|done| drop(done.expect("reads"))),
@@ -58,7 +67,7 @@ async fn operations<'a>(
 }
 
 /// Owners behind [`operations`].
-const OWNERS: usize = 5;
+const OWNERS: usize = 6;
 
 async fn setup(setup: Setup) -> (Rig, Namespace, Ledger) {
     let rig = setup.open().await;

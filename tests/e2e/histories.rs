@@ -33,6 +33,12 @@ fn any_setup(random: &mut Rng) -> Setup {
     );
     let cache = any(&[0, 1]) == 1;
     let ranges = (any(&[0, 1, 5]) as u8, any(&[0, 3]), any(&[0, 8]).into());
+    let vsl = any(&[0, 1, 3]) as u8;
+    let copies = (
+        any(&[1, 7, 1024]) as u16,
+        any(&[1024, 2048]),
+        any(&[1, 3, 256]) as u16,
+    );
     let (fd_only, vectors) = (any(&[0, 0, 1]) == 1, any(&[1, 2, 17]) as u16);
     let (isolate, max_transfer) = (
         any(&[0, 0, 0, 1]) == 1,
@@ -47,6 +53,10 @@ fn any_setup(random: &mut Rng) -> Setup {
             (config.mdts, config.wzsl, config.sgl) = (mdts, wzsl, sgl);
             config.volatile_write_cache = cache;
             (config.dmrl, config.dmrsl, config.dmsl) = ranges;
+            config.vsl = vsl;
+            let namespace = &mut config.namespaces[0];
+            namespace.copy_range_blocks = copies.0;
+            (namespace.copy_blocks, namespace.copy_ranges) = (copies.1, copies.2);
         })
         .device(|device| {
             device.fd_only = fd_only;
@@ -67,7 +77,7 @@ async fn history(namespace: &impl Target, seed: u64, steps: usize) {
         let largest = namespace.block_size() << random.u32(0..7);
         let len = random.usize(1..=largest / namespace.block_size()) * namespace.block_size();
         let offset = disk.place(len);
-        match random.u32(0..20) {
+        match random.u32(0..23) {
             0..6 => {
                 let form = disk.any(&WRITE_FORMS);
                 let how = disk.any(&[How::Plain, How::Fua]);
@@ -91,6 +101,15 @@ async fn history(namespace: &impl Target, seed: u64, steps: usize) {
                 disk.write_zeroes(zeroes, offset, len).await;
             }
             18 => disk.concurrent(random.usize(1..30)).await,
+            19 => {
+                let form = disk.any(&WRITE_FORMS);
+                assert!(disk.compare(form, offset, len).await);
+            }
+            20 => {
+                let verified = namespace.verify(offset, len as u64).await;
+                verified.expect("it can be read");
+            }
+            21 => assert!(disk.copy_anything().await),
             _ => namespace.quiesce().await.expect("quiesces"),
         }
     }

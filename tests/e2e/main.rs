@@ -4,6 +4,7 @@
 mod support;
 
 mod cancellation;
+mod commands;
 mod errors;
 mod histories;
 mod io;

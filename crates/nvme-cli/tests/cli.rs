@@ -360,7 +360,8 @@ fn identify_in_both_forms() {
     assert_eq!(namespaces[1]["block_size"], 4096);
     assert_eq!(namespaces[1]["size_bytes"], 1 << 20);
     let run = place.run(&format!("identify {url}")).exits(0);
-    for word in ["serial number", "namespace 2", "4096 (in use)"] {
+    let words = ["serial number", "namespace 2", "4096 (in use)"];
+    for word in words.into_iter().chain(["Compare", "Verify", "Copy"]) {
         assert!(run.stdout().contains(word), "{word}: {}", run.stdout());
     }
 }

@@ -95,61 +95,80 @@ impl<'a, N: Target> Disk<'a, N> {
 
     /// Writes random data in `form` and checks that the memory comes back as it was.
     pub(crate) async fn write(&mut self, form: WriteForm, how: How, offset: u64, len: usize) {
-        let namespace = self.namespace;
         let mut data = vec![0; len];
         self.random.fill(&mut data);
         let context = format!("{how:?} write of {len} bytes at {offset} from {form:?}");
-        let returned = match form {
+        let returned = self.send(form, how, offset, &data).await;
+        let returned = returned.unwrap_or_else(|error| panic!("{context}: {error}"));
+        assert_same(
+            &returned,
+            &data,
+            &format!("what came back from a {context}"),
+        );
+        self.model[offset as usize..][..len].copy_from_slice(&data);
+    }
+
+    /// Sends data in `form`; returns what the memory holds afterwards.
+    pub(super) async fn send(
+        &mut self,
+        form: WriteForm,
+        how: How,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<Bytes, Error> {
+        let namespace = self.namespace;
+        let len = data.len();
+        match form {
             WriteForm::Dma | WriteForm::Heap => {
                 let mut buffer = match form {
                     WriteForm::Dma => namespace.allocate(len),
                     _ => DmaBuf::heap(len),
                 };
-                buffer.copy_from_slice(&data);
-                let back = namespace.write(offset, buffer, how).await;
+                buffer.copy_from_slice(data);
+                let back = namespace.send(offset, buffer, how).await;
                 back.map(Bytes::from).map_err(Error::from)
             }
             WriteForm::Bytes => {
-                let bytes = Bytes::copy_from_slice(&data);
+                let bytes = Bytes::copy_from_slice(data);
                 namespace
-                    .write(offset, bytes, how)
+                    .send(offset, bytes, how)
                     .await
                     .map_err(Error::from)
             }
             WriteForm::OddBytes => {
                 let mut padded = vec![0xee; len + 2];
                 let start = 1 + padded.as_ptr().addr() % 2;
-                padded[start..start + len].copy_from_slice(&data);
+                padded[start..start + len].copy_from_slice(data);
                 let bytes = Bytes::from(padded).slice(start..start + len);
                 namespace
-                    .write(offset, bytes, how)
+                    .send(offset, bytes, how)
                     .await
                     .map_err(Error::from)
             }
             WriteForm::PoolBytes => {
                 let mut buffer = namespace.allocate(len);
-                buffer.copy_from_slice(&data);
+                buffer.copy_from_slice(data);
                 let bytes = Bytes::from(buffer);
                 namespace
-                    .write(offset, bytes, how)
+                    .send(offset, bytes, how)
                     .await
                     .map_err(Error::from)
             }
             WriteForm::Vec => namespace
-                .write(offset, data.clone(), how)
+                .send(offset, data.to_vec(), how)
                 .await
                 .map(Bytes::from)
                 .map_err(Error::from),
             WriteForm::Registered => {
                 let place = self.any(&PLACES);
-                self.guest.store(place, &data);
+                self.guest.store(place, data);
                 let slice = self.registration.slice(place, len).expect("fits");
-                let back = namespace.write(offset, slice, how).await;
+                let back = namespace.send(offset, slice, how).await;
                 back.map(|slice| self.guest.load(slice.offset(), slice.len()).into())
                     .map_err(Error::from)
             }
             WriteForm::ManyDma => {
-                let pieces = self.cut(&data);
+                let pieces = self.cut(data);
                 let buffers: Vec<DmaBuf> = pieces
                     .iter()
                     .map(|piece| {
@@ -158,22 +177,15 @@ impl<'a, N: Target> Disk<'a, N> {
                         buffer
                     })
                     .collect();
-                let back = namespace.write(offset, buffers, how).await;
+                let back = namespace.send(offset, buffers, how).await;
                 back.map(|buffers| join(&buffers)).map_err(Error::from)
             }
             WriteForm::ManyBytes => {
-                let pieces = self.cut(&data);
-                let back = namespace.write(offset, pieces, how).await;
+                let pieces = self.cut(data);
+                let back = namespace.send(offset, pieces, how).await;
                 back.map(|pieces| join(&pieces)).map_err(Error::from)
             }
-        };
-        let returned = returned.unwrap_or_else(|error| panic!("{context}: {error}"));
-        assert_same(
-            &returned,
-            &data,
-            &format!("what came back from a {context}"),
-        );
-        self.model[offset as usize..][..len].copy_from_slice(&data);
+        }
     }
 
     /// Reads in `form` and compares with the model.

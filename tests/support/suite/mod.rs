@@ -3,6 +3,7 @@
 //! It knows nothing but the public interface, and checks it against a model in memory. It
 //! overwrites the first [`AREA`] bytes.
 
+mod checks;
 pub(crate) mod disk;
 pub(crate) mod target;
 
@@ -29,6 +30,9 @@ pub(crate) async fn all(namespace: &impl Target, full: bool) {
     disk.atomic().await;
     disk.zeroes().await;
     disk.discards().await;
+    disk.compares().await;
+    disk.verifies().await;
+    disk.copies(if full { 100 } else { 20 }).await;
     disk.quiesces().await;
     disk.refusals().await;
     disk.check_all().await;
@@ -105,7 +109,7 @@ impl<N: Target> Disk<'_, N> {
         let namespace = self.namespace;
         let writes = ranges.iter().map(|range| {
             let data = Bytes::copy_from_slice(&self.model[range.clone()]);
-            namespace.write(range.start as u64, data, How::Plain)
+            namespace.send(range.start as u64, data, How::Plain)
         });
         for written in futures::future::join_all(writes).await {
             written.expect("writes");
@@ -141,7 +145,7 @@ impl<N: Target> Disk<'_, N> {
         if too_long <= LARGEST {
             let refused = self
                 .namespace
-                .write(0, vec![1; too_long], How::Atomic)
+                .send(0, vec![1; too_long], How::Atomic)
                 .await
                 .expect_err("more than is promised");
             assert!(matches!(refused.error, Error::NotAtomic { .. }));
@@ -204,7 +208,7 @@ impl<N: Target> Disk<'_, N> {
         let offset = self.place(len);
         let mut data = vec![0; len];
         self.random.fill(&mut data);
-        let mut write = Box::pin(namespace.write(offset, data.clone(), How::Plain));
+        let mut write = Box::pin(namespace.send(offset, data.clone(), How::Plain));
         for _ in 0..polls {
             if let Poll::Ready(written) = futures::poll!(&mut write) {
                 written.expect("writes");
@@ -250,7 +254,7 @@ impl<N: Target> Disk<'_, N> {
                 .await
                 .expect_err("unaligned");
             assert!(matches!(error, Error::Unaligned { .. }), "{error:?}");
-            let write = self.namespace.write(offset, vec![7; len], How::Plain).await;
+            let write = self.namespace.send(offset, vec![7; len], How::Plain).await;
             let IoError { error, buffer, .. } = write.expect_err("unaligned");
             assert!(matches!(error, Error::Unaligned { .. }), "{error:?}");
             assert_eq!(buffer, Some(vec![7; len]));

@@ -20,7 +20,7 @@ pub(crate) trait Target {
         offset: u64,
         buffer: B,
     ) -> impl Future<Output = Result<B, IoError<B>>>;
-    fn write<B: WriteBuffer>(
+    fn send<B: WriteBuffer>(
         &self,
         offset: u64,
         buffer: B,
@@ -34,15 +34,23 @@ pub(crate) trait Target {
         zeroes: Zeroes,
     ) -> impl Future<Output = Result<(), Error>>;
     fn discard(&self, ranges: &[Range<u64>]) -> impl Future<Output = Result<(), Error>>;
+    fn verify(&self, offset: u64, len: u64) -> impl Future<Output = Result<(), Error>>;
+    fn copy(
+        &self,
+        sources: &[Range<u64>],
+        destination_offset: u64,
+    ) -> impl Future<Output = Result<(), Error>>;
     fn quiesce(&self) -> impl Future<Output = Result<(), Error>>;
 }
 
-/// How to write.
+/// What to do with a buffer that goes to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
     Plain,
     Fua,
     Atomic,
+    /// Not to write it, but to compare.
+    Compare,
 }
 
 macro_rules! target {
@@ -76,17 +84,17 @@ macro_rules! target {
                 $self.read_into(offset, buffer).await
             }
 
-            async fn write<B: WriteBuffer>(
+            async fn send<B: WriteBuffer>(
                 &$self,
                 offset: u64,
                 buffer: B,
                 how: How,
             ) -> Result<B, IoError<B>> {
-                let write = $self.write(offset, buffer);
                 match how {
-                    How::Plain => write.await,
-                    How::Fua => write.fua().await,
-                    How::Atomic => write.atomic().await,
+                    How::Plain => $self.write(offset, buffer).await,
+                    How::Fua => $self.write(offset, buffer).fua().await,
+                    How::Atomic => $self.write(offset, buffer).atomic().await,
+                    How::Compare => $self.compare(offset, buffer).await,
                 }
             }
 
@@ -105,6 +113,18 @@ macro_rules! target {
 
             async fn discard(&$self, ranges: &[Range<u64>]) -> Result<(), Error> {
                 $self.discard(ranges).await
+            }
+
+            async fn verify(&$self, offset: u64, len: u64) -> Result<(), Error> {
+                $self.verify(offset, len).await
+            }
+
+            async fn copy(
+                &$self,
+                sources: &[Range<u64>],
+                destination_offset: u64,
+            ) -> Result<(), Error> {
+                $self.copy(sources, destination_offset).await
             }
 
             async fn quiesce(&$self) -> Result<(), Error> {
