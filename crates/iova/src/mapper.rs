@@ -229,6 +229,9 @@ pub enum MapError {
         /// How many were.
         unmapped: u64,
     },
+    /// The device is not there to map for: it was given back to its host, or was removed.
+    #[error("the device was given back to its host or removed")]
+    DeviceGone,
     /// This transport passes memory as file descriptors, and the memory has none.
     #[error("this transport needs memory that is a shared mapping of a file")]
     NeedsFile,

@@ -76,7 +76,9 @@ const IOMMU_UNMAP_DMA: u32 = BASE + 14;
 ///
 /// `F` is whatever has the container's file descriptor: a `File` or an `OwnedFd`, which it then
 /// owns, or an `Arc` of one, which is shared. The mappings of a container end at the latest when
-/// its last descriptor is closed, or when the last group leaves it.
+/// its last descriptor is closed, or when the last group leaves it (as it does when its devices are
+/// removed from the host): from then on unmapping succeeds, and mapping gives
+/// [`MapError::DeviceGone`].
 pub struct Type1Container<F> {
     descriptor: F,
     geometry: Geometry,
@@ -122,13 +124,19 @@ impl<F: AsFd> Type1Container<F> {
 
     /// Unmaps all mappings in `iova..iova + len`, however many there are and with gaps between
     /// them, and gives the number of bytes that were mapped. After that, devices reach nothing
-    /// through those addresses.
+    /// through those addresses. When the last group has left the container, all its mappings ended
+    /// with that, and none are counted.
     ///
     /// # Errors
     ///
     /// [`MapError::Invalid`] when a mapping lies in that range only in part, or the range is empty,
     /// misaligned, or goes over the end of the addresses. Nothing is unmapped then.
     pub fn unmap_within(&self, iova: u64, len: u64) -> Result<u64, MapError> {
+        Ok(self.unmap_if_any(iova, len)?.unwrap_or(0))
+    }
+
+    /// Unmaps, and gives the number of bytes; nothing if no mapping can exist any more.
+    fn unmap_if_any(&self, iova: u64, len: u64) -> Result<Option<u64>, MapError> {
         let mut unmap = abi::vfio_iommu_type1_dma_unmap {
             argsz: size_of::<abi::vfio_iommu_type1_dma_unmap>() as u32,
             iova,
@@ -137,16 +145,20 @@ impl<F: AsFd> Type1Container<F> {
         };
         let descriptor = self.descriptor.as_fd();
         // SAFETY: the argument is the structure of this request, with its size in argsz.
-        unsafe { ioctl(descriptor, IOMMU_UNMAP_DMA, (&raw mut unmap).cast()) }
-            .map_err(map_error)?;
-        Ok(unmap.size)
+        let unmapped = unsafe { ioctl(descriptor, IOMMU_UNMAP_DMA, (&raw mut unmap).cast()) };
+        match unmapped {
+            Ok(()) => Ok(Some(unmap.size)),
+            Err(_) if !info::has_driver(descriptor) => Ok(None),
+            Err(error) => Err(map_error(error)),
+        }
     }
 }
 
 // SAFETY: the kernel maps and unmaps exactly the pages that it is told to and, unmapping, waits
 // until the IOMMU has forgotten them; the directions are the IOMMU's page permissions. Mappings end
 // otherwise only with the container or with its last group, and a device that is in no container
-// reaches no memory. That nobody else unmaps them is the promise of whoever called `new`. The
+// reaches no memory. The last group takes the container's driver with it, so without a driver
+// nothing is mapped. That nobody else unmaps them is the promise of whoever called `new`. The
 // geometry was asked once.
 unsafe impl<F: AsFd + Send + Sync> DmaMapper for Type1Container<F> {
     fn geometry(&self) -> Geometry {
@@ -169,11 +181,16 @@ unsafe impl<F: AsFd + Send + Sync> DmaMapper for Type1Container<F> {
         let descriptor = self.descriptor.as_fd();
         // SAFETY: the argument is the structure of this request, with its size in argsz; that the
         // memory stays valid for what devices then do with it is the caller's promise.
-        unsafe { ioctl(descriptor, IOMMU_MAP_DMA, (&raw mut map).cast()) }.map_err(map_error)
+        match unsafe { ioctl(descriptor, IOMMU_MAP_DMA, (&raw mut map).cast()) } {
+            Ok(()) => Ok(()),
+            Err(_) if !info::has_driver(descriptor) => Err(MapError::DeviceGone),
+            Err(error) => Err(map_error(error)),
+        }
     }
 
     fn unmap(&self, iova: u64, len: u64) -> Result<(), MapError> {
-        all_of(len, self.unmap_within(iova, len)?)
+        let unmapped = self.unmap_if_any(iova, len)?;
+        unmapped.map_or(Ok(()), |unmapped| all_of(len, unmapped))
     }
 }
 
@@ -241,6 +258,18 @@ mod tests {
         File::open("/dev/null").expect("every system has it")
     }
 
+    fn container(descriptor: File) -> Type1Container<Arc<File>> {
+        Type1Container {
+            descriptor: Arc::new(descriptor),
+            geometry: Geometry {
+                usable: Vec::new(),
+                page_sizes: 0x1000,
+                max_mappings: None,
+                unmaps_runs: true,
+            },
+        }
+    }
+
     #[test]
     fn request_numbers_are_the_kernels() {
         assert_eq!(IOMMU_GET_INFO, 0x3b70);
@@ -257,17 +286,8 @@ mod tests {
 
     #[test]
     fn what_is_no_container_neither_maps_nor_unmaps() {
-        let geometry = Geometry {
-            usable: Vec::new(),
-            page_sizes: 0x1000,
-            max_mappings: None,
-            unmaps_runs: true,
-        };
-        let container = Type1Container {
-            descriptor: Arc::new(no_container()),
-            geometry: geometry.clone(),
-        };
-        assert_eq!(container.geometry(), geometry);
+        let container = container(no_container());
+        assert_eq!(container.geometry(), container.geometry);
         assert!(format!("{container:?}").contains("page_sizes: 4096"));
 
         let is_no_container = |result: Result<(), MapError>| match result {
@@ -282,6 +302,21 @@ mod tests {
         assert!(is_no_container(container.unmap(0x1_0000, 0x1000)));
         let within = container.unmap_within(0, u64::MAX);
         assert!(is_no_container(within.map(|_| ())));
+    }
+
+    #[test]
+    fn without_a_group_nothing_is_left_to_unmap() {
+        // This device's answer to all requests of others is that of a container without a driver.
+        let without_driver = File::open("/dev/urandom").expect("every system has it");
+        let container = container(without_driver);
+        assert!(container.unmap(0x1_0000, 0x1000).is_ok());
+        assert!(matches!(container.unmap_within(0, 0x1000), Ok(0)));
+
+        let page = NonNull::without_provenance(0x1_0000.try_into().expect("not null"));
+        let page = HostMemory::new(page, 0x1000);
+        // SAFETY: there is no device to access the memory.
+        let mapped = unsafe { container.map(0x1_0000, &page, Direction::ToDevice) };
+        assert!(matches!(mapped, Err(MapError::DeviceGone)), "{mapped:?}");
     }
 
     #[test]

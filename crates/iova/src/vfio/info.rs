@@ -34,6 +34,14 @@ pub(super) fn iommu(container: BorrowedFd<'_>) -> io::Result<Geometry> {
     geometry(InfoReply::new(&reply), page_size())
 }
 
+/// Whether an IOMMU driver is chosen for the container. The last group that leaves takes it along,
+/// and with it all mappings.
+pub(super) fn has_driver(container: BorrowedFd<'_>) -> bool {
+    // The only reason for this answer to a request that is well-formed.
+    let without_driver = |error: io::Error| error.raw_os_error() == Some(libc::EINVAL);
+    !iommu(container).is_err_and(without_driver)
+}
+
 /// Makes an information request of VFIO whose reply can be longer than its structure, with as much
 /// room as the kernel says it needs: `VFIO_IOMMU_GET_INFO`, `VFIO_DEVICE_GET_REGION_INFO` and
 /// others with a `cap_offset`.
