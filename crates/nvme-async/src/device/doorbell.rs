@@ -61,8 +61,9 @@ impl MappedRegisters {
     ///
     /// # Safety
     ///
-    /// The mapping is readable and writable device memory, and stays so for as long as `owner`
-    /// lives. `base` is aligned to 4 bytes.
+    /// The mapping is readable and writable memory of the device, or what was put in its place
+    /// when the device was given up, for as long as `owner` lives. Nothing else is ever there.
+    /// `base` is aligned to 4 bytes.
     pub unsafe fn new(
         base: NonNull<u8>,
         first_offset: u32,

@@ -66,14 +66,27 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// Resets the function; afterwards the controller is disabled and accesses no host memory.
     fn reset(&self) -> Result<(), DeviceError>;
 
-    /// Gives the device back to the host, for good: registers then give errors and doorbells go
-    /// nowhere. The controller was stopped before, or is gone. It may block for long.
-    fn close(&self) {}
-
     /// The kernel's number of the thread that a software controller in this process runs in.
     fn software_thread(&self) -> Option<u32> {
         None
     }
+
+    /// Gives the device back to the host, for good. Where the host wants to remove it, the removal
+    /// goes on only after this.
+    ///
+    /// Recovery calls it when the controller was stopped or is gone, and every future is resolved,
+    /// from a thread that may block: a transport may try for minutes to reset a device that does not
+    /// answer any more. A second call does nothing; it does not wait for the first.
+    ///
+    /// Everything that was handed out can be used as before, to no effect. Registers give errors
+    /// and doorbells go nowhere. Interrupts and notices are not signalled any more; their
+    /// descriptors stay open. The mapper refuses new mappings with [`MapError::DeviceGone`]; those
+    /// that exist end when they are unmapped, which succeeds, if not before.
+    ///
+    /// The default does nothing, for transports that hold nothing of the host's.
+    ///
+    /// [`MapError::DeviceGone`]: iova::MapError::DeviceGone
+    fn close(&self) {}
 
     /// Becomes readable when the device must be released or has failed, one descriptor for each
     /// such cause that the transport can report.

@@ -3,15 +3,14 @@
 use std::any::Any;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use nvme_spec::registers;
 
-use super::function::Function;
 use super::info::Region;
 use super::sys::Mapping;
-use crate::device::MappedRegisters;
+use crate::device::{Doorbell, MappedRegisters};
 
 /// Where doorbells begin in BAR 0.
 pub(super) const DOORBELLS: u64 = registers::offset::DOORBELLS as u64;
@@ -60,19 +59,42 @@ fn windows(bar: &Region, end: u64, page: u64) -> Vec<Window> {
     bar.mappable.iter().filter_map(window).collect()
 }
 
-/// Maps the doorbells of a function, as far as the kernel allows that.
-pub(super) fn map_doorbells(
-    function: &Arc<Function>,
-    stride: u8,
-    page: u64,
-) -> io::Result<Vec<MappedRegisters>> {
-    /// Unmaps, and only then lets go of the function whose file the mapping holds open.
-    struct Owner {
-        _mapping: Mapping,
-        _function: Arc<Function>,
+/// Doorbells that are mapped.
+#[derive(Debug)]
+pub(super) struct MappedDoorbells {
+    registers: MappedRegisters,
+    owner: Arc<Owner>,
+}
+
+/// Unmaps, and only then lets go of the function whose file the mapping holds open.
+#[derive(Debug)]
+struct Owner {
+    mapping: Mapping,
+    _function: Arc<dyn Any + Send + Sync>,
+}
+
+impl MappedDoorbells {
+    /// The doorbell at `offset` of BAR 0, if it is one of these.
+    pub(super) fn doorbell(&self, offset: u32) -> Option<Doorbell> {
+        self.registers.doorbell(offset)
     }
 
-    let bar = function.bar();
+    /// Takes the BAR away, also from those who have doorbells of it: what they write from here on
+    /// goes nowhere.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        self.owner.mapping.detach()
+    }
+}
+
+/// Maps the doorbells of a BAR, as far as the kernel allows that. The mappings keep `function`, as
+/// which its `file` was opened.
+pub(super) fn map_doorbells(
+    file: BorrowedFd<'_>,
+    bar: &Region,
+    stride: u8,
+    page: u64,
+    function: &Arc<dyn Any + Send + Sync>,
+) -> io::Result<Vec<MappedDoorbells>> {
     windows(bar, end_of_doorbells(stride), page)
         .into_iter()
         .filter_map(|window| {
@@ -82,16 +104,18 @@ pub(super) fn map_doorbells(
         })
         .map(|(first, window)| {
             let len = usize::try_from(window.mapped).map_err(io::Error::other)?;
-            let mapping = Mapping::new(function.file().as_fd(), bar.offset + window.first, len)?;
+            let mapping = Mapping::new(file, bar.offset + window.first, len)?;
             let base = mapping.base();
-            let owner: Arc<dyn Any + Send + Sync> = Arc::new(Owner {
-                _mapping: mapping,
+            let owner = Arc::new(Owner {
+                mapping,
                 _function: function.clone(),
             });
             // SAFETY: `mapping` is `window.mapped` bytes of the BAR, readable and writable, of
-            // which the first `window.len` are registers; it lives as long as `owner`; its base
-            // is the start of a page.
-            Ok(unsafe { MappedRegisters::new(base, first, window.len as usize, owner) })
+            // which the first `window.len` are registers; it lives as long as `owner`, and is
+            // replaced only as `Mapping::detach` does it; its base is the start of a page.
+            let registers =
+                unsafe { MappedRegisters::new(base, first, window.len as usize, owner.clone()) };
+            Ok(MappedDoorbells { registers, owner })
         })
         .collect()
 }
@@ -115,7 +139,15 @@ impl Reserved {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File};
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
     use super::*;
+    use crate::device::vfio::sys;
 
     const K: u64 = 0x400;
     const END: u64 = DOORBELLS + 512 * K;
@@ -188,6 +220,64 @@ mod tests {
     fn absurd_areas_give_no_window() {
         assert_eq!(chosen(&bar(16 * K, &[(u64::MAX - 1, 16)]), END, 4 * K), []);
         assert_eq!(chosen(&bar(16 * K, &[(32 * K, 16 * K)]), END, 4 * K), []);
+    }
+
+    fn is_mapped(path: &Path) -> bool {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines()
+            .any(|line| line.ends_with(path.to_str().unwrap()))
+    }
+
+    fn word(file: &File, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        u32::from_le_bytes(bytes)
+    }
+
+    #[test]
+    fn detached_doorbells_can_be_rung_and_hold_no_file() {
+        let page = sys::page_size();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4 * page + 0x4000).unwrap();
+        let bar = Region {
+            offset: 4 * page,
+            size: 0x4000,
+            mappable: vec![(0, 0x4000)],
+        };
+        let function: Arc<dyn Any + Send + Sync> = Arc::new(());
+        let mapped = map_doorbells(file.as_file().as_fd(), &bar, 0, page, &function).unwrap();
+        let doorbell = |offset| mapped[0].doorbell(offset).unwrap();
+        let (first, last) = (doorbell(0x1000), doorbell(0x3ffc));
+        first.ring(7);
+        last.ring(8);
+        assert_eq!(word(file.as_file(), 4 * page + 0x1000), 7);
+        assert_eq!(word(file.as_file(), 4 * page + 0x3ffc), 8);
+        assert!(is_mapped(file.path()));
+
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let ringing = scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    first.ring(7);
+                }
+            });
+            mapped[0].detach().unwrap();
+            ended.store(true, Ordering::Relaxed);
+            ringing.join().unwrap();
+        });
+        assert!(!is_mapped(file.path()));
+        first.ring(9);
+        last.ring(10);
+        mapped[0].doorbell(0x1004).unwrap().ring(11);
+        assert_eq!(word(file.as_file(), 4 * page + 0x1000), 7);
+        assert_eq!(word(file.as_file(), 4 * page + 0x3ffc), 8);
+
+        mapped[0].detach().unwrap();
+        drop(mapped);
+        first.ring(12);
+        assert_eq!(Arc::strong_count(&function), 2);
+        drop((first, last));
+        assert_eq!(Arc::strong_count(&function), 1);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! One function as the kernel gives it: a file of regions.
 
+use std::any::Any;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,9 +11,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use iova::vfio::InfoReply;
 use vfio_bindings::bindings::vfio as abi;
 
+use super::closable::Closable;
 use super::config::{self, ReadConfig};
 use super::error::OpenError;
-use super::group::Group;
+use super::group::Member;
 use super::info::{self, Region};
 use super::pci::PciAddress;
 use super::registry::{Entry, Opened, Registry};
@@ -22,29 +24,40 @@ use crate::device::DoorbellCall;
 /// The functions that this process has open.
 static OPEN_FUNCTIONS: Registry<PciAddress, Function> = Registry::new();
 
-/// An open function. Dropping the last reference closes it, which makes the kernel clear bus
-/// mastering, disable its interrupts and reset it.
+/// A function that was opened. Closing it, or dropping the last reference, makes the kernel clear
+/// bus mastering, disable its interrupts and reset it.
 #[derive(Debug)]
 pub(super) struct Function {
     address: String,
-    file: File,
+    open: Closable<OpenFunction>,
     bar: Region,
     config: Region,
     can_reset: bool,
     /// Guards read-modify-write cycles of the PCI command register.
     command: Mutex<()>,
     doorbell_failed: AtomicBool,
-    // These two last: the group outlives the file, and the next opener is let in at the very end.
-    group: Arc<Group>,
-    _entry: Entry<PciAddress, Self>,
+}
+
+#[derive(Debug)]
+struct OpenFunction {
+    file: File,
+    /// The function's places in its group and in the registry. Last: the group outlives the file.
+    _places: Box<dyn Any + Send + Sync>,
 }
 
 impl Function {
-    /// Opens a function of this group, once at a time; the kernel resets it on the way if it can.
-    pub(super) fn open(group: Arc<Group>, address: PciAddress) -> Result<Arc<Self>, OpenError> {
+    /// Opens a function of a group, once at a time; the kernel resets it on the way if it can.
+    pub(super) fn open(member: Member, address: PciAddress) -> Result<Arc<Self>, OpenError> {
         let operation = "opening the function";
-        let open = |entry| {
-            Self::new(group, address, entry).map_err(|source| OpenError::System {
+        let open = |entry: Entry<_, _>| {
+            let file = member.group().device(address);
+            let open = file.map(|file| OpenFunction {
+                file,
+                // In this order: the next opener is let in at the very end.
+                _places: Box::new((member, entry)),
+            });
+            let function = open.and_then(|open| Self::new(open, address));
+            function.map_err(|source| OpenError::System {
                 address,
                 operation,
                 source,
@@ -56,12 +69,8 @@ impl Function {
         }
     }
 
-    fn new(
-        group: Arc<Group>,
-        address: PciAddress,
-        entry: Entry<PciAddress, Self>,
-    ) -> io::Result<Self> {
-        let file = group.device(address)?;
+    fn new(open: OpenFunction, address: PciAddress) -> io::Result<Self> {
+        let file = &open.file;
         let info = sys::device_info(file.as_fd())?;
         if info.flags & abi::VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(io::Error::new(
@@ -78,50 +87,51 @@ impl Function {
         let can_reset = info.flags & abi::VFIO_DEVICE_FLAGS_RESET != 0;
         Ok(Self {
             address: address.to_string(),
-            file,
+            open: Closable::new(open),
             bar,
             config,
             can_reset,
             command: Mutex::new(()),
             doorbell_failed: AtomicBool::new(false),
-            group,
-            _entry: entry,
         })
+    }
+
+    /// Closes it, whoever still refers to it: what they then do fails with `ENODEV`. Its group is
+    /// closed too if it has no other function open.
+    ///
+    /// This waits for a reset that is in progress, and blocks for as long as the kernel takes to
+    /// reset the function, which is long if it is not there any more.
+    pub(super) fn close(&self) {
+        self.open.close();
     }
 
     pub(super) fn address(&self) -> &str {
         &self.address
     }
 
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    /// Does something with the function's file, unless it is closed: `ENODEV`.
+    pub(super) fn with_file<R>(
+        &self,
+        usage: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>,
+    ) -> io::Result<R> {
+        self.open.with(|open| usage(open.file.as_fd()))
     }
 
     pub(super) fn bar(&self) -> &Region {
         &self.bar
     }
 
-    pub(super) fn group(&self) -> &Arc<Group> {
-        &self.group
-    }
-
     /// Reads a 32-bit register of BAR 0.
     pub(super) fn read32(&self, offset: u32) -> io::Result<u32> {
         check_register(&self.bar, offset)?;
-        let mut bytes = [0; 4];
-        whole(
-            self.file
-                .read_at(&mut bytes, self.bar.offset + u64::from(offset))?,
-            4,
-        )?;
-        Ok(u32::from_le_bytes(bytes))
+        self.read_at(self.bar.offset + u64::from(offset))
+            .map(u32::from_le_bytes)
     }
 
     /// Writes a 32-bit register of BAR 0.
     pub(super) fn write32(&self, offset: u32, value: u32) -> io::Result<()> {
         check_register(&self.bar, offset)?;
-        let at = self.bar.offset + u64::from(offset);
-        whole(self.file.write_at(&value.to_le_bytes(), at)?, 4)
+        self.write_at(&value.to_le_bytes(), self.bar.offset + u64::from(offset))
     }
 
     /// Sets and clears bits of the PCI command register, and checks that it took them.
@@ -129,7 +139,7 @@ impl Function {
         let _guard = self.command.lock().unwrap_or_else(PoisonError::into_inner);
         let at = self.config.offset + config::COMMAND;
         let wanted = u16::from_le_bytes(self.read(config::COMMAND)?) & !clear | set;
-        whole(self.file.write_at(&wanted.to_le_bytes(), at)?, 2)?;
+        self.write_at(&wanted.to_le_bytes(), at)?;
         let command = u16::from_le_bytes(self.read(config::COMMAND)?);
         // A function that is gone reads as all ones; one without INTx need not have its bit.
         let set = set & !config::INTX_DISABLE;
@@ -147,18 +157,25 @@ impl Function {
             let reason = "neither the function nor its slot can be reset on its own";
             return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
         }
-        sys::reset(self.file.as_fd())
+        self.with_file(sys::reset)
+    }
+
+    fn read_at<const N: usize>(&self, at: u64) -> io::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        let read = self.open.with(|open| open.file.read_at(&mut bytes, at))?;
+        whole(read, N)?;
+        Ok(bytes)
+    }
+
+    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        let written = self.open.with(|open| open.file.write_at(bytes, at))?;
+        whole(written, bytes.len())
     }
 }
 
 impl ReadConfig for Function {
     fn read<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]> {
-        let mut bytes = [0; N];
-        whole(
-            self.file.read_at(&mut bytes, self.config.offset + offset)?,
-            N,
-        )?;
-        Ok(bytes)
+        self.read_at(self.config.offset + offset)
     }
 }
 
@@ -166,6 +183,8 @@ impl DoorbellCall for Function {
     fn ring(&self, offset: u32, value: u32) {
         // There is nobody to tell: a command whose doorbell is not heard runs into its deadline.
         if let Err(error) = self.write32(offset, value)
+            // What was given back takes doorbells without a word.
+            && error.raw_os_error() != Some(libc::ENODEV)
             && !self.doorbell_failed.swap(true, Ordering::Relaxed)
         {
             let device = self.address.as_str();
@@ -195,7 +214,92 @@ fn whole(done: usize, wanted: usize) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
     use super::*;
+    use crate::device::vfio::config::MEMORY_SPACE;
+
+    /// Where the configuration space is in the file that stands for a device.
+    const CONFIG: u64 = 0x2000;
+
+    fn is_open(path: &Path) -> bool {
+        let descriptors = fs::read_dir("/proc/self/fd").unwrap();
+        descriptors
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .any(|target| target == path)
+    }
+
+    fn function(file: File, places: impl Send + Sync + 'static) -> Function {
+        let region = |offset, size| Region {
+            offset,
+            size,
+            mappable: Vec::new(),
+        };
+        Function {
+            address: "0000:00:04.0".to_owned(),
+            open: Closable::new(OpenFunction {
+                file,
+                _places: Box::new(places),
+            }),
+            bar: region(0, CONFIG),
+            config: region(CONFIG, 0x100),
+            can_reset: true,
+            command: Mutex::new(()),
+            doorbell_failed: AtomicBool::new(false),
+        }
+    }
+
+    /// Lets the next opener in: not before this one's file is closed.
+    struct Place {
+        path: PathBuf,
+        left: Arc<AtomicBool>,
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            self.left.store(!is_open(&self.path), Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn what_is_closed_gives_errors_and_lets_the_next_one_in() {
+        let (file, path) = tempfile::NamedTempFile::new().unwrap().into_parts();
+        file.set_len(CONFIG + 0x100).unwrap();
+        let left = Arc::new(AtomicBool::new(false));
+        let function = function(
+            file,
+            Place {
+                path: path.to_path_buf(),
+                left: left.clone(),
+            },
+        );
+        function.write32(0x14, 0x46_0001).unwrap();
+        assert_eq!(function.read32(0x14).unwrap(), 0x46_0001);
+        function.change_command(MEMORY_SPACE, 0).unwrap();
+        function.ring(0x1000, 7);
+        assert_eq!(function.read32(0x1000).unwrap(), 7);
+        let code = |result: io::Result<()>| result.unwrap_err().raw_os_error();
+        assert_eq!(code(function.reset()), Some(libc::ENOTTY));
+        assert!(is_open(&path));
+
+        function.close();
+        assert!(left.load(Ordering::SeqCst), "closed, and in that order");
+        assert!(!is_open(&path));
+        let results = [
+            function.read32(0x14).map(drop),
+            function.write32(0x14, 0),
+            function.change_command(0, MEMORY_SPACE),
+            function.reset(),
+            function.with_file(|_| Ok(())),
+        ];
+        for result in results {
+            assert_eq!(code(result), Some(libc::ENODEV));
+        }
+        function.ring(0x1000, 8);
+        assert!(!function.doorbell_failed.load(Ordering::Relaxed));
+        function.close();
+    }
 
     #[test]
     fn registers_are_aligned_and_inside_of_the_bar() {

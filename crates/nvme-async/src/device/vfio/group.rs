@@ -12,6 +12,7 @@ use iova::vfio::Type1Container;
 use vfio_bindings::bindings::vfio as abi;
 use vfio_ioctls::VfioError;
 
+use super::closable::{Shared, gone};
 use super::error::OpenError;
 use super::lease::Unleased;
 use super::pci::{self, PciAddress, Roots};
@@ -22,28 +23,52 @@ use super::sys::{self, Container};
 /// second function of it must find the first one's descriptor.
 static OPEN_GROUPS: Registry<u32, Group> = Registry::new();
 
-/// An IOMMU group in a container of its own. Closed when the last reference is dropped: those of
-/// its functions, of their mapped doorbells, and of whoever maps memory through it.
+/// An IOMMU group in a container of its own.
+///
+/// It is open for as long as one of its functions is. The last one takes it out of the container,
+/// which ends all mappings, and gives it back to the host, no matter who still has something mapped:
+/// what is then opened at the same address is another group, which may have the same number.
 pub(super) struct Group {
     id: u32,
     unleased: Unleased,
-    file: File,
     container: Type1Container<Container>,
-    // Last: the next opener is let in when the descriptors are closed.
-    _entry: Entry<u32, Self>,
+    open: Shared<OpenGroup>,
+}
+
+struct OpenGroup {
+    file: File,
+    // Last: the next opener is let in when the descriptor is closed.
+    _entry: Entry<u32, Group>,
+}
+
+/// The place of an open function in its group.
+#[derive(Debug)]
+pub(super) struct Member(Arc<Group>);
+
+impl Member {
+    pub(super) fn group(&self) -> &Arc<Group> {
+        &self.0
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.0.open.leave();
+    }
 }
 
 impl Group {
-    /// The group `id`, opened if this process does not have it open already. `address` is for
-    /// errors.
-    pub(super) fn open(
-        roots: &Roots,
-        id: u32,
-        address: PciAddress,
-    ) -> Result<Arc<Self>, OpenError> {
-        let opened = OPEN_GROUPS.open(id, |entry| Self::new(roots, id, address, entry))?;
-        let (Opened::Before(group) | Opened::Now(group)) = opened;
-        Ok(group)
+    /// A place in the group `id`, which is opened if this process does not have it open already.
+    /// `address` is for errors.
+    pub(super) fn open(roots: &Roots, id: u32, address: PciAddress) -> Result<Member, OpenError> {
+        loop {
+            let opened = OPEN_GROUPS.open(id, |entry| Self::new(roots, id, address, entry))?;
+            let (Opened::Before(group) | Opened::Now(group)) = opened;
+            if group.open.enter() {
+                return Ok(Member(group));
+            }
+            // Its last function left it just now, so it is not registered any more.
+        }
     }
 
     fn new(
@@ -66,9 +91,11 @@ impl Group {
         Ok(Self {
             id,
             unleased: Unleased::new(&container.geometry().usable),
-            file,
             container,
-            _entry: entry,
+            open: Shared::new(OpenGroup {
+                file,
+                _entry: entry,
+            }),
         })
     }
 
@@ -79,12 +106,20 @@ impl Group {
     /// Opens a function of this group; the kernel resets it on the way if it can.
     pub(super) fn device(&self, address: PciAddress) -> io::Result<File> {
         let name = CString::new(address.to_string()).map_err(io::Error::other)?;
-        sys::group_device(self.file.as_fd(), &name).map(File::from)
+        self.open.with(|open| {
+            let open = open.ok_or_else(gone)?;
+            sys::group_device(open.file.as_fd(), &name).map(File::from)
+        })
     }
 
-    /// What maps memory for all functions of the group.
-    pub(super) fn container(&self) -> &Type1Container<Container> {
-        &self.container
+    /// Does something with the container, which maps memory for all functions of the group. Their
+    /// last one does not leave meanwhile: the kernel does not wait for calls that are in progress
+    /// when it takes a container's driver away.
+    pub(super) fn with_container<R>(
+        &self,
+        call: impl FnOnce(&Type1Container<Container>) -> R,
+    ) -> R {
+        self.open.with(|_| call(&self.container))
     }
 
     /// The addresses that no function of the group has.

@@ -26,8 +26,10 @@ pub(super) fn enable_vectors(
         operation: "enabling MSI-X",
         source,
     };
-    let device = function.file().as_fd();
-    let info = sys::irq_info(device, abi::VFIO_PCI_MSIX_IRQ_INDEX).map_err(system)?;
+    let index = abi::VFIO_PCI_MSIX_IRQ_INDEX;
+    let info = function
+        .with_file(|device| sys::irq_info(device, index))
+        .map_err(system)?;
     if info.count == 0 || info.flags & abi::VFIO_IRQ_INFO_EVENTFD == 0 {
         let reason = "it has no MSI-X interrupts".to_owned();
         return Err(OpenError::Unusable { address, reason });
@@ -48,8 +50,9 @@ pub(super) fn enable_vectors(
         })?;
     loop {
         let borrowed: Vec<BorrowedFd<'_>> = eventfds.iter().map(|fd| fd.as_fd()).collect();
-        let available =
-            sys::set_eventfds(device, abi::VFIO_PCI_MSIX_IRQ_INDEX, &borrowed).map_err(system)?;
+        let available = function
+            .with_file(|device| sys::set_eventfds(device, index, &borrowed))
+            .map_err(system)?;
         if available == eventfds.len() {
             return Ok(eventfds);
         }
@@ -85,15 +88,14 @@ pub(super) fn enable_notices(
 }
 
 fn enable_notice(function: &Function, index: u32) -> io::Result<Option<OwnedFd>> {
-    let device = function.file().as_fd();
     // Functions that are no PCI Express devices have no error interrupt: EINVAL.
-    let Ok(info) = sys::irq_info(device, index) else {
+    let Ok(info) = function.with_file(|device| sys::irq_info(device, index)) else {
         return Ok(None);
     };
     if info.count == 0 {
         return Ok(None);
     }
     let eventfd = sys::eventfd()?;
-    sys::set_eventfds(device, index, &[eventfd.as_fd()])?;
+    function.with_file(|device| sys::set_eventfds(device, index, &[eventfd.as_fd()]))?;
     Ok(Some(eventfd))
 }

@@ -5,8 +5,10 @@
 //! application still holds) is in nobody's way, each opening gets a part that no other one has:
 //! half of what is free, which is plenty of 2^48 and enough of 2^39.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use iova::vfio::Type1Container;
 use iova::{Direction, DmaMapper, Geometry, HostMemory, IovaRange, MapError};
 
 use super::group::Group;
@@ -69,10 +71,12 @@ fn size(range: &IovaRange) -> u128 {
     u128::from(range.last - range.first) + 1
 }
 
-/// A function's part. Whoever has mapped memory through it keeps it, and with it the container.
+/// A function's part. Whoever has mapped memory through it keeps it, and with it the container,
+/// though not what is mapped there: that ends with the last open function of the group.
 #[derive(Debug)]
 pub(super) struct Lease {
     ranges: Vec<IovaRange>,
+    ended: AtomicBool,
     group: Arc<Group>,
 }
 
@@ -80,7 +84,20 @@ impl Lease {
     /// Takes a part; nothing if too little is left.
     pub(super) fn new(group: Arc<Group>) -> Option<Self> {
         let ranges = group.unleased().take();
-        (!ranges.is_empty()).then_some(Self { ranges, group })
+        (!ranges.is_empty()).then_some(Self {
+            ranges,
+            ended: AtomicBool::new(false),
+            group,
+        })
+    }
+
+    pub(super) fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// Refuses mappings from here on: their function was given back.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
     }
 }
 
@@ -90,8 +107,9 @@ impl Drop for Lease {
         let unmapped = |range: &IovaRange| {
             // At most half of all addresses, so this does not overflow.
             let len = range.last - range.first + 1;
-            let result = self.group.container().unmap_within(range.first, len);
-            result
+            let unmap = |container: &Type1Container<_>| container.unmap_within(range.first, len);
+            self.group
+                .with_container(unmap)
                 .inspect_err(|error| tracing::warn!(%error, "I/O addresses stay mapped"))
                 .is_ok()
         };
@@ -102,12 +120,13 @@ impl Drop for Lease {
 
 // SAFETY: the container keeps the contract, the lease's own group keeps the container open, and its
 // addresses are some of the container's that no other lease has; they don't change. Mappings end
-// with the lease too, which nobody then maps through.
+// with the lease too, which nobody then maps through, and when the group leaves the container, where
+// it has no open functions then.
 unsafe impl DmaMapper for Lease {
     fn geometry(&self) -> Geometry {
         Geometry {
             usable: self.ranges.clone(),
-            ..self.group.container().geometry()
+            ..self.group.with_container(DmaMapper::geometry)
         }
     }
 
@@ -117,12 +136,18 @@ unsafe impl DmaMapper for Lease {
         memory: &HostMemory<'_>,
         direction: Direction,
     ) -> Result<(), MapError> {
-        // SAFETY: what the caller promises about the memory and this lease's addresses.
-        unsafe { self.group.container().map(iova, memory, direction) }
+        if self.ended.load(Ordering::Relaxed) {
+            return Err(MapError::DeviceGone);
+        }
+        self.group.with_container(|container| {
+            // SAFETY: what the caller promises about the memory and this lease's addresses.
+            unsafe { container.map(iova, memory, direction) }
+        })
     }
 
     fn unmap(&self, iova: u64, len: u64) -> Result<(), MapError> {
-        self.group.container().unmap(iova, len)
+        self.group
+            .with_container(|container| container.unmap(iova, len))
     }
 }
 

@@ -6,8 +6,26 @@
 //! an error and not a signal; only doorbells are mapped. A doorbell that is written while the
 //! function's memory is disabled (during a reset, or after surprise removal) raises SIGBUS, so
 //! nobody may ring during [`Device::reset`].
+//!
+//! # Giving a device back
+//!
+//! A host that wants to remove a function says so ([`Notice::ReleaseRequested`]) and waits until
+//! the function's file is closed and no region of it is mapped. [`Device::close`] does that while
+//! everything that was made of the device lives on:
+//!
+//! * Mapped doorbells are replaced by memory of this process, at the same address and in one step,
+//!   so that those who ring need neither a lock nor a check.
+//! * The function's file is closed; what needs it gives `ENODEV` from then on.
+//! * The IOMMU group is open for as long as any of its functions is. The last one gives it back,
+//!   whereupon the kernel ends all mappings of its container. What others still hold of them counts
+//!   as unmapped once the kernel says that the container has lost its IOMMU driver, and not before.
+//!   As long as other functions are open, unmapping is what it ever was.
+//!
+//! Both are forgotten here at the same time, so that a device that is plugged in again (its group
+//! has the same number) can be opened although buffers of the old one are still around.
 
 mod bar;
+mod closable;
 mod config;
 mod error;
 mod function;
@@ -19,9 +37,10 @@ mod pci;
 mod registry;
 mod sys;
 
+use std::any::Any;
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use iova::DmaMapper;
@@ -30,19 +49,19 @@ use nvme_spec::registers::{self, Capabilities};
 pub use self::error::OpenError;
 pub use self::pci::{Holder, Neighbour, ParsePciAddressError, PciAddress};
 
-use self::bar::{DOORBELLS, Reserved};
+use self::bar::{DOORBELLS, MappedDoorbells, Reserved};
 use self::config::{BUS_MASTER, INTX_DISABLE, MEMORY_SPACE};
 use self::function::Function;
 use self::group::Group;
 use self::lease::Lease;
 use self::pci::Roots;
-use crate::device::{Device, DeviceError, Doorbell, MappedRegisters, Notice};
+use crate::device::{Device, DeviceError, Doorbell, Notice};
 
 /// A PCI function that is bound to vfio-pci.
 pub struct VfioDevice {
     function: Arc<Function>,
     lease: Arc<Lease>,
-    doorbells: Vec<MappedRegisters>,
+    doorbells: Vec<MappedDoorbells>,
     reserved: Reserved,
     vectors: Vec<Arc<OwnedFd>>,
     notices: Vec<(Notice, Arc<OwnedFd>)>,
@@ -53,9 +72,9 @@ impl VfioDevice {
     /// one), all of them enabled.
     ///
     /// The function is reset by the kernel if it can be, INTx is off and bus mastering not yet on.
-    /// In one process it can be open only once at a time; it is closed when this value and
-    /// everything that [`Device::doorbell`] has given are dropped. An opening meanwhile fails; one
-    /// while another thread is dropping the last of it waits.
+    /// In one process it can be open only once at a time; it is closed by [`Device::close`], or when
+    /// this value and everything that [`Device::doorbell`] has given are dropped. An opening
+    /// meanwhile fails; one while another thread is dropping the last of it waits.
     ///
     /// This blocks, for a tenth of a second or more where the function is reset.
     ///
@@ -79,8 +98,9 @@ impl VfioDevice {
             reason: reason.to_owned(),
         };
 
-        let group = Group::open(roots, pci::locate(roots, address)?, address)?;
-        let function = Function::open(group.clone(), address)?;
+        let member = Group::open(roots, pci::locate(roots, address)?, address)?;
+        let group = member.group().clone();
+        let function = Function::open(member, address)?;
         let lease = Lease::new(group).ok_or_else(|| {
             unusable("what this process still has mapped in its IOMMU group leaves no addresses")
         })?;
@@ -92,7 +112,11 @@ impl VfioDevice {
             .map_err(system("enabling the function's registers"))?;
 
         let stride = doorbell_stride(&function).map_err(system("reading register CAP"))?;
-        let doorbells = match bar::map_doorbells(&function, stride, sys::page_size()) {
+        let keep: Arc<dyn Any + Send + Sync> = function.clone();
+        let map = |file: BorrowedFd<'_>| {
+            bar::map_doorbells(file, function.bar(), stride, sys::page_size(), &keep)
+        };
+        let doorbells = match function.with_file(map) {
             Ok(doorbells) => doorbells,
             Err(error) => {
                 tracing::warn!(%address, %error, "doorbells can't be mapped; each will be a call");
@@ -104,7 +128,7 @@ impl VfioDevice {
         let notices = interrupts::enable_notices(&function, address);
         tracing::debug!(
             %address,
-            group = function.group().id(),
+            group = lease.group().id(),
             vectors = vectors.len(),
             doorbells = ?doorbells,
             geometry = ?lease.geometry(),
@@ -123,7 +147,7 @@ impl VfioDevice {
     /// The number of the function's IOMMU group.
     #[must_use]
     pub fn iommu_group(&self) -> u32 {
-        self.function.group().id()
+        self.lease.group().id()
     }
 
     fn error(&self, operation: String) -> impl FnOnce(io::Error) -> DeviceError {
@@ -168,7 +192,7 @@ impl Device for VfioDevice {
         let mapped = self
             .doorbells
             .iter()
-            .find_map(|registers| registers.doorbell(offset));
+            .find_map(|doorbells| doorbells.doorbell(offset));
         Ok(mapped.unwrap_or_else(|| Doorbell::Call {
             target: self.function.clone(),
             offset,
@@ -181,7 +205,7 @@ impl Device for VfioDevice {
 
     /// Maps into a part of the container's addresses that this opening alone has, for as long as
     /// the mapper lives. The IOMMU does not tell functions of one group apart, though: each can
-    /// reach what the others have mapped.
+    /// reach what the others have mapped. When the last of them is closed, all mappings end.
     fn mapper(&self) -> Arc<dyn DmaMapper> {
         let lease: Arc<Lease> = self.lease.clone();
         lease
@@ -206,6 +230,24 @@ impl Device for VfioDevice {
             // The kernel restores the configuration space, but not every device wakes up with it.
             .and_then(|()| self.function.change_command(MEMORY_SPACE | INTX_DISABLE, 0))
             .map_err(self.error("reset".to_owned()))
+    }
+
+    /// Closes the function, and its IOMMU group too if this process has no other function of it
+    /// open: the group is then free for others, and mappings have ended.
+    ///
+    /// Where a function has vanished unseen by the kernel, this takes minutes.
+    fn close(&self) {
+        self.lease.end();
+        for doorbells in &self.doorbells {
+            if let Err(error) = doorbells.detach() {
+                tracing::error!(
+                    address = self.address(),
+                    %error,
+                    "doorbells stay mapped, and with that the device can't be given back"
+                );
+            }
+        }
+        self.function.close();
     }
 
     fn notices(&self) -> Vec<(Notice, Arc<OwnedFd>)> {

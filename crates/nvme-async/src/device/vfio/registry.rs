@@ -7,9 +7,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 /// Things of type `V` that are open, being opened or being closed, by their keys.
 ///
 /// The kernel gives a group and a function to one opener at a time. Whoever comes while another
-/// thread is opening or closing the same one waits for that; both end by themselves.
+/// thread is opening or dropping the same one waits for that; both end by themselves.
 pub(super) struct Registry<K, V> {
-    /// A key without a living value is being opened or closed.
+    /// A key without a living value is being opened or dropped.
     entries: Mutex<BTreeMap<K, Weak<V>>>,
     changed: Condvar,
 }
@@ -31,7 +31,7 @@ impl<K: Ord + Copy, V> Registry<K, V> {
     }
 
     /// Gives what is open under this key, or opens it. The value keeps the entry that `open` is
-    /// given, to be dropped last.
+    /// given, to be dropped last, or when it is closed.
     pub(super) fn open<E>(
         &'static self,
         key: K,
@@ -64,7 +64,8 @@ impl<K: Ord + Copy, V> Registry<K, V> {
     }
 }
 
-/// The place of a value in a registry; dropping it lets the next opener in.
+/// The place of a value in a registry; dropping it lets the next opener in, whoever still has the
+/// value.
 pub(super) struct Entry<K: Ord + Copy + 'static, V: 'static> {
     registry: &'static Registry<K, V>,
     key: K,
@@ -89,6 +90,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::device::vfio::closable::Closable;
 
     struct Value {
         open: &'static AtomicU32,
@@ -130,6 +132,27 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &second));
         drop((first, second));
         assert!(matches!(open(), Opened::Now(_)));
+    }
+
+    #[test]
+    fn what_gave_its_place_up_is_opened_anew_though_others_hold_it() {
+        struct Closed(Closable<Entry<u32, Self>>);
+        static REGISTRY: Registry<u32, Closed> = Registry::new();
+        let open = || {
+            let new = |entry| Ok::<_, ()>(Closed(Closable::new(entry)));
+            match REGISTRY.open(1, new).unwrap() {
+                Opened::Before(value) => (value, false),
+                Opened::Now(value) => (value, true),
+            }
+        };
+        let (old, _) = open();
+        old.0.close();
+        let (new, is_new) = open();
+        assert!(is_new);
+        old.0.close();
+        drop(old);
+        let (found, is_new) = open();
+        assert!(!is_new && Arc::ptr_eq(&found, &new));
     }
 
     #[test]

@@ -224,6 +224,32 @@ impl Mapping {
         Ok(Self { base, len })
     }
 
+    /// Puts private memory into the place of the file's, in one step: whoever still writes there
+    /// does no harm, and the file is not held open by this any more.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: what is replaced is this mapping and nothing else: it is ours alone, and unmapped
+        // only by `drop`. Nothing in it is a Rust object: those who were given its address make
+        // single accesses to what may change at any time, and they may do so before and after.
+        let base = unsafe {
+            libc::mmap(
+                self.base.as_ptr().cast(),
+                self.len,
+                protection,
+                // Without it a host that is strict about memory might refuse when it is too late
+                // to leave the old one.
+                flags | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
     /// The first byte.
     pub(super) fn base(&self) -> NonNull<u8> {
         self.base
