@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use crate::store::Store;
 
+const MAX_NAMESPACES: u64 = 65_536;
+
 /// The properties of a [`SoftController`](crate::SoftController).
 ///
 /// Fields that are limits are what the controller announces, in units that are easy to write;
@@ -69,6 +71,9 @@ pub struct Config {
     pub latency: Duration,
     /// For how long the controller's thread looks for new commands before it sleeps.
     pub spin: Duration,
+    /// The largest identifier that a namespace may have (NN), at most 65,536; 0 stands for as many
+    /// as there are at the start, so that none can be added.
+    pub max_namespaces: u32,
     /// The namespaces; the first one has identifier 1.
     pub namespaces: Vec<NamespaceConfig>,
 }
@@ -102,6 +107,7 @@ impl Default for Config {
             dmsl: 0,
             latency: Duration::ZERO,
             spin: Duration::from_micros(10),
+            max_namespaces: 0,
             namespaces: Vec::new(),
         }
     }
@@ -172,7 +178,7 @@ pub enum StartError {
     #[error("namespace {nsid}: {size} bytes hold no block of {lba_size} bytes")]
     EmptyNamespace {
         /// The namespace.
-        nsid: usize,
+        nsid: u32,
         /// The size of its store in bytes.
         size: u64,
         /// The size of a block in bytes.
@@ -188,17 +194,6 @@ pub enum StartError {
 
 impl Config {
     pub(crate) fn check(&self) -> Result<(), StartError> {
-        let within = |field, value: u64, least: u64, most: u64, allowed| {
-            if (least..=most).contains(&value) {
-                Ok(())
-            } else {
-                Err(StartError::OutOfRange {
-                    field,
-                    value,
-                    allowed,
-                })
-            }
-        };
         let text = |field, value: &str, max| {
             if value.len() <= max && value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
                 Ok(())
@@ -267,43 +262,87 @@ impl Config {
         )?;
         within("vsl", self.vsl.into(), 0, 19, "0..=19")?;
         within("wzsl", self.wzsl.into(), 0, 19, "0..=19")?;
-        for (index, namespace) in self.namespaces.iter().enumerate() {
-            if !matches!(namespace.lba_size, 512 | 4096) {
-                return Err(StartError::OutOfRange {
-                    field: "lba_size",
-                    value: namespace.lba_size.into(),
-                    allowed: "512, 4096",
-                });
-            }
-            let granularity = namespace.deallocate_granularity.into();
-            within(
-                "deallocate_granularity",
-                granularity,
-                0,
-                65_536,
-                "0..=65536",
-            )?;
-            let range_blocks = u64::from(namespace.copy_range_blocks);
-            within("copy_range_blocks", range_blocks, 1, 65_535, "1..=65535")?;
-            within(
-                "copy_blocks",
-                namespace.copy_blocks.into(),
-                range_blocks,
-                65_536,
-                "copy_range_blocks..=65536",
-            )?;
-            let ranges = namespace.copy_ranges.into();
-            within("copy_ranges", ranges, 1, 256, "1..=256")?;
-            let size = namespace.store.size();
-            if size < u64::from(namespace.lba_size) {
-                return Err(StartError::EmptyNamespace {
-                    nsid: index + 1,
-                    size,
-                    lba_size: namespace.lba_size,
-                });
-            }
+        let least = match self.max_namespaces {
+            0 => 0,
+            _ => self.namespaces.len() as u64,
+        };
+        within(
+            "max_namespaces",
+            self.max_namespaces.into(),
+            least,
+            MAX_NAMESPACES,
+            "namespaces.len()..=65536",
+        )?;
+        for (nsid, namespace) in (1..).zip(&self.namespaces) {
+            namespace.check(nsid)?;
         }
         Ok(())
+    }
+}
+
+impl NamespaceConfig {
+    pub(crate) fn check(&self, nsid: u32) -> Result<(), StartError> {
+        check_lba_size(self.lba_size)?;
+        within(
+            "deallocate_granularity",
+            self.deallocate_granularity.into(),
+            0,
+            65_536,
+            "0..=65536",
+        )?;
+        let range_blocks = u64::from(self.copy_range_blocks);
+        within("copy_range_blocks", range_blocks, 1, 65_535, "1..=65535")?;
+        within(
+            "copy_blocks",
+            self.copy_blocks.into(),
+            range_blocks,
+            65_536,
+            "copy_range_blocks..=65536",
+        )?;
+        let ranges = self.copy_ranges.into();
+        within("copy_ranges", ranges, 1, 256, "1..=256")?;
+        check_size(nsid, self.store.size(), self.lba_size)
+    }
+}
+
+pub(crate) fn check_lba_size(lba_size: u32) -> Result<(), StartError> {
+    match lba_size {
+        512 | 4096 => Ok(()),
+        _ => Err(StartError::OutOfRange {
+            field: "lba_size",
+            value: lba_size.into(),
+            allowed: "512, 4096",
+        }),
+    }
+}
+
+/// A namespace has at least one block.
+pub(crate) fn check_size(nsid: u32, size: u64, lba_size: u32) -> Result<(), StartError> {
+    if size < u64::from(lba_size) {
+        return Err(StartError::EmptyNamespace {
+            nsid,
+            size,
+            lba_size,
+        });
+    }
+    Ok(())
+}
+
+fn within(
+    field: &'static str,
+    value: u64,
+    least: u64,
+    most: u64,
+    allowed: &'static str,
+) -> Result<(), StartError> {
+    if (least..=most).contains(&value) {
+        Ok(())
+    } else {
+        Err(StartError::OutOfRange {
+            field,
+            value,
+            allowed,
+        })
     }
 }
 

@@ -1,9 +1,12 @@
 //! What the embedder's threads and the controller's thread share besides the doorbells.
 
+use std::fmt;
+use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::counters::Cells;
 use crate::doorbells::{ATTENTION_CONTROL, Doorbells};
+use crate::engine::Engine;
 use crate::registers::Registers;
 
 /// Which commands the controller leaves in their queues.
@@ -15,6 +18,21 @@ pub(crate) enum Hold {
     Everything,
 }
 
+/// Something to do on the controller's thread, between two commands.
+pub(crate) struct Call(Box<dyn FnOnce(&mut Engine) + Send>);
+
+impl Call {
+    pub(crate) fn run(self, engine: &mut Engine) {
+        (self.0)(engine);
+    }
+}
+
+impl fmt::Debug for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Call").finish_non_exhaustive()
+    }
+}
+
 /// State that is set by the embedder and acted on by the controller's thread.
 #[derive(Debug)]
 pub(crate) struct Control {
@@ -23,6 +41,7 @@ pub(crate) struct Control {
     pub(crate) hold: Hold,
     pub(crate) reset_pending: bool,
     pub(crate) stop: bool,
+    pub(crate) calls: Vec<Call>,
     /// Counts the changes that someone waits for, and how many of them are in effect.
     requested: u64,
     acknowledged: u64,
@@ -47,6 +66,7 @@ impl Shared {
                 hold: Hold::Nothing,
                 reset_pending: false,
                 stop: false,
+                calls: Vec::new(),
                 requested: 0,
                 acknowledged: 0,
                 ended: false,
@@ -78,6 +98,27 @@ impl Shared {
         }
     }
 
+    /// Does something on the controller's thread, between two commands, and returns the result;
+    /// nothing if the thread has ended.
+    pub(crate) fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Engine) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let mut control = self.lock();
+        if control.ended {
+            return None;
+        }
+        control.calls.push(Call(Box::new(move |engine| {
+            // The receiver waits below.
+            let _ = sender.send(work(engine));
+        })));
+        drop(control);
+        self.doorbells.raise_attention(ATTENTION_CONTROL);
+        // Without a result the call was dropped, because the thread ended.
+        receiver.recv().ok()
+    }
+
     /// Called by the controller's thread once all changes made under this guard's lock or before
     /// are in effect.
     pub(crate) fn acknowledge(&self, control: &mut Control) {
@@ -91,10 +132,14 @@ impl Shared {
     pub(crate) fn end(&self) {
         let mut control = self.lock();
         control.ended = true;
+        let calls = std::mem::take(&mut control.calls);
         if !control.stop {
             // It panicked: to the host this is a controller that died.
             control.registers.status.set_cfs(true);
         }
         self.acknowledged.notify_all();
+        drop(control);
+        // Those who wait for them are told by that.
+        drop(calls);
     }
 }

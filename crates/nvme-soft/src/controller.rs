@@ -4,9 +4,12 @@ use std::fmt;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
+use nvme_spec::event::AsyncEvent;
+use nvme_spec::log::CriticalWarning;
 use nvme_spec::registers::offset;
 
-use crate::config::{Config, StartError};
+use crate::change::{ChangeError, NamespaceChange};
+use crate::config::{Config, NamespaceConfig, StartError};
 use crate::control::{Hold, Shared};
 use crate::counters::Counters;
 use crate::doorbells::{ATTENTION_CONTROL, Doorbells};
@@ -142,6 +145,80 @@ impl SoftController {
     pub fn release(&self) {
         self.shared
             .change_and_wait(|control| control.hold = Hold::Nothing);
+    }
+
+    /// Changes a namespace while the host may use it, between two commands. The change is noted in
+    /// the Changed Namespace List, and a host that asked for it (feature 0Bh) is told by an event
+    /// (base specification 2.0, section 5.2). What changes nothing is neither noted nor told.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`]; nothing has happened then.
+    pub fn change_namespace(&self, change: NamespaceChange) -> Result<(), ChangeError> {
+        self.shared
+            .call(move |engine| engine.change_namespace(change))
+            .unwrap_or(Err(ChangeError::Ended))
+    }
+
+    /// [Changes](Self::change_namespace) a namespace's size in bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`SoftController::change_namespace`].
+    pub fn resize_namespace(&self, nsid: u32, bytes: u64) -> Result<(), ChangeError> {
+        self.change_namespace(NamespaceChange::Resize { nsid, bytes })
+    }
+
+    /// Makes a namespace [inactive](Self::change_namespace).
+    ///
+    /// # Errors
+    ///
+    /// As [`SoftController::change_namespace`].
+    pub fn detach_namespace(&self, nsid: u32) -> Result<(), ChangeError> {
+        self.change_namespace(NamespaceChange::Detach { nsid })
+    }
+
+    /// Makes a namespace [active](Self::change_namespace) again.
+    ///
+    /// # Errors
+    ///
+    /// As [`SoftController::change_namespace`].
+    pub fn attach_namespace(&self, nsid: u32) -> Result<(), ChangeError> {
+        self.change_namespace(NamespaceChange::Attach { nsid })
+    }
+
+    /// Adds a namespace, active, and returns its identifier. The host is told as of a
+    /// [change](Self::change_namespace).
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Full`] if there may be no more ([`Config::max_namespaces`]), and
+    /// [`ChangeError::Invalid`] if `config` is.
+    pub fn add_namespace(&self, config: NamespaceConfig) -> Result<u32, ChangeError> {
+        self.shared
+            .call(move |engine| engine.add_namespace(config))
+            .unwrap_or(Err(ChangeError::Ended))
+    }
+
+    /// Sets the composite temperature in kelvins; 310 at the start. Beyond the host's thresholds
+    /// it is a critical warning, and a host that asked for it is told by an event.
+    pub fn set_temperature(&self, kelvins: u16) {
+        self.shared
+            .call(move |engine| engine.set_temperature(kelvins));
+    }
+
+    /// Sets the critical warnings of the SMART / Health Information log, besides the one that
+    /// follows from the temperature. A host that asked for those that are new is told by an event.
+    pub fn set_critical_warning(&self, warning: CriticalWarning) {
+        self.shared
+            .call(move |engine| engine.set_critical_warning(warning));
+    }
+
+    /// Reports an event to the host, whether or not it asked for it and whether or not it is true.
+    /// Events of a type wait until the host has read the log page of the last one, if there is
+    /// such a log page; of those that wait, equal ones are one.
+    pub fn raise_event(&self, event: AsyncEvent) {
+        self.shared.call(move |engine| engine.raise_event(event));
     }
 
     /// The kernel's identifier of the controller's thread, to tell its processor time from the

@@ -52,6 +52,7 @@
 pub mod store;
 
 mod admin;
+mod change;
 mod config;
 mod control;
 mod controller;
@@ -67,6 +68,7 @@ mod wake;
 
 use std::fmt;
 
+pub use change::{ChangeError, NamespaceChange};
 pub use config::{Config, NamespaceConfig, StartError};
 pub use controller::SoftController;
 pub use counters::Counters;

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use nvme_spec::Status;
 
-use crate::config::NamespaceConfig;
+use crate::change::ChangeError;
+use crate::config::{NamespaceConfig, check_size};
 use crate::counters::Cells;
 use crate::store::Store;
 
@@ -20,6 +21,7 @@ pub(crate) struct Namespace {
     pub(crate) copy_range_blocks: u16,
     pub(crate) copy_blocks: u32,
     pub(crate) copy_ranges: u16,
+    is_attached: bool,
     /// Bytes that were written since the last sync and need not be durable.
     unsynced: u64,
 }
@@ -39,8 +41,34 @@ impl Namespace {
             copy_range_blocks: config.copy_range_blocks,
             copy_blocks: config.copy_blocks,
             copy_ranges: config.copy_ranges,
+            is_attached: true,
             unsynced: 0,
         }
+    }
+
+    /// Changes the size to as many blocks as `bytes` hold; returns whether there was a change.
+    pub(crate) fn resize(&mut self, nsid: u32, bytes: u64) -> Result<bool, ChangeError> {
+        check_size(nsid, bytes, 1 << self.lba_shift)?;
+        self.store
+            .resize(bytes)
+            .map_err(|source| ChangeError::Store { nsid, source })?;
+        let blocks = self.store.size() >> self.lba_shift;
+        let old = std::mem::replace(&mut self.blocks, blocks);
+        Ok(old != blocks)
+    }
+
+    /// Changes the block size, which was checked; returns whether there was a change.
+    pub(crate) fn format(&mut self, nsid: u32, lba_size: u32) -> Result<bool, ChangeError> {
+        check_size(nsid, self.store.size(), lba_size)?;
+        let lba_shift = lba_size.trailing_zeros() as u8;
+        self.blocks = self.store.size() >> lba_shift;
+        let old = std::mem::replace(&mut self.lba_shift, lba_shift);
+        Ok(old != lba_shift)
+    }
+
+    /// Returns whether there was a change.
+    pub(crate) fn set_attached(&mut self, attached: bool) -> bool {
+        std::mem::replace(&mut self.is_attached, attached) != attached
     }
 
     /// The bytes of the store that hold these blocks.
@@ -68,33 +96,76 @@ impl Namespace {
     }
 }
 
-/// The namespaces 1 to N.
+/// The namespaces 1 to N, of which some may not be attached.
 #[derive(Debug)]
-pub(crate) struct Namespaces(Vec<Namespace>);
+pub(crate) struct Namespaces {
+    all: Vec<Namespace>,
+    max: u32,
+}
 
 impl Namespaces {
-    pub(crate) fn new(configs: Vec<NamespaceConfig>) -> Self {
-        Self(configs.into_iter().map(Namespace::new).collect())
+    /// `max` is the largest identifier that there may be, at least the number of namespaces.
+    pub(crate) fn new(configs: Vec<NamespaceConfig>, max: u32) -> Self {
+        Self {
+            all: configs.into_iter().map(Namespace::new).collect(),
+            max,
+        }
     }
 
-    /// The largest identifier, which is the number of namespaces: all are active.
-    pub(crate) fn count(&self) -> u32 {
-        self.0.len() as u32
+    /// The largest identifier that a namespace may have (NN).
+    pub(crate) fn max(&self) -> u32 {
+        self.max
     }
 
+    /// An active namespace. An identifier that none can have is refused otherwise than one that
+    /// none has at present (base specification 2.0, section 3.2.1).
     pub(crate) fn find(&mut self, nsid: u32) -> Result<&mut Namespace, Status> {
-        nsid.checked_sub(1)
-            .and_then(|index| self.0.get_mut(index as usize))
-            .ok_or(Status::INVALID_NAMESPACE_OR_FORMAT)
+        self.valid(nsid)?.ok_or(Status::INVALID_FIELD)
     }
 
+    /// As `find`, with nothing for a namespace that is not active.
+    pub(crate) fn valid(&mut self, nsid: u32) -> Result<Option<&mut Namespace>, Status> {
+        if nsid == 0 || nsid > self.max {
+            return Err(Status::INVALID_NAMESPACE_OR_FORMAT);
+        }
+        let namespace = self.all.get_mut(nsid as usize - 1);
+        Ok(namespace.filter(|namespace| namespace.is_attached))
+    }
+
+    /// A namespace, attached or not.
+    pub(crate) fn existing(&mut self, nsid: u32) -> Result<&mut Namespace, ChangeError> {
+        nsid.checked_sub(1)
+            .and_then(|index| self.all.get_mut(index as usize))
+            .ok_or(ChangeError::NoNamespace { nsid })
+    }
+
+    pub(crate) fn add(&mut self, config: NamespaceConfig) -> Result<u32, ChangeError> {
+        let nsid = self.all.len() as u32 + 1;
+        if nsid > self.max {
+            return Err(ChangeError::Full {
+                max_namespaces: self.max,
+            });
+        }
+        config.check(nsid)?;
+        self.all.push(Namespace::new(config));
+        Ok(nsid)
+    }
+
+    /// All that exist.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Namespace> {
-        self.0.iter()
+        self.all.iter()
+    }
+
+    /// The identifiers of those that are attached, in order.
+    pub(crate) fn active(&self) -> impl Iterator<Item = u32> {
+        (1..)
+            .zip(&self.all)
+            .filter_map(|(nsid, namespace)| namespace.is_attached.then_some(nsid))
     }
 
     pub(crate) fn flush_all(&mut self, counters: &Cells) -> io::Result<()> {
         // All are flushed even if one fails.
-        self.0
+        self.all
             .iter_mut()
             .map(|namespace| namespace.flush(counters))
             .fold(Ok(()), Result::and)

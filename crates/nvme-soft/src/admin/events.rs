@@ -10,14 +10,21 @@ use crate::engine::{Engine, Reply};
 
 /// Events that wait for a request. More are dropped, since an event only says where to look.
 const MAX_QUEUED: usize = 16;
+/// The log pages that there are, which a host reads to be told of further events.
+const EVENT_LOGS: [u8; 4] = [
+    id::ERROR,
+    id::SMART_HEALTH,
+    id::FIRMWARE_SLOT,
+    id::CHANGED_NAMESPACES,
+];
 
 /// Requests that wait for events, and events that wait for requests.
 pub(crate) struct Events {
     limit: usize,
     requests: VecDeque<Sqe>,
     queued: VecDeque<AsyncEvent>,
-    /// Types of which one was reported and the host has not read the log page yet.
-    masked: u8,
+    /// By type: the log page of the event that was reported, which the host has not read yet.
+    masked: [Option<u8>; 8],
 }
 
 impl Events {
@@ -26,12 +33,11 @@ impl Events {
             limit: limit.into(),
             requests: VecDeque::new(),
             queued: VecDeque::new(),
-            masked: 0,
+            masked: [None; 8],
         }
     }
 
-    fn raise(&mut self, event: Event) {
-        let event = AsyncEvent::report(event);
+    fn raise(&mut self, event: AsyncEvent) {
         if !self.queued.contains(&event) && self.queued.len() < MAX_QUEUED {
             self.queued.push_back(event);
         }
@@ -39,26 +45,25 @@ impl Events {
 
     /// The next request that can be answered, and dword 0 of its completion.
     pub(crate) fn next_delivery(&mut self) -> Option<(Sqe, u32)> {
-        let masked = self.masked;
+        let masked = &self.masked;
         let index = self
             .queued
             .iter()
-            .position(|event| masked & 1 << event.event_type() == 0)?;
+            .position(|event| masked[usize::from(event.event_type())].is_none())?;
         let request = self.requests.pop_front()?;
         let event = self.queued.remove(index)?;
-        self.masked |= 1 << event.event_type();
+        // What has no log page to read can't wait for that.
+        if EVENT_LOGS.contains(&event.log_page()) {
+            self.masked[usize::from(event.event_type())] = Some(event.log_page());
+        }
         Some((request, event.into_bits()))
     }
 
-    /// The host has read a log page: its type of event is reported again.
+    /// The host has read a log page: events of the types that wait for it are reported again.
     pub(super) fn log_page_read(&mut self, log_page: u8) {
-        let event_type = match log_page {
-            id::ERROR => 0,
-            id::SMART_HEALTH => 1,
-            id::FIRMWARE_SLOT | id::CHANGED_NAMESPACES => 2,
-            _ => return,
-        };
-        self.masked &= !(1 << event_type);
+        for masked in &mut self.masked {
+            masked.take_if(|waits_for| *waits_for == log_page);
+        }
     }
 
     /// Takes a request back.
@@ -87,16 +92,16 @@ impl Engine {
 
     pub(crate) fn invalid_doorbell_register(&mut self) {
         self.admin.errors.note_event();
-        self.raise_event(Event::InvalidDoorbellRegister);
+        self.raise_event(AsyncEvent::report(Event::InvalidDoorbellRegister));
     }
 
     pub(crate) fn invalid_doorbell_value(&mut self) {
         self.admin.errors.note_event();
-        self.raise_event(Event::InvalidDoorbellValue);
+        self.raise_event(AsyncEvent::report(Event::InvalidDoorbellValue));
     }
 
     /// Reports an event, or keeps it until the host asks.
-    pub(super) fn raise_event(&mut self, event: Event) {
+    pub(crate) fn raise_event(&mut self, event: AsyncEvent) {
         self.admin.events.raise(event);
         self.deliver_events();
     }
@@ -113,12 +118,12 @@ mod tests {
     #[test]
     fn an_event_waits_for_a_request_and_masks_its_type() {
         let mut events = Events::new(4);
-        events.raise(Event::InvalidDoorbellValue);
+        events.raise(AsyncEvent::report(Event::InvalidDoorbellValue));
         assert_eq!(events.next_delivery(), None);
         events.requests.extend([request(1), request(2)]);
         assert_eq!(events.next_delivery(), Some((request(1), 0x0001_0100)));
-        events.raise(Event::InvalidDoorbellRegister);
-        events.raise(Event::InvalidDoorbellRegister);
+        events.raise(AsyncEvent::report(Event::InvalidDoorbellRegister));
+        events.raise(AsyncEvent::report(Event::InvalidDoorbellRegister));
         assert_eq!(events.next_delivery(), None);
         events.log_page_read(id::SMART_HEALTH);
         assert_eq!(events.next_delivery(), None);

@@ -3,15 +3,12 @@
 
 use std::collections::BTreeSet;
 
-use nvme_spec::event::Event;
 use nvme_spec::feature::{
     AsyncEventConfiguration, ErrorRecovery, FeatureCapabilities, InterruptVectorConfiguration,
     NumberOfQueues, PowerManagement, TemperatureThreshold, VolatileWriteCache, id,
 };
-use nvme_spec::log::CriticalWarning;
 use nvme_spec::{Sqe, Status, admin};
 
-use super::log::COMPOSITE_TEMPERATURE;
 use crate::config::Config;
 use crate::engine::{Engine, Outcome};
 
@@ -79,10 +76,14 @@ impl Features {
         self.queues.completion_queues()
     }
 
-    /// Whether the temperature is outside of what the host has set.
-    pub(super) fn temperature_warning(&self) -> bool {
-        COMPOSITE_TEMPERATURE >= self.over_temperature
-            || COMPOSITE_TEMPERATURE <= self.under_temperature
+    /// Whether a temperature is outside of what the host has set.
+    pub(super) fn is_out_of_range(&self, temperature: u16) -> bool {
+        temperature >= self.over_temperature || temperature <= self.under_temperature
+    }
+
+    /// Which events the host has asked for.
+    pub(crate) fn async_events(&self) -> AsyncEventConfiguration {
+        self.async_events
     }
 
     /// The value as Get Features returns it. `nsid` and dword 11 select among several.
@@ -236,7 +237,7 @@ impl Engine {
             {
                 self.flush_all()?;
             }
-            id::TEMPERATURE_THRESHOLD | id::ASYNC_EVENT_CONFIGURATION => self.check_temperature(),
+            id::TEMPERATURE_THRESHOLD | id::ASYNC_EVENT_CONFIGURATION => self.check_health(),
             _ => {}
         }
         Ok(result)
@@ -284,14 +285,5 @@ impl Engine {
         Ok(FeatureCapabilities::new()
             .with_namespace_specific(feature == id::ERROR_RECOVERY)
             .with_changeable(feature != id::COMMAND_SET_PROFILE))
-    }
-
-    /// Reports a temperature beyond a threshold to a host that asked for that.
-    fn check_temperature(&mut self) {
-        let features = &self.admin.features;
-        let wanted = CriticalWarning::from_bits(features.async_events.smart_critical_warnings());
-        if wanted.temperature() && features.temperature_warning() {
-            self.raise_event(Event::TemperatureThreshold);
-        }
     }
 }

@@ -30,7 +30,10 @@ impl Engine {
                 self.answer(command, data.as_bytes())
             }
             Cns::NAMESPACE => {
-                let data = namespace_data(self.namespaces.find(nsid)?, self.config.copy);
+                let data = match self.namespaces.valid(nsid)? {
+                    Some(namespace) => namespace_data(namespace, self.config.copy),
+                    None => IdentifyNamespace::default(),
+                };
                 self.answer(command, data.as_bytes())
             }
             Cns::ACTIVE_NAMESPACES => {
@@ -52,7 +55,7 @@ impl Engine {
             }
             Cns::COMMAND_SET_NAMESPACE => {
                 nvm_command_set(command)?;
-                self.namespaces.find(nsid)?;
+                self.namespaces.valid(nsid)?;
                 // Storage tags and protection information, of which there are none.
                 self.answer(command, &[0; 4096])
             }
@@ -101,7 +104,7 @@ impl Engine {
             cctemp: CRITICAL_TEMPERATURE.into(),
             sqes: 0x66,
             cqes: 0x44,
-            nn: self.namespaces.count().into(),
+            nn: self.namespaces.max().into(),
             oncs: OptionalNvmCommands::new()
                 .with_compare(config.compare)
                 .with_verify(config.verify)
@@ -142,11 +145,8 @@ impl Engine {
             return Err(Status::INVALID_NAMESPACE_OR_FORMAT);
         }
         let mut list = ActiveNamespaces::default();
-        for (entry, nsid) in list
-            .entries
-            .iter_mut()
-            .zip(after + 1..=self.namespaces.count())
-        {
+        let active = self.namespaces.active().filter(|&nsid| nsid > after);
+        for (entry, nsid) in list.entries.iter_mut().zip(active) {
             entry.set(nsid);
         }
         Ok(list)

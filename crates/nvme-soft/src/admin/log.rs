@@ -1,11 +1,9 @@
 //! Get Log Page (base specification 2.0, section 5.16).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use nvme_spec::log::{
-    ChangedNamespaces, CriticalWarning, ErrorEntry, FirmwareSlot, SmartHealth, id,
-};
+use nvme_spec::log::{ChangedNamespaces, ErrorEntry, FirmwareSlot, SmartHealth, id};
 use nvme_spec::status::StatusCodeType;
 use nvme_spec::{Sqe, Status, admin};
 use zerocopy::IntoBytes;
@@ -14,8 +12,6 @@ use crate::engine::{Engine, Outcome};
 
 /// The errors that are remembered.
 pub(super) const ERROR_LOG_ENTRIES: usize = 64;
-/// The composite temperature in kelvins: 37 °C, always.
-pub(super) const COMPOSITE_TEMPERATURE: u16 = 310;
 /// Stands for "no command" and "no queue" in the error log.
 const NONE: u16 = 0xffff;
 
@@ -74,6 +70,27 @@ impl ErrorLog {
     }
 }
 
+/// Namespaces that changed since the host read their list; resets do not clear it.
+#[derive(Default)]
+pub(crate) struct ChangedNamespaceLog(BTreeSet<u32>);
+
+impl ChangedNamespaceLog {
+    pub(crate) fn note(&mut self, nsid: u32) {
+        self.0.insert(nsid);
+    }
+
+    fn contents(&self) -> ChangedNamespaces {
+        let mut list = ChangedNamespaces::default();
+        if self.0.len() > list.entries.len() {
+            return ChangedNamespaces::overflowed();
+        }
+        for (entry, &nsid) in list.entries.iter_mut().zip(&self.0) {
+            entry.set(nsid);
+        }
+        list
+    }
+}
+
 impl Engine {
     pub(super) fn log_page(&mut self, command: &Sqe) -> Outcome {
         /// RAE in command dword 10.
@@ -94,6 +111,9 @@ impl Engine {
         }
         self.answer_padded(command, &contents[offset as usize..], len)?;
         if command.cdw10() & RETAIN_ASYNC_EVENT == 0 {
+            if log_page == id::CHANGED_NAMESPACES {
+                self.admin.changed_namespaces.0.clear();
+            }
             self.admin.events.log_page_read(log_page);
             self.deliver_events();
         }
@@ -124,8 +144,7 @@ impl Engine {
                 slots.frs[0][..revision.len()].copy_from_slice(revision);
                 slots.as_bytes().to_vec()
             }
-            // Namespaces do not change yet.
-            id::CHANGED_NAMESPACES => ChangedNamespaces::default().as_bytes().to_vec(),
+            id::CHANGED_NAMESPACES => self.admin.changed_namespaces.contents().as_bytes().to_vec(),
             _ => return Err(Status::INVALID_LOG_PAGE),
         })
     }
@@ -136,11 +155,9 @@ impl Engine {
         let errors = &self.admin.errors;
         let data_units = |bytes: u64| u128::from(bytes.div_ceil(512_000)).into();
         let hours = errors.started.elapsed().as_secs() / HOUR.as_secs();
-        let warnings =
-            CriticalWarning::new().with_temperature(self.admin.features.temperature_warning());
         SmartHealth {
-            critical_warning: warnings.into_bits(),
-            composite_temperature: COMPOSITE_TEMPERATURE.into(),
+            critical_warning: self.critical_warnings().into_bits(),
+            composite_temperature: self.admin.health.temperature.into(),
             available_spare: 100,
             available_spare_threshold: 10,
             // Of the commands of the NVM command set Compare and Verify count as reads.

@@ -2,6 +2,7 @@
 
 pub(crate) mod events;
 pub(crate) mod features;
+pub(crate) mod health;
 mod identify;
 mod log;
 mod queues;
@@ -11,7 +12,8 @@ use nvme_spec::{DataPointer, Sqe, Status};
 
 use self::events::Events;
 use self::features::Features;
-use self::log::ErrorLog;
+use self::health::Health;
+use self::log::{ChangedNamespaceLog, ErrorLog};
 use crate::config::Config;
 use crate::data::Flow;
 use crate::engine::{Engine, Outcome, Reply};
@@ -20,6 +22,8 @@ use crate::engine::{Engine, Outcome, Reply};
 pub(crate) struct Admin {
     pub(crate) events: Events,
     pub(crate) features: Features,
+    pub(crate) health: Health,
+    pub(crate) changed_namespaces: ChangedNamespaceLog,
     errors: ErrorLog,
     /// Abort commands of the batch that is being served: those were outstanding together.
     aborts: u32,
@@ -30,16 +34,19 @@ impl Admin {
         Self {
             events: Events::new(config.async_event_limit),
             features: Features::new(config, namespaces, vectors),
+            health: Health::new(),
+            changed_namespaces: ChangedNamespaceLog::default(),
             errors: ErrorLog::new(),
             aborts: 0,
         }
     }
 
     /// A controller reset: features go back to their defaults and pending requests are forgotten.
-    /// The error log stays.
+    /// The logs stay.
     pub(crate) fn reset(&mut self, config: &Config) {
         self.events = Events::new(config.async_event_limit);
         self.features = self.features.defaults(config);
+        self.health.reset();
         self.aborts = 0;
     }
 

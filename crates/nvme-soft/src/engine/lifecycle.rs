@@ -24,6 +24,8 @@ impl Engine {
             if what & ATTENTION_INVALID_VALUE != 0 {
                 self.invalid_doorbell_value();
             }
+            // Those that came while bus mastering was off.
+            self.deliver_events();
             self.signal();
         }
         true
@@ -49,6 +51,7 @@ impl Engine {
         if configuration.en() && self.state == State::Disabled {
             self.enable(&mut control);
         }
+        let calls = std::mem::take(&mut control.calls);
         shared.acknowledge(&mut control);
         let shutdown = matches!(
             configuration.shn(),
@@ -56,9 +59,14 @@ impl Engine {
         ) && control.registers.status.shst() == ShutdownStatus::Normal;
         if shutdown {
             control.registers.status.set_shst(ShutdownStatus::Occurring);
-            // Flushing takes its time, during which the host reads CSTS.
-            drop(control);
+        }
+        // What follows takes its time, during which the host reads CSTS.
+        drop(control);
+        if shutdown {
             self.shut_down();
+        }
+        for call in calls {
+            call.run(self);
         }
         true
     }

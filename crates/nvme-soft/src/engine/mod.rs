@@ -1,5 +1,6 @@
 //! The controller's thread: looks for work, does it, sleeps.
 
+mod changes;
 pub(crate) mod group;
 mod lifecycle;
 pub(crate) mod queues;
@@ -111,7 +112,9 @@ impl Engine {
                 min_page << shift
             }
         };
-        let namespaces = Namespaces::new(std::mem::take(&mut config.namespaces));
+        let namespaces = std::mem::take(&mut config.namespaces);
+        let max_namespaces = config.max_namespaces.max(namespaces.len() as u32);
+        let namespaces = Namespaces::new(namespaces, max_namespaces);
         Self {
             limits: Limits {
                 page_size: min_page,
@@ -122,7 +125,7 @@ impl Engine {
             doorbells: shared.doorbells.clone(),
             dma: Dma::new(memory, shared.clone()),
             queues: Queues::new(config.io_queue_pairs),
-            admin: Admin::new(&config, namespaces.count(), interrupts.count()),
+            admin: Admin::new(&config, namespaces.max(), interrupts.count()),
             namespaces,
             group: SyncGroup::default(),
             transfer: Transfer::default(),
@@ -335,7 +338,9 @@ impl Engine {
 
     /// Completes the requests for asynchronous events that there are events for.
     pub(crate) fn deliver_events(&mut self) {
-        while let Some((request, event)) = self.admin.events.next_delivery() {
+        while self.is_serving()
+            && let Some((request, event)) = self.admin.events.next_delivery()
+        {
             self.complete(0, &request, Ok(event));
         }
     }

@@ -30,7 +30,7 @@ impl FileStore {
     }
 
     /// Opens the file at `path`, creating it when it does not exist, and makes it at least `size`
-    /// bytes long. It is never shortened and its contents stay.
+    /// bytes long. This never shortens it, and its contents stay.
     ///
     /// # Errors
     ///
@@ -149,6 +149,12 @@ impl Store for FileStore {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    fn resize(&mut self, size: u64) -> io::Result<()> {
+        self.file.set_len(size)?;
+        self.size = size;
+        Ok(())
     }
 
     fn allocated(&self) -> u64 {

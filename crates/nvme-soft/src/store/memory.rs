@@ -57,6 +57,16 @@ impl Store for MemoryStore {
         Ok(())
     }
 
+    fn resize(&mut self, size: u64) -> io::Result<()> {
+        let size = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let more = size.saturating_sub(self.bytes.len());
+        self.bytes
+            .try_reserve_exact(more)
+            .map_err(|_| io::ErrorKind::OutOfMemory)?;
+        self.bytes.resize(size, 0);
+        Ok(())
+    }
+
     fn as_slice(&self) -> Option<&[u8]> {
         Some(&self.bytes)
     }

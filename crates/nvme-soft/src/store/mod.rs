@@ -14,7 +14,7 @@ pub use memory::MemoryStore;
 ///
 /// All calls come from the controller's one thread, which serves nothing else meanwhile.
 pub trait Store: fmt::Debug + Send {
-    /// The size in bytes. It does not change.
+    /// The size in bytes. Only [`Store::resize`] changes it.
     fn size(&self) -> u64;
 
     /// Fills `out` with the bytes from `offset` on. Bytes never written read as zeros.
@@ -29,6 +29,17 @@ pub trait Store: fmt::Debug + Send {
 
     /// Makes a range read as zeros; with `deallocate` it also gives back the space behind it.
     fn zero(&mut self, offset: u64, len: u64, deallocate: bool) -> io::Result<()>;
+
+    /// Changes the size in bytes. What is cut off is lost; what is added reads as zeros.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::Unsupported`] for a store that has one size for ever, which is what a store
+    /// without this function has; otherwise what went wrong. The size is as it was then.
+    fn resize(&mut self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// The bytes that have space behind them, for the namespace's utilization.
     fn allocated(&self) -> u64 {

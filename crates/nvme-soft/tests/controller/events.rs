@@ -3,9 +3,10 @@
 use nvme_spec::admin;
 use nvme_spec::event::{AsyncEvent, Event};
 use nvme_spec::feature::{AsyncEventConfiguration, TemperatureThreshold, id};
-use nvme_spec::log::{self, CriticalWarning};
+use nvme_spec::log::{self, CriticalWarning, SmartHealth};
 use nvme_spec::registers::DoorbellKind;
 use nvme_spec::{Status, nvm};
+use zerocopy::FromBytes;
 
 use crate::host::{Host, config, wait_for};
 
@@ -140,4 +141,75 @@ fn a_threshold_below_the_temperature_is_reported_if_asked_for() {
         512,
     );
     assert!(CriticalWarning::from_bits(data[0]).temperature());
+}
+
+fn smart_health(host: &mut Host) -> SmartHealth {
+    let command = admin::get_log_page(log::id::SMART_HEALTH, 0, 512, 0, false);
+    SmartHealth::read_from_bytes(&host.admin_data(command, 512)).unwrap()
+}
+
+#[test]
+fn a_warning_that_was_asked_for_is_reported_when_it_is_new() {
+    let mut host = Host::enabled(config(512));
+    let requests: Vec<_> = (0..4)
+        .map(|_| host.submit(0, admin::async_event_request()))
+        .collect();
+    // Spare and temperature, but not reliability.
+    let wanted = CriticalWarning::new()
+        .with_spare(true)
+        .with_temperature(true);
+    let events = AsyncEventConfiguration::new().with_smart_critical_warnings(wanted.into_bits());
+    host.admin_ok(admin::set_features(
+        id::ASYNC_EVENT_CONFIGURATION,
+        events.into_bits(),
+        false,
+    ));
+    host.controller
+        .set_critical_warning(CriticalWarning::new().with_reliability(true));
+    assert!(smart_health(&mut host).warnings().reliability());
+    assert!(host.look(0).is_none());
+    host.controller.set_temperature(350);
+    assert_eq!(event(&mut host, requests[0]), Event::TemperatureThreshold);
+    let health = smart_health(&mut host);
+    assert_eq!(health.composite_temperature.get(), 350);
+    assert!(health.warnings().temperature() && health.warnings().reliability());
+    // Not new any more.
+    host.controller.set_temperature(351);
+    assert!(!smart_health(&mut host).warnings().spare());
+    assert!(host.look(0).is_none());
+    // Over, and again.
+    host.controller.set_temperature(300);
+    assert!(!smart_health(&mut host).warnings().temperature());
+    host.controller.set_temperature(350);
+    assert_eq!(event(&mut host, requests[1]), Event::TemperatureThreshold);
+    host.controller
+        .set_critical_warning(CriticalWarning::new().with_spare(true));
+    assert!(host.look(0).is_none(), "SMART events are masked");
+    smart_health(&mut host);
+    assert_eq!(event(&mut host, requests[2]), Event::SpareBelowThreshold);
+}
+
+#[test]
+fn any_event_can_be_raised() {
+    let mut host = Host::enabled(config(512));
+    let requests: Vec<_> = (0..4)
+        .map(|_| host.submit(0, admin::async_event_request()))
+        .collect();
+    let firmware = AsyncEvent::report(Event::FirmwareActivationStarting);
+    host.controller.raise_event(firmware);
+    host.controller.raise_event(firmware);
+    let first = event(&mut host, requests[0]);
+    assert_eq!(first, Event::FirmwareActivationStarting);
+    // Another log page of that type does not count.
+    read_log(&mut host, log::id::CHANGED_NAMESPACES, false);
+    assert!(host.look(0).is_none());
+    read_log(&mut host, log::id::FIRMWARE_SLOT, false);
+    let second = event(&mut host, requests[1]);
+    assert_eq!(second, Event::FirmwareActivationStarting);
+    // Without a log page of this controller's there is nothing to wait for.
+    let vendor = AsyncEvent::from_bits(0x00c0_1207);
+    for request in &requests[2..] {
+        host.controller.raise_event(vendor);
+        assert_eq!(host.wait(0, *request).result(), 0x00c0_1207);
+    }
 }

@@ -9,4 +9,5 @@ mod host;
 mod io;
 mod lifecycle;
 mod model;
+mod namespaces;
 mod queues;
