@@ -127,6 +127,24 @@ pub enum Error {
         /// Those that there are.
         active: Vec<u32>,
     },
+    /// The namespace is not active any more. Its handles work again when it comes back as it was.
+    #[error("{address}: namespace {nsid} is not active any more")]
+    NamespaceGone {
+        /// The device.
+        address: String,
+        /// The namespace.
+        nsid: u32,
+    },
+    /// The namespace is not what was opened: it must be opened again.
+    #[error("{address}: namespace {nsid} {how} since it was opened; open it again")]
+    NamespaceChanged {
+        /// The device.
+        address: String,
+        /// The namespace.
+        nsid: u32,
+        /// What is different.
+        how: &'static str,
+    },
     /// An offset or length is not a multiple of the logical block size.
     #[error(
         "offset {offset} and length {len} must be multiples of the logical block size, {block_size}, \

@@ -53,7 +53,7 @@ mod url;
 pub use iova;
 pub use nvme_spec;
 
-pub use crate::controller::{Controller, Counters};
+pub use crate::controller::{Controller, ControllerEvent, Counters, EventStream, NamespaceChange};
 pub use crate::engine::{LocalQueue, PollMode, QueueAccess, SharedQueue};
 pub use crate::error::{CommandError, CommandName, Error, Fate, IoError, SplitError};
 pub use crate::io::{

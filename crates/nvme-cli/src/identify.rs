@@ -199,7 +199,7 @@ impl NamespaceFacts {
             write_protected: identify.is_write_protected(),
             nguid: hex(&identify.nguid),
             eui64: hex(&identify.eui64),
-            formats: formats(identify),
+            formats: formats(&identify),
         }
     }
 }

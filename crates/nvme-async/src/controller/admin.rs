@@ -17,6 +17,9 @@ use crate::io::{Holdings, Payload};
 use crate::memory::{DEVICE_PAGE, DmaBuf, Pool};
 use crate::{CommandName, Error, Fate};
 
+/// More active namespaces than this are not looked at: there is memory for each.
+const MOST_NAMESPACES: usize = 65_536;
+
 /// The admin queue, with what its commands need.
 #[derive(Clone)]
 pub(crate) struct Admin {
@@ -85,14 +88,27 @@ impl Admin {
                 self.fetch_as(admin::active_namespaces(after)).await?;
             let page: Vec<u32> = list.iter().collect();
             let full = page.len() == ActiveNamespaces::ENTRIES;
-            // Strictly increasing, or a device could keep us here for ever.
+            let address = &*self.address;
             for nsid in page {
-                if all.last().is_some_and(|&last| nsid <= last) || nsid > most {
+                let is_next = all.last().is_none_or(|&last| nsid > last);
+                if nsid > most || !is_next {
+                    tracing::warn!(
+                        address,
+                        nsid,
+                        "the list of active namespaces has an entry that can't be"
+                    );
+                } else if all.len() == MOST_NAMESPACES {
+                    tracing::warn!(
+                        address,
+                        "there are more active namespaces than this driver looks at"
+                    );
                     return Ok(all);
+                } else {
+                    all.push(nsid);
                 }
-                all.push(nsid);
             }
-            if !full {
+            // Strictly increasing, or a device could keep us here for ever.
+            if !full || all.last().is_none_or(|&last| last <= after) {
                 return Ok(all);
             }
         }

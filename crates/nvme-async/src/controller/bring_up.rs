@@ -11,10 +11,11 @@ use nvme_spec::registers::{Capabilities, ControllerConfiguration, DoorbellKind, 
 use zerocopy::IntoBytes;
 
 use super::admin::Admin;
+use super::events::Events;
 use super::registers::{AdminRings, Registers};
 use super::registry::Release;
 use super::tenure::Tenure;
-use super::{CommandLimits, ControllerInner, events, shutdown};
+use super::{CommandLimits, ControllerInner, shutdown};
 use crate::device::Device;
 use crate::engine::eventfd::Wakeups;
 use crate::engine::state::Core;
@@ -27,8 +28,6 @@ use crate::recovery::{Plant, QueueLayout, Settings, Supervision};
 use crate::{CommandName, Error, OnRecovery, OpenOptions};
 
 const ADMIN_ENTRIES: u16 = 64;
-/// Asynchronous event requests that are kept outstanding, if the controller allows as many.
-const EVENT_REQUESTS: u8 = 4;
 /// The sizes of queue entries, as powers of two (CC.IOSQES, CC.IOCQES).
 const SQE_SIZE_LOG2: u8 = 6;
 const CQE_SIZE_LOG2: u8 = 4;
@@ -105,8 +104,7 @@ pub(super) async fn bring_up(
         .map(|units| Duration::from_millis(u64::from(units.get()) * 100));
     let host_behavior = this.enable_retry_delays(&admin, retry_delays).await?;
     let queues = this.create_queues(&admin, retry_delays).await?;
-    let events = events::configuration(&identify);
-    let event_requests = EVENT_REQUESTS.min(identify.aerl.saturating_add(1));
+    let events = Events::new(admin.clone(), &identify);
     let tenure = guard.tenure.clone();
     let plant = Plant {
         tenure: tenure.clone(),
@@ -118,8 +116,8 @@ pub(super) async fn bring_up(
         // VID, SSVID and SN, the first fields.
         identity: identify.as_bytes()[..24].into(),
         host_behavior,
-        events,
-        event_requests,
+        events: events.configuration(),
+        event_requests: events.requests(),
     };
     let settings = this.recovery_settings(&identify, plant.host_behavior.is_some(), ready_timeout);
     let settings = Settings {
@@ -143,6 +141,7 @@ pub(super) async fn bring_up(
         software_thread: device.software_thread(),
         capabilities,
         version,
+        events,
         admin: admin.clone(),
         queues,
         local_queues,
@@ -157,7 +156,7 @@ pub(super) async fn bring_up(
         identify,
     });
     guard.defuse();
-    events::arm(&inner, event_requests).await;
+    inner.events.arm().await;
     tracing::debug!(
         address = &*inner.admin.address,
         model = inner.identify.model_number(),

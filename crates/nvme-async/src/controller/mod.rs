@@ -2,7 +2,9 @@
 
 pub(crate) mod admin;
 mod bring_up;
-mod events;
+mod event_stream;
+pub(crate) mod events;
+mod logs;
 pub(crate) mod registers;
 pub(crate) mod registry;
 mod shutdown;
@@ -19,7 +21,10 @@ use nvme_spec::registers::{Capabilities, Version};
 use tokio::runtime::{Handle, worker_index};
 use tokio::sync::watch;
 
+pub use self::event_stream::{ControllerEvent, EventStream, NamespaceChange};
+
 use self::admin::Admin;
+use self::events::Events;
 use self::tenure::Tenure;
 use crate::engine::eventfd::signal_count;
 use crate::engine::{QueueCounters, SharedQueue};
@@ -48,6 +53,7 @@ pub(crate) struct ControllerInner {
     pub(crate) capabilities: Capabilities,
     pub(crate) version: Version,
     pub(crate) admin: Admin,
+    pub(crate) events: Arc<Events>,
     /// For all threads.
     pub(crate) queues: Vec<Arc<SharedQueue>>,
     /// To be lent to one thread each.

@@ -34,6 +34,7 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
         end_lending(inner)?;
     }
     inner.closing.store(true, Ordering::Release);
+    inner.events.close();
     for queue in inner.all_queues() {
         queue.with(|state| state.set_refusing(true));
     }

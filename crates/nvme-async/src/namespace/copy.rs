@@ -21,7 +21,7 @@ impl NamespaceInner {
         destination: u64,
     ) -> Result<(), Error> {
         self.require("Copy", |commands| commands.copy())?;
-        let limits = limits_of(&self.identify)
+        let limits = limits_of(&self.identify())
             .ok_or_else(|| self.unsupported("Copy of any block (MSSRL or MCL is 0)"))?;
         let mut all = Vec::with_capacity(sources.len());
         let mut len = 0u64;

@@ -1,10 +1,12 @@
 //! What a namespace allows in one command.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use nvme_spec::identify::IdentifyNamespace;
 
 use super::NamespaceInner;
+use super::live::{Condition, Geometry, Live};
 use crate::io::split::{Limits, fits};
 use crate::{Controller, Error};
 
@@ -16,7 +18,7 @@ impl NamespaceInner {
     pub(super) fn new(
         controller: Controller,
         nsid: u32,
-        identify: Box<IdentifyNamespace>,
+        identify: Arc<IdentifyNamespace>,
     ) -> Result<Self, Error> {
         let unusable = |reason: String| Error::Unusable {
             address: controller.address().to_owned(),
@@ -55,17 +57,12 @@ impl NamespaceInner {
                 1u64 << block_shift
             )));
         }
-        let limits = Limits {
-            max_blocks: (max_transfer >> block_shift).min(MAX_BLOCKS),
-            boundary: identify.noiob.get().into(),
-        };
         Ok(Self {
             controller,
             nsid,
             block_shift,
-            blocks,
-            limits,
-            identify,
+            max_blocks: (max_transfer >> block_shift).min(MAX_BLOCKS),
+            live: Live::new(identify, blocks),
         })
     }
 
@@ -78,7 +75,10 @@ impl NamespaceInner {
     }
 
     pub(crate) fn transfer_limits(&self) -> Limits {
-        self.limits
+        Limits {
+            max_blocks: self.max_blocks,
+            boundary: self.live.boundaries().optimal_io.into(),
+        }
     }
 
     /// The limits of a Write Zeroes.
@@ -103,8 +103,53 @@ impl NamespaceInner {
         }
     }
 
+    /// What the device says of it at present.
+    pub(crate) fn identify(&self) -> Arc<IdentifyNamespace> {
+        self.live.identify()
+    }
+
+    /// How many logical blocks there are; 0 while it can't be used.
+    pub(crate) fn block_count(&self) -> u64 {
+        match self.live.condition() {
+            Condition::Usable { blocks } => blocks,
+            Condition::Gone | Condition::Changed { .. } => 0,
+        }
+    }
+
+    /// In bytes; 0 while it can't be used.
+    pub(crate) fn capacity(&self) -> u64 {
+        self.block_count() << self.block_shift
+    }
+
+    pub(super) fn geometry(&self) -> Geometry {
+        Geometry {
+            blocks: self.block_count(),
+            block_size: self.block_size(),
+            // With metadata it could not have been opened.
+            metadata: 0,
+        }
+    }
+
+    /// How many logical blocks there are, unless it can't be used.
+    pub(crate) fn check_usable(&self) -> Result<u64, Error> {
+        let address = || self.address().to_owned();
+        match self.live.condition() {
+            Condition::Usable { blocks } => Ok(blocks),
+            Condition::Gone => Err(Error::NamespaceGone {
+                address: address(),
+                nsid: self.nsid,
+            }),
+            Condition::Changed { how } => Err(Error::NamespaceChanged {
+                address: address(),
+                nsid: self.nsid,
+                how,
+            }),
+        }
+    }
+
     /// The logical blocks of a range of bytes.
     pub(crate) fn blocks(&self, offset: u64, len: u64) -> Result<Range<u64>, Error> {
+        let capacity = self.check_usable()? << self.block_shift;
         let block_size = self.block_size();
         let mask = u64::from(block_size) - 1;
         if offset & mask != 0 || len & mask != 0 || len == 0 {
@@ -114,7 +159,6 @@ impl NamespaceInner {
                 block_size,
             });
         }
-        let capacity = self.blocks << self.block_shift;
         match offset.checked_add(len) {
             Some(end) if end <= capacity => Ok(offset >> self.block_shift..end >> self.block_shift),
             _ => Err(Error::OutOfRange {
@@ -148,7 +192,7 @@ impl NamespaceInner {
                 limit << self.block_shift
             ));
         }
-        if !fits(blocks, self.limits) {
+        if !fits(blocks, self.transfer_limits()) {
             return not_atomic("it would take more than one command".to_owned());
         }
         let (boundary, offset) = self.atomic_boundary();
@@ -169,9 +213,9 @@ impl NamespaceInner {
     /// fields of its own, else AWUPF; both count from 0.
     fn atomic_blocks(&self) -> u32 {
         let of_controller = self.controller.inner.identify.awupf.get();
-        let blocks = match self.identify.features().atomic_fields() {
-            true if self.identify.nawupf.get() != 0 => self.identify.nawupf.get(),
-            _ => of_controller,
+        let blocks = match self.live.boundaries().atomic_write {
+            0 => of_controller,
+            blocks => blocks,
         };
         u32::from(blocks) + 1
     }
@@ -179,12 +223,10 @@ impl NamespaceInner {
     /// The distance of atomic boundaries in blocks (NABSPF, counting from 0 where it exists), and
     /// where the first one lies (NABO).
     fn atomic_boundary(&self) -> (u64, u64) {
-        let has_fields = self.identify.features().atomic_fields();
-        match self.identify.nabspf.get() {
-            size if has_fields && size != 0 => {
-                (u64::from(size) + 1, self.identify.nabo.get().into())
-            }
-            _ => (0, 0),
+        let boundaries = self.live.boundaries();
+        match boundaries.atomic_boundary {
+            0 => (0, 0),
+            size => (u64::from(size) + 1, boundaries.atomic_offset.into()),
         }
     }
 }

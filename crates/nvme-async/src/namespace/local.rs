@@ -67,7 +67,7 @@ impl LocalNamespace {
 
     /// As [`Namespace::capacity`].
     pub fn capacity(&self) -> u64 {
-        self.inner.blocks << self.inner.block_shift
+        self.inner.capacity()
     }
 
     /// As [`Namespace::allocate`].

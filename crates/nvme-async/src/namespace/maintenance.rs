@@ -35,6 +35,7 @@ pub enum Zeroes {
 impl NamespaceInner {
     pub(super) async fn flush<Q: QueueAccess>(&self, queues: &[Q]) -> Result<(), Error> {
         self.controller.check_open()?;
+        self.check_usable()?;
         if !self.has_volatile_cache() {
             return Ok(());
         }
@@ -54,8 +55,7 @@ impl NamespaceInner {
         if !self.optional_commands().write_zeroes() {
             return self.write_plain_zeroes(queues, offset, len).await;
         }
-        let deallocate =
-            zeroes == Zeroes::MayDeallocate && self.identify.write_zeroes_deallocates();
+        let deallocate = zeroes == Zeroes::MayDeallocate && self.live.zeroes_deallocate();
         let queue = choose_queue(queues);
         for part in split(blocks, self.zeroing_limits()) {
             let count = (part.end - part.start) as u32;

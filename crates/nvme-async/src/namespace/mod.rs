@@ -3,8 +3,10 @@
 mod batches;
 mod copy;
 mod limits;
+pub(crate) mod live;
 mod local;
 mod maintenance;
+pub(crate) mod registry;
 
 use std::fmt;
 use std::ops::Range;
@@ -16,8 +18,8 @@ use nvme_spec::identify::IdentifyNamespace;
 pub use self::local::LocalNamespace;
 pub use self::maintenance::Zeroes;
 
+use self::live::{Geometry, Live};
 use crate::engine::SharedQueue;
-use crate::io::split::Limits;
 use crate::io::{Compare, DmaContext, Read, ReadBuffer, ReadInto, Write, WriteBuffer};
 use crate::memory::DmaBuf;
 use crate::{Controller, Error};
@@ -31,6 +33,16 @@ use crate::{Controller, Error};
 /// Offsets and lengths are in bytes and must be multiples of the
 /// [logical block size](Self::block_size). NVMe orders nothing between commands: of a read and a
 /// write of the same blocks that are outstanding together either may come first.
+///
+/// # Namespaces that change
+///
+/// When the controller reports that a namespace has changed, its handles follow: after a change of
+/// size, requests are checked against the new one. While the namespace is not active, operations
+/// fail with [`Error::NamespaceGone`]; they work again when it comes back. When it comes back as
+/// another one, or with another format, the handle is of no use any more
+/// ([`Error::NamespaceChanged`]); open it again. What is under way at that moment, and what is
+/// submitted until the change is known, the controller may refuse with a status of its own
+/// ([`Error::Command`]). All handles of a namespace see the same, however often it was opened.
 #[derive(Clone)]
 pub struct Namespace {
     inner: Arc<NamespaceInner>,
@@ -41,29 +53,50 @@ pub(crate) struct NamespaceInner {
     controller: Controller,
     nsid: u32,
     block_shift: u32,
-    blocks: u64,
-    limits: Limits,
-    identify: Box<IdentifyNamespace>,
+    /// Most blocks in one command that transfers data.
+    max_blocks: u64,
+    live: Live,
 }
 
 impl Namespace {
     pub(crate) async fn open(controller: Controller, nsid: u32) -> Result<Self, Error> {
         controller.check_open()?;
+        let events = controller.inner.events.clone();
+        events.resume();
         let admin = &controller.inner.admin;
         let active = controller.inner.active_namespaces().await?;
-        if !active.contains(&nsid) {
-            let address = controller.address().to_owned();
+        let registry = events.namespaces();
+        let ticket = registry.ticket();
+        let identify = match active.contains(&nsid) {
+            true => admin.identify_namespace(nsid).await?,
+            false => Box::default(),
+        };
+        if !identify.is_active() {
             return Err(Error::NoNamespace {
-                address,
+                address: controller.address().to_owned(),
                 nsid,
                 active,
             });
         }
-        let identify = admin.identify_namespace(nsid).await?;
-        let inner = NamespaceInner::new(controller, nsid, identify)?;
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        let new = NamespaceInner::new(controller.clone(), nsid, Arc::from(identify))?;
+        let inner = registry.adopt(ticket, new);
+        // A change in between was told to those handles that there were.
+        if registry.is_stale(ticket) {
+            let ticket = registry.ticket();
+            let identify = admin.identify_namespace(nsid).await?;
+            match Geometry::new(&identify) {
+                Ok(Some(geometry)) => {
+                    registry.apply(nsid, ticket, Arc::from(identify), geometry);
+                }
+                Ok(None) => registry.set_gone(nsid, ticket),
+                // What it said before can be, so that stays.
+                Err(claim) => {
+                    let address = controller.address();
+                    tracing::warn!(address, nsid, claim, "a namespace claims what can't be");
+                }
+            }
+        }
+        Ok(Self { inner })
     }
 
     /// Its controller.
@@ -81,14 +114,15 @@ impl Namespace {
         self.inner.block_size()
     }
 
-    /// How many bytes there are.
+    /// How many bytes there are at present; 0 while it can't be used.
     pub fn capacity(&self) -> u64 {
-        self.inner.blocks << self.inner.block_shift
+        self.inner.capacity()
     }
 
-    /// What the controller says of it (NVM command set specification 1.0, "Identify Namespace").
-    pub fn identify(&self) -> &IdentifyNamespace {
-        &self.inner.identify
+    /// What the controller said of it last (NVM command set specification 1.0, "Identify
+    /// Namespace"): when it was opened, or when the controller reported a change.
+    pub fn identify(&self) -> Arc<IdentifyNamespace> {
+        self.inner.identify()
     }
 
     /// The largest write in bytes, at any offset that suits its boundary, that a power failure
