@@ -2,6 +2,7 @@
 
 pub(crate) mod bounded;
 pub(crate) mod faulty;
+pub(crate) mod liar;
 pub(crate) mod owners;
 pub(crate) mod rig;
 mod strays;

@@ -18,7 +18,7 @@ use nvme_spec::{DataPointer, Sqe, opcode::AdminOpcode};
 
 const PAGE: u64 = 4096;
 
-/// Changes an I/O command on its way to the controller.
+/// Changes a command on its way to the controller.
 pub(crate) type Tamper = Box<dyn FnMut(Sqe, &Mapper) -> Sqe + Send>;
 
 #[derive(Debug)]
@@ -72,9 +72,16 @@ impl Tampered {
         self.doorbells.state.lock().expect("no panics").tamper = Some(Box::new(tamper));
     }
 
-    /// Leaves I/O commands as they are.
+    /// Changes all admin commands from now on.
+    pub(crate) fn tamper_admin(&self, tamper: impl FnMut(Sqe, &Mapper) -> Sqe + Send + 'static) {
+        self.doorbells.state.lock().expect("no panics").tamper_admin = Some(Box::new(tamper));
+    }
+
+    /// Leaves commands as they are.
     pub(crate) fn behave(&self) {
-        self.doorbells.state.lock().expect("no panics").tamper = None;
+        let mut state = self.doorbells.state.lock().expect("no panics");
+        state.tamper = None;
+        state.tamper_admin = None;
     }
 
     /// Swallows the next rings of I/O submission doorbells.
@@ -139,6 +146,7 @@ struct Doorbells {
 struct State {
     queues: HashMap<u32, Queue>,
     tamper: Option<Tamper>,
+    tamper_admin: Option<Tamper>,
     lose: usize,
 }
 
@@ -171,9 +179,13 @@ impl Doorbells {
         slots
     }
 
-    fn tamper(&self, slot: u64) {
+    fn tamper(&self, id: u32, slot: u64) {
         let mut state = self.state.lock().expect("no panics");
-        if let Some(tamper) = &mut state.tamper {
+        let tamper = match id {
+            0 => &mut state.tamper_admin,
+            _ => &mut state.tamper,
+        };
+        if let Some(tamper) = tamper {
             let command = tamper(self.mapper.command(slot), &self.mapper);
             self.mapper.store_command(slot, &command);
         }
@@ -194,9 +206,9 @@ impl DoorbellCall for Doorbells {
         if index.is_multiple_of(2) {
             for slot in self.advance(id, value) {
                 let command = self.mapper.command(slot);
-                if id > 0 {
-                    self.tamper(slot);
-                } else if AdminOpcode(command.opcode()) == AdminOpcode::CREATE_IO_SUBMISSION_QUEUE
+                self.tamper(id, slot);
+                if id == 0
+                    && AdminOpcode(command.opcode()) == AdminOpcode::CREATE_IO_SUBMISSION_QUEUE
                     && let Ok(DataPointer::Prp { prp1, .. }) = command.data_pointer()
                 {
                     let size = command.cdw10() >> 16;

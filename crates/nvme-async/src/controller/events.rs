@@ -3,12 +3,12 @@
 //! The admin queue tells of an event; one task at a time deals with them, in whatever runtime that
 //! was. When that runtime ends in the middle, the next one goes on.
 
+mod notices;
 mod pace;
 mod rescan;
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nvme_spec::event::{AsyncEvent, Event};
 use nvme_spec::identify::IdentifyController;
@@ -17,12 +17,14 @@ use nvme_spec::{admin, feature};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, broadcast};
 
-use self::pace::Pace;
+pub(crate) use self::notices::Notice;
+use self::notices::{State, Step};
 use self::rescan::{Which, listed};
 use super::admin::Admin;
 use super::event_stream::{ControllerEvent, EventStream};
 use super::logs::{Acknowledge, Logs};
 use crate::engine::Notification;
+use crate::engine::eventfd::Wakeups;
 use crate::namespace::registry::Registry;
 use crate::{Controller, Error};
 
@@ -32,8 +34,6 @@ const REQUESTS: u8 = 4;
 const LOG_BYTES: usize = 512;
 /// Events that a subscriber may leave unread.
 const BACKLOG: usize = 256;
-/// After this an event is dealt with again for which there was no memory.
-const RETRY: Duration = Duration::from_millis(250);
 
 /// The events of one controller.
 pub(crate) struct Events {
@@ -50,39 +50,6 @@ pub(crate) struct Events {
     wake: Arc<Notify>,
     /// Gone when the controller was shut down.
     sender: Mutex<Option<broadcast::Sender<ControllerEvent>>>,
-}
-
-/// What is to be dealt with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Notice {
-    /// The controller has reported an event.
-    Event(AsyncEvent),
-    /// All open namespaces may have changed, as after a reset of the controller.
-    Rescan,
-}
-
-#[derive(Default)]
-struct State {
-    /// Each with the epoch in which it came. The first one stays until it was dealt with.
-    notices: VecDeque<(Notice, u64)>,
-    /// Requests end with a reset of the controller, so none is due for an event from before.
-    epoch: u64,
-    /// Events that were dealt with, for which no new request was made yet.
-    owed: u8,
-    pace: Pace,
-    /// In a storm of events, not before this is more done for them.
-    pause_until: Option<Instant>,
-    /// Not before this is the first notice dealt with again.
-    retry_at: Option<Instant>,
-    is_worked_on: bool,
-}
-
-/// What is to be done next.
-enum Step {
-    DealWith(Notice, u64),
-    Request(u8),
-    Wait(Duration),
-    Rest,
 }
 
 impl Events {
@@ -165,8 +132,8 @@ impl Events {
         self.resume();
     }
 
-    /// Sees to it that there is a task if there is something to deal with. Outside of a runtime
-    /// that is left to the next call.
+    /// Sees to it that there is a task if there is something to deal with. Outside of a runtime, and
+    /// in one without drivers, that is left to the next call.
     pub(crate) fn resume(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -181,7 +148,10 @@ impl Events {
         let worker = Worker {
             events: Arc::downgrade(self),
         };
-        runtime.spawn(worker.run());
+        // In a runtime without I/O and timers the worker would be of no use; the next one has them.
+        if Wakeups::register(self.logs.admin.queue.vector()).is_ok() {
+            runtime.spawn(worker.run());
+        }
     }
 
     /// No more events: the controller was shut down.
@@ -226,22 +196,15 @@ impl Events {
             Event::Other { .. } => event.log_page(),
             _ => AsyncEvent::report(kind).log_page(),
         };
-        if log_page != event.log_page() {
-            let named = event.log_page();
-            tracing::warn!(
-                address,
-                event = ?kind,
-                "an event names log page {named:#04x} instead of {log_page:#04x}"
-            );
-        }
         match (kind, log_page) {
-            (Event::NamespaceAttributeChanged, _) => {
-                tracing::info!(address, "the controller reports a change of its namespaces");
-                return self.namespaces_changed().await;
-            }
             (Event::Other { .. }, _) => {
                 tracing::warn!(address, event = ?kind, "the controller reports an event");
-                self.other(event, log_page).await?;
+                let log = self.read_any(log_page).await?;
+                self.publish(ControllerEvent::Other { event, log });
+            }
+            (_, id::CHANGED_NAMESPACES) => {
+                tracing::info!(address, "the controller reports a change of its namespaces");
+                self.namespaces_changed().await?;
             }
             (_, id::ERROR) => {
                 tracing::warn!(address, event = ?kind, "the controller reports an error");
@@ -269,33 +232,49 @@ impl Events {
             }
             _ => {
                 tracing::info!(address, event = ?kind, "the controller reports an event");
-                self.other(event, log_page).await?;
+                let log = self.read_any(log_page).await?;
+                self.publish(ControllerEvent::Other { event, log });
             }
+        }
+        if log_page != event.log_page() {
+            let named = event.log_page();
+            tracing::warn!(
+                address,
+                event = ?kind,
+                "an event named log page {named:#04x} instead of {log_page:#04x}"
+            );
+            // Which of the two it waits for to be read, nobody knows.
+            self.read_any(named).await?;
         }
         Ok(())
     }
 
-    async fn other(&self, event: AsyncEvent, log_page: u8) -> Result<(), Error> {
-        let mut log = Vec::new();
-        // 0 is no log page of an event.
-        if log_page != 0 {
-            let read = self.logs.read(
-                log_page,
-                admin::ALL_NAMESPACES,
-                0,
-                LOG_BYTES,
-                Acknowledge::Yes,
-            );
-            match read.await {
-                Ok(contents) => log = contents,
-                Err(error @ Error::Command(_)) => {
-                    tracing::warn!(%error, "the log page of an event could not be read");
-                }
-                Err(error) => return Err(error),
+    /// Reads a log page of which nothing is known; empty if that is not possible.
+    async fn read_any(&self, log_page: u8) -> Result<Vec<u8>, Error> {
+        match log_page {
+            // No event has it.
+            id::SUPPORTED_LOG_PAGES => return Ok(Vec::new()),
+            // To read it clears it.
+            id::CHANGED_NAMESPACES => {
+                self.namespaces_changed().await?;
+                return Ok(Vec::new());
             }
+            _ => {}
         }
-        self.publish(ControllerEvent::Other { event, log });
-        Ok(())
+        let read = self.logs.read(
+            log_page,
+            admin::ALL_NAMESPACES,
+            0,
+            LOG_BYTES,
+            Acknowledge::Yes,
+        );
+        match read.await {
+            Err(error @ Error::Command(_)) => {
+                tracing::warn!(%error, "the log page of an event could not be read");
+                Ok(Vec::new())
+            }
+            read => read,
+        }
     }
 
     async fn namespaces_changed(&self) -> Result<(), Error> {
@@ -324,86 +303,6 @@ impl Events {
     }
 }
 
-impl State {
-    fn begin_epoch(&mut self) {
-        self.epoch += 1;
-        self.owed = 0;
-        self.pace = Pace::default();
-        self.pause_until = None;
-    }
-
-    fn note(&mut self, notice: Notice, now: Instant) {
-        match notice {
-            Notice::Event(_) => {
-                self.pace.came(now);
-                self.notices.push_back((notice, self.epoch));
-            }
-            Notice::Rescan => {
-                // Before all others but the one that is being dealt with. If that is a rescan too,
-                // it may have begun before the reason for this one.
-                let place = usize::from(self.is_worked_on).min(self.notices.len());
-                if self.notices.get(place).map(|waiting| waiting.0) != Some(notice) {
-                    self.notices.insert(place, (notice, self.epoch));
-                }
-            }
-        }
-    }
-
-    fn has_work(&self) -> bool {
-        !self.notices.is_empty() || self.owed > 0
-    }
-
-    /// The end of dealing with the first notice.
-    fn end(&mut self, epoch: u64, again: bool) {
-        if again {
-            self.retry_at = Some(Instant::now() + RETRY);
-            return;
-        }
-        let Some((notice, _)) = self.notices.pop_front() else {
-            return;
-        };
-        if matches!(notice, Notice::Event(_)) && epoch == self.epoch {
-            self.owed += 1;
-            self.begin_pause();
-        }
-    }
-
-    fn begin_pause(&mut self) {
-        let pause = self.pace.pause();
-        self.pause_until = (!pause.is_zero()).then(|| Instant::now() + pause);
-    }
-
-    fn next(&mut self) -> Step {
-        let first = self.notices.front().copied();
-        let wait_for = match first {
-            Some((Notice::Rescan, _)) => self.retry_at,
-            _ => self.retry_at.max(self.pause_until),
-        };
-        let now = Instant::now();
-        if let Some(until) = wait_for
-            && until > now
-        {
-            return Step::Wait(until - now);
-        }
-        if let Some((notice, epoch)) = first {
-            self.retry_at = None;
-            return Step::DealWith(notice, epoch);
-        }
-        if self.owed == 0 {
-            self.is_worked_on = false;
-            return Step::Rest;
-        }
-        // In a storm one at a time, so that there is a pause for each.
-        self.begin_pause();
-        let count = match self.pause_until {
-            None => self.owed,
-            Some(_) => 1,
-        };
-        self.owed -= count;
-        Step::Request(count)
-    }
-}
-
 /// The task that deals with events. It does not keep the controller open.
 struct Worker {
     events: Weak<Events>,
@@ -417,6 +316,10 @@ impl Worker {
             match step {
                 Step::DealWith(notice, epoch) => {
                     let result = events.deal_with(notice).await;
+                    if let Err(Error::RuntimeGone { .. } | Error::NoRuntime { .. }) = result {
+                        // Left to the next runtime.
+                        return;
+                    }
                     let again = matches!(result, Err(Error::Memory(_)));
                     if let Err(error) = result {
                         let address = &*events.logs.admin.address;
@@ -444,7 +347,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         // At the end of its runtime this is the last thing to happen.
         if let Some(events) = self.events.upgrade() {
-            events.lock().is_worked_on = false;
+            events.lock().leave();
         }
     }
 }

@@ -276,6 +276,7 @@ impl fmt::Debug for Controller {
 
 impl ControllerInner {
     pub(crate) async fn active_namespaces(&self) -> Result<Vec<u32>, Error> {
+        self.events.resume();
         self.admin.active_namespaces(self.identify.nn.get()).await
     }
 

@@ -62,7 +62,6 @@ impl Namespace {
     pub(crate) async fn open(controller: Controller, nsid: u32) -> Result<Self, Error> {
         controller.check_open()?;
         let events = controller.inner.events.clone();
-        events.resume();
         let admin = &controller.inner.admin;
         let active = controller.inner.active_namespaces().await?;
         let registry = events.namespaces();
