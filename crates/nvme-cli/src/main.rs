@@ -13,6 +13,7 @@ mod identify;
 mod list;
 mod pci;
 mod progress;
+mod smart;
 mod target;
 
 use std::process::ExitCode;
@@ -44,6 +45,7 @@ enum Command {
     Bind(functions::BindArguments),
     Unbind(functions::UnbindArguments),
     Identify(identify::Arguments),
+    Smart(smart::Arguments),
     Bench(bench::Arguments),
     Copy(copy::Arguments),
 }
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Command::Bind(arguments) => functions::bind(&arguments),
         Command::Unbind(arguments) => functions::unbind(&arguments),
         Command::Identify(arguments) => identify::run(&arguments),
+        Command::Smart(arguments) => smart::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Copy(arguments) => copy::run(&arguments),
     };

@@ -288,6 +288,8 @@ fn requests_that_make_no_sense() {
         ("bench http://disk.img --rw write", "scheme"),
         ("bench nvme://0000:44:00.9/1 --rw write", "PCI address"),
         ("identify mem:", "size"),
+        ("smart mem:", "size"),
+        ("smart", "URL"),
         ("copy disk.img", "DESTINATION"),
         ("copy disk.img disk.img", "the same"),
         ("copy disk.img ./disk.img", "the same"),
@@ -344,6 +346,10 @@ fn failures_are_not_bad_requests() {
         .run("identify nvme://ffff:ff:1f.7")
         .exits(1)
         .complains("ffff:ff:1f.7");
+    place
+        .run("smart file:missing.img")
+        .exits(1)
+        .complains("missing.img");
 }
 
 #[test]
@@ -364,6 +370,34 @@ fn identify_in_both_forms() {
     for word in words.into_iter().chain(["Compare", "Verify", "Copy"]) {
         assert!(run.stdout().contains(word), "{word}: {}", run.stdout());
     }
+}
+
+#[test]
+fn smart_in_both_forms() {
+    let place = Place::new();
+    let url = "mem:?size=1M";
+    let health = place.run(&format!("smart {url} --json")).exits(0).json();
+    assert_eq!(health["temperature_celsius"], 37);
+    assert_eq!(health["critical_warnings"], serde_json::json!([]));
+    assert_eq!(health["available_spare_percent"], 100);
+    assert_eq!(health["data_written_bytes"], 0);
+    assert_eq!(health["power_cycles"], 1);
+    assert_eq!(health["address"], "mem:");
+    assert!(health.get("errors").is_none());
+    let logged = health["error_log_entries"].as_u64().expect("a count");
+    let health = place.run(&format!("smart {url} --errors --json"));
+    let errors = health.exits(0).json()["errors"].clone();
+    assert_eq!(errors.as_array().expect("a list").len() as u64, logged);
+    let run = place.run(&format!("smart {url} --errors")).exits(0);
+    for line in [
+        "critical warnings  none",
+        "temperature        37 °C",
+        "available spare    100 %, threshold 10 %",
+        "power on           0 hours",
+    ] {
+        assert!(run.stdout().contains(line), "{line}: {}", run.stdout());
+    }
+    assert!(run.stderr().is_empty(), "{}", run.stderr());
 }
 
 #[test]
