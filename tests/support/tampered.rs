@@ -133,6 +133,10 @@ impl Device for Tampered {
     fn reset(&self) -> Result<(), DeviceError> {
         self.inner.reset()
     }
+
+    fn close(&self) {
+        self.inner.close();
+    }
 }
 
 /// Sees the commands of each queue when its doorbell is rung.

@@ -77,8 +77,10 @@ pub use crate::url::{UrlError, parse_size};
 /// | `mem:?size=256M` | a software controller over memory |
 ///
 /// The software controller also takes `namespaces=N` and `ns=N` (which one to open),
-/// `latency=80us` (the least time that an I/O command takes) and `fd-only` (it accesses memory
-/// only through file descriptors, as a controller in another process would).
+/// `latency=80us` (the least time that an I/O command takes), `fd-only` (it accesses memory
+/// only through file descriptors, as a controller in another process would) and
+/// `faults=plan.toml` (a file that says what it does wrong and when; the documentation of
+/// `nvme_soft::fault` has the keys and an example).
 ///
 /// Opening two namespaces of one PCI function or file in one process shares the controller.
 ///

@@ -35,6 +35,8 @@ pub(crate) struct SoftTarget {
     /// The time that each I/O command takes at least.
     pub(crate) latency: Duration,
     pub(crate) fd_only: bool,
+    /// A plan of faults for the controller.
+    pub(crate) faults: Option<PathBuf>,
 }
 
 /// A URL that can't be understood.
@@ -152,6 +154,7 @@ fn parse_soft(path: Option<PathBuf>, query: &str) -> Result<SoftTarget, String> 
         namespace: None,
         latency: Duration::ZERO,
         fd_only: false,
+        faults: None,
     };
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -171,7 +174,11 @@ fn parse_soft(path: Option<PathBuf>, query: &str) -> Result<SoftTarget, String> 
                 }
             }
             "ns" => soft.namespace = Some(parse_namespace(value)?),
-            "latency" => soft.latency = parse_duration(value)?,
+            "latency" => soft.latency = nvme_soft::fault::parse_duration(value)?,
+            "faults" if value.is_empty() => {
+                return Err("faults=: expected the path of a plan in TOML".to_owned());
+            }
+            "faults" => soft.faults = Some(value.into()),
             "fd-only" => {
                 soft.fd_only = match value {
                     "" | "1" => true,
@@ -181,7 +188,8 @@ fn parse_soft(path: Option<PathBuf>, query: &str) -> Result<SoftTarget, String> 
             }
             _ => {
                 return Err(format!(
-                    "unknown option {key:?}; there are size, lba, namespaces, ns, latency and fd-only"
+                    "unknown option {key:?}; there are size, lba, namespaces, ns, latency, fd-only and \
+                     faults"
                 ));
             }
         }
@@ -221,21 +229,6 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok()
         .and_then(|number| number.checked_mul(1 << shift))
         .ok_or_else(|| format!("{text:?} is not a size; expected a number such as 4096 or 1G"))
-}
-
-#[cfg(feature = "soft")]
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is not a time; expected one such as 80us"))?;
-    match &text[digits.len()..] {
-        "ns" => Ok(Duration::from_nanos(number)),
-        "us" | "µs" => Ok(Duration::from_micros(number)),
-        "ms" => Ok(Duration::from_millis(number)),
-        "s" => Ok(Duration::from_secs(number)),
-        _ => Err(format!("{text:?} is not a time; expected one such as 80us")),
-    }
 }
 
 #[cfg(test)]
@@ -292,7 +285,14 @@ mod tests {
         );
         assert_eq!(disk.latency, Duration::from_micros(80));
         assert_eq!(parse("file:/a/b").unwrap().size, None);
+        assert_eq!(disk.faults, None);
         assert!(parse("mem:?size=256M&fd-only").unwrap().fd_only);
+        let faulty = parse("mem:?size=1M&faults=../plans/a.toml&lba=4096").unwrap();
+        assert_eq!(
+            faulty.faults.as_deref(),
+            Some(std::path::Path::new("../plans/a.toml"))
+        );
+        assert_eq!(faulty.lba_size, 4096);
         for bad in [
             "file:",
             "file:?size=1G",
@@ -306,6 +306,8 @@ mod tests {
             "mem:?size=1G&colour=red",
             "mem:?size=1G&latency=5",
             "mem:?size=1G&namespaces=0",
+            "mem:?size=1G&faults",
+            "mem:?size=1G&faults=",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

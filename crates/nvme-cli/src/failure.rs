@@ -81,6 +81,7 @@ mod tests {
         assert!(matches!(Failure::from(past_the_end), Failure::Request(_)));
         let closed = Error::Closed {
             address: "mem:".to_owned(),
+            fate: nvme_async::Fate::NotExecuted,
         };
         assert!(matches!(Failure::from(closed), Failure::Operation(_)));
         assert!(matches!(

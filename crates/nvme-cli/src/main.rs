@@ -28,7 +28,8 @@ use crate::failure::Failure;
 ///
 /// A URL names a device: nvme://0000:44:00.0/1 (a PCI function bound to vfio-pci, namespace 1),
 /// file:disk.img?size=1G&lba=4096 (a software controller over a file, created sparse when a size is
-/// given) or mem:?size=256M (the same over memory).
+/// given) or mem:?size=256M (the same over memory). A software controller takes faults=plan.toml, a
+/// file that says what it does wrong and when.
 ///
 /// Exit status: 0 success, 1 failure, 2 bad arguments, a bad URL or a range past the end (nothing
 /// was written then). RUST_LOG=debug shows what the driver does, on stderr.

@@ -353,6 +353,41 @@ fn failures_are_not_bad_requests() {
 }
 
 #[test]
+fn a_software_controller_fails_as_planned() {
+    let place = Place::new();
+    let plan = "[[fault]]\nwhen = { opcode = \"read\", nth = 2 }\n\
+                then = { status = { sct = 2, sc = 0x81, dnr = true } }\n";
+    std::fs::write(place.path("plan.toml"), plan).expect("write a file");
+    place
+        .run("copy file:a.img?size=4M&faults=plan.toml out.img")
+        .exits(1)
+        .complains("Unrecovered Read Error");
+    place.run("copy file:a.img out.img").exits(0);
+    let identified = place.run("identify file:a.img?faults=plan.toml").exits(0);
+    assert!(identified.stdout().contains("nvme-soft"));
+}
+
+#[test]
+fn a_plan_that_makes_no_sense_is_named() {
+    let place = Place::new();
+    place
+        .run("identify file:a.img?size=1M&faults=missing.toml")
+        .exits(1)
+        .complains("missing.toml");
+    std::fs::write(place.path("plan.toml"), "[[fault]]\nthen = \"explode\"\n")
+        .expect("write a file");
+    let wrong = || place.run("identify file:a.img?size=1M&faults=plan.toml");
+    wrong().exits(1).complains("plan.toml");
+    wrong().exits(1).complains("line 2");
+    wrong().exits(1).complains("explode");
+    place
+        .run("identify mem:?size=1M&faults=")
+        .exits(2)
+        .complains("faults=");
+    assert_eq!(place.names(), ["plan.toml"]);
+}
+
+#[test]
 fn identify_in_both_forms() {
     let place = Place::new();
     let url = "mem:?size=1M&namespaces=2&lba=4096";

@@ -1,8 +1,11 @@
 //! Changes of namespaces while the controller runs.
 
+use serde::{Deserialize, Serialize};
+
 /// What becomes of a namespace, as a namespace management tool on another path to the NVM subsystem
 /// would do it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum NamespaceChange {
     /// It gets another size in bytes, rounded down to whole blocks; its store is resized
@@ -18,6 +21,7 @@ pub enum NamespaceChange {
         /// The namespace.
         nsid: u32,
         /// The new block size in bytes: 512 or 4096.
+        #[serde(rename = "lba-size")]
         lba_size: u32,
     },
     /// It becomes inactive: commands for it are refused until it is attached again. Its contents

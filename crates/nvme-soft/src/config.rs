@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::fault::{Fault, FaultError};
 use crate::store::Store;
 
 const MAX_NAMESPACES: u64 = 65_536;
@@ -74,6 +75,12 @@ pub struct Config {
     /// The largest identifier that a namespace may have (NN), at most 65,536; 0 stands for as many
     /// as there are at the start, so that none can be added.
     pub max_namespaces: u32,
+    /// Keeps apart what a loss of power would lose, which costs memory and a read for each write.
+    /// Switched on by any of [`Config::faults`] that loses something; this is for
+    /// [`SoftController::power_loss`](crate::SoftController::power_loss).
+    pub track_unflushed: bool,
+    /// Faults that strike from the start on. Of several that match, the first is taken.
+    pub faults: Vec<Fault>,
     /// The namespaces; the first one has identifier 1.
     pub namespaces: Vec<NamespaceConfig>,
 }
@@ -108,6 +115,8 @@ impl Default for Config {
             latency: Duration::ZERO,
             spin: Duration::from_micros(10),
             max_namespaces: 0,
+            track_unflushed: false,
+            faults: Vec::new(),
             namespaces: Vec::new(),
         }
     }
@@ -183,6 +192,14 @@ pub enum StartError {
         size: u64,
         /// The size of a block in bytes.
         lba_size: u32,
+    },
+    /// A fault makes no sense.
+    #[error("fault {number}: {source}")]
+    Fault {
+        /// Which one, from 1.
+        number: usize,
+        /// What is wrong with it.
+        source: FaultError,
     },
     /// There is no interrupt vector for the admin queue.
     #[error("at least one interrupt vector is needed")]
@@ -262,6 +279,12 @@ impl Config {
         )?;
         within("vsl", self.vsl.into(), 0, 19, "0..=19")?;
         within("wzsl", self.wzsl.into(), 0, 19, "0..=19")?;
+        for (index, fault) in self.faults.iter().enumerate() {
+            fault.check().map_err(|source| StartError::Fault {
+                number: index + 1,
+                source,
+            })?;
+        }
         let least = match self.max_namespaces {
             0 => 0,
             _ => self.namespaces.len() as u64,

@@ -40,6 +40,10 @@ pub(crate) struct Control {
     pub(crate) bus_master: bool,
     pub(crate) hold: Hold,
     pub(crate) reset_pending: bool,
+    /// Whether the last reset had no effect.
+    pub(crate) reset_failed: bool,
+    /// The function is not there: its registers read as all ones.
+    pub(crate) vanished: bool,
     pub(crate) stop: bool,
     pub(crate) calls: Vec<Call>,
     /// Counts the changes that someone waits for, and how many of them are in effect.
@@ -65,6 +69,8 @@ impl Shared {
                 bus_master: true,
                 hold: Hold::Nothing,
                 reset_pending: false,
+                reset_failed: false,
+                vanished: false,
                 stop: false,
                 calls: Vec::new(),
                 requested: 0,
@@ -84,7 +90,10 @@ impl Shared {
 
     /// Makes a change and returns when the controller's thread has acted on it, which it does
     /// between two commands.
-    pub(crate) fn change_and_wait(&self, change: impl FnOnce(&mut Control)) {
+    pub(crate) fn change_and_wait(
+        &self,
+        change: impl FnOnce(&mut Control),
+    ) -> MutexGuard<'_, Control> {
         let mut control = self.lock();
         change(&mut control);
         control.requested += 1;
@@ -96,6 +105,7 @@ impl Shared {
                 .wait(control)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        control
     }
 
     /// Does something on the controller's thread, between two commands, and returns the result;

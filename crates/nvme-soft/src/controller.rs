@@ -1,5 +1,7 @@
 //! The controller as its embedder holds it.
 
+mod faults;
+
 use std::fmt;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -10,7 +12,7 @@ use nvme_spec::registers::offset;
 
 use crate::change::{ChangeError, NamespaceChange};
 use crate::config::{Config, NamespaceConfig, StartError};
-use crate::control::{Hold, Shared};
+use crate::control::{Control, Hold, Shared};
 use crate::counters::Counters;
 use crate::doorbells::{ATTENTION_CONTROL, Doorbells};
 use crate::engine::Engine;
@@ -76,7 +78,11 @@ impl SoftController {
 
     /// Reads a 32-bit register of BAR 0. What is no register reads as zero, doorbells included.
     pub fn read32(&self, offset: u32) -> u32 {
-        self.shared.lock().registers.read32(offset)
+        let control = self.shared.lock();
+        if control.vanished {
+            return u32::MAX;
+        }
+        control.registers.read32(offset)
     }
 
     /// Writes a 32-bit register of BAR 0, or a doorbell.
@@ -84,7 +90,13 @@ impl SoftController {
         if offset >= offset::DOORBELLS {
             return self.shared.doorbells.ring(offset, value);
         }
-        if self.shared.lock().registers.write32(offset, value) {
+        let mut control = self.shared.lock();
+        if control.vanished {
+            return;
+        }
+        let is_control = control.registers.write32(offset, value);
+        drop(control);
+        if is_control {
             self.shared.doorbells.raise_attention(ATTENTION_CONTROL);
         }
     }
@@ -92,6 +104,9 @@ impl SoftController {
     /// Reads a 64-bit register of BAR 0.
     pub fn read64(&self, offset: u32) -> u64 {
         let control = self.shared.lock();
+        if control.vanished {
+            return u64::MAX;
+        }
         let low = control.registers.read32(offset);
         let high = control.registers.read32(offset.wrapping_add(4));
         u64::from(high) << 32 | u64::from(low)
@@ -113,17 +128,25 @@ impl SoftController {
     ///
     /// Returns when it is in effect: after forbidding, no access is in progress.
     pub fn set_bus_master(&self, enabled: bool) {
-        self.shared
-            .change_and_wait(|control| control.bus_master = enabled);
+        self.change(|control| control.bus_master = enabled);
     }
 
     /// Resets the function: the controller is disabled, and all registers have their initial
     /// values. The state of bus mastering stays.
     ///
     /// Returns when it is in effect: host memory is not accessed any more.
-    pub fn reset(&self) {
-        self.shared
+    ///
+    /// # Errors
+    ///
+    /// [`ResetError`] if a fault prevents it, or the function has vanished.
+    pub fn reset(&self) -> Result<(), ResetError> {
+        let control = self
+            .shared
             .change_and_wait(|control| control.reset_pending = true);
+        if control.reset_failed {
+            return Err(ResetError);
+        }
+        Ok(())
     }
 
     /// Leaves all further commands in their submission queues until [`SoftController::release`],
@@ -131,20 +154,21 @@ impl SoftController {
     ///
     /// Returns when it is in effect.
     pub fn hold(&self) {
-        self.shared
-            .change_and_wait(|control| control.hold = Hold::Everything);
+        self.change(|control| control.hold = Hold::Everything);
     }
 
     /// As [`SoftController::hold`], but the admin queue is served.
     pub fn hold_io(&self) {
-        self.shared
-            .change_and_wait(|control| control.hold = Hold::Io);
+        self.change(|control| control.hold = Hold::Io);
     }
 
     /// Ends [`SoftController::hold`] and [`SoftController::hold_io`].
     pub fn release(&self) {
-        self.shared
-            .change_and_wait(|control| control.hold = Hold::Nothing);
+        self.change(|control| control.hold = Hold::Nothing);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Control)) {
+        drop(self.shared.change_and_wait(change));
     }
 
     /// Changes a namespace while the host may use it, between two commands. The change is noted in
@@ -248,6 +272,12 @@ impl SoftController {
         }
     }
 }
+
+/// A function reset had no effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the function was not reset")]
+#[non_exhaustive]
+pub struct ResetError;
 
 impl Drop for SoftController {
     fn drop(&mut self) {

@@ -1,5 +1,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::fault::FaultKind;
+
 /// What a controller has done since it was started. Taken while it runs, the numbers need not
 /// belong to one instant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +51,8 @@ pub(crate) struct Cells {
     pub(crate) interrupts: Cell,
     pub(crate) refused_accesses: Cell,
     pub(crate) sleeps: Cell,
+    /// By [`FaultKind`].
+    pub(crate) faults: [Cell; FaultKind::ALL.len()],
 }
 
 /// A counter with one writer.

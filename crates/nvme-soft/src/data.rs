@@ -1,11 +1,14 @@
 //! Where a command's data is in host memory: PRP entries and lists, and SGLs
 //! (base specification 2.0, sections 4.1.1 and 4.1.2).
 
+use std::sync::Arc;
+
 use nvme_spec::sgl::{Sgl, SglDescriptor};
 use nvme_spec::{DataPointer, Status};
 use zerocopy::FromBytes;
 
 use crate::dma::Dma;
+use crate::fault::Behaviour;
 
 /// The segments of one SGL. A host can chain empty segments without end.
 const MAX_SGL_SEGMENTS: usize = 1024;
@@ -40,6 +43,46 @@ pub(crate) enum Flow {
     FromHost,
 }
 
+/// What a fault does to the data that a command sends to the host.
+pub(crate) struct DataTamper {
+    behaviour: Arc<Behaviour>,
+    /// How far the data was moved, in bytes.
+    moved: u64,
+}
+
+impl DataTamper {
+    pub(crate) fn new(behaviour: Arc<Behaviour>) -> Self {
+        Self {
+            behaviour,
+            moved: 0,
+        }
+    }
+
+    /// Changes the next part of the data; returns how much of it reaches the host.
+    fn apply(&mut self, data: &mut [u8]) -> usize {
+        let start = self.moved;
+        self.moved += data.len() as u64;
+        match &*self.behaviour {
+            Behaviour::CorruptData { offset, bytes } => {
+                for (at, byte) in (*offset..).zip(bytes) {
+                    if let Some(index) = at.checked_sub(start)
+                        && let Some(place) = usize::try_from(index)
+                            .ok()
+                            .and_then(|index| data.get_mut(index))
+                    {
+                        *place = *byte;
+                    }
+                }
+                data.len()
+            }
+            Behaviour::TruncateData(limit) => data
+                .len()
+                .min(usize::try_from(limit.saturating_sub(start)).unwrap_or(usize::MAX)),
+            _ => data.len(),
+        }
+    }
+}
+
 /// The data of the command that is being served. Reused from command to command, so that small
 /// ones allocate nothing.
 #[derive(Default)]
@@ -49,6 +92,8 @@ pub(crate) struct Transfer {
     done: usize,
     done_of_next: u64,
     list: Vec<u8>,
+    /// For the command that is being served.
+    pub(crate) tamper: Option<DataTamper>,
 }
 
 impl Transfer {
@@ -72,10 +117,34 @@ impl Transfer {
 
     /// Moves the next `data.len()` bytes into host memory.
     pub(crate) fn send(&mut self, dma: &Dma, mut data: &[u8]) -> Result<(), Status> {
+        if self.tamper.is_some() {
+            return self.send_tampered(dma, data);
+        }
         while let Some((piece, len)) = self.next(data.len()) {
             if let Piece::Memory { address, .. } = piece {
                 dma.write(address, &data[..len])?;
             }
+            data = &data[len..];
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn send_tampered(&mut self, dma: &Dma, data: &[u8]) -> Result<(), Status> {
+        let mut data = data.to_vec();
+        let mut reaches = match &mut self.tamper {
+            Some(tamper) => tamper.apply(&mut data),
+            None => data.len(),
+        };
+        let mut data = data.as_slice();
+        while let Some((piece, len)) = self.next(data.len()) {
+            let part = len.min(reaches);
+            if let Piece::Memory { address, .. } = piece
+                && part > 0
+            {
+                dma.write(address, &data[..part])?;
+            }
+            reaches -= part;
             data = &data[len..];
         }
         Ok(())

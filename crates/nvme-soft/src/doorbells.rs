@@ -2,7 +2,7 @@
 //! 3.1.2.2): the only thing a host touches per command besides its own memory.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::wake::{Urgency, Wake};
 
@@ -24,6 +24,8 @@ pub struct Doorbells {
     attention: AtomicU32,
     redundant_heads: AtomicU64,
     invalid: AtomicU64,
+    /// The function is not there, and all its queues are closed.
+    vanished: AtomicBool,
     wake: Wake,
 }
 
@@ -53,6 +55,7 @@ impl Doorbells {
             attention: AtomicU32::new(0),
             redundant_heads: AtomicU64::new(0),
             invalid: AtomicU64::new(0),
+            vanished: AtomicBool::new(false),
             wake: Wake::new(),
         }
     }
@@ -104,8 +107,16 @@ impl Doorbells {
 
     #[cold]
     fn complain(&self, what: u32) {
+        if self.vanished.load(Ordering::Relaxed) {
+            return;
+        }
         self.invalid.fetch_add(1, Ordering::Relaxed);
         self.raise_attention(what);
+    }
+
+    /// Whether writes go nowhere. The queues are to be closed too.
+    pub(crate) fn set_vanished(&self, vanished: bool) {
+        self.vanished.store(vanished, Ordering::Relaxed);
     }
 
     pub(crate) fn raise_attention(&self, what: u32) {

@@ -49,6 +49,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod fault;
 pub mod store;
 
 mod admin;
@@ -70,7 +71,7 @@ use std::fmt;
 
 pub use change::{ChangeError, NamespaceChange};
 pub use config::{Config, NamespaceConfig, StartError};
-pub use controller::SoftController;
+pub use controller::{ResetError, SoftController};
 pub use counters::Counters;
 pub use doorbells::Doorbells;
 

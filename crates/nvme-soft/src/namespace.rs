@@ -8,20 +8,21 @@ use nvme_spec::Status;
 use crate::change::ChangeError;
 use crate::config::{NamespaceConfig, check_size};
 use crate::counters::Cells;
-use crate::store::Store;
+use crate::fault::Loss;
+use crate::store::CachedStore;
 
 /// One namespace.
 #[derive(Debug)]
 pub(crate) struct Namespace {
-    pub(crate) store: Box<dyn Store>,
+    pub(crate) store: CachedStore,
     pub(crate) lba_shift: u8,
     pub(crate) blocks: u64,
     pub(crate) optimal_io_boundary: u16,
     pub(crate) deallocate_granularity: u32,
+    is_attached: bool,
     pub(crate) copy_range_blocks: u16,
     pub(crate) copy_blocks: u32,
     pub(crate) copy_ranges: u16,
-    is_attached: bool,
     /// Bytes that were written since the last sync and need not be durable.
     unsynced: u64,
 }
@@ -34,14 +35,14 @@ impl Namespace {
         let lba_shift = config.lba_size.trailing_zeros() as u8;
         Self {
             blocks: config.store.size() >> lba_shift,
-            store: config.store,
+            store: CachedStore::new(config.store, config.lba_size),
             lba_shift,
             optimal_io_boundary: config.optimal_io_boundary,
             deallocate_granularity: config.deallocate_granularity,
+            is_attached: true,
             copy_range_blocks: config.copy_range_blocks,
             copy_blocks: config.copy_blocks,
             copy_ranges: config.copy_ranges,
-            is_attached: true,
             unsynced: 0,
         }
     }
@@ -60,6 +61,7 @@ impl Namespace {
     /// Changes the block size, which was checked; returns whether there was a change.
     pub(crate) fn format(&mut self, nsid: u32, lba_size: u32) -> Result<bool, ChangeError> {
         check_size(nsid, self.store.size(), lba_size)?;
+        self.store.format(lba_size);
         let lba_shift = lba_size.trailing_zeros() as u8;
         self.blocks = self.store.size() >> lba_shift;
         let old = std::mem::replace(&mut self.lba_shift, lba_shift);
@@ -101,6 +103,7 @@ impl Namespace {
 pub(crate) struct Namespaces {
     all: Vec<Namespace>,
     max: u32,
+    tracks_unflushed: bool,
 }
 
 impl Namespaces {
@@ -109,6 +112,7 @@ impl Namespaces {
         Self {
             all: configs.into_iter().map(Namespace::new).collect(),
             max,
+            tracks_unflushed: false,
         }
     }
 
@@ -147,7 +151,11 @@ impl Namespaces {
             });
         }
         config.check(nsid)?;
-        self.all.push(Namespace::new(config));
+        let mut namespace = Namespace::new(config);
+        if self.tracks_unflushed {
+            namespace.store.track_unflushed();
+        }
+        self.all.push(namespace);
         Ok(nsid)
     }
 
@@ -161,6 +169,23 @@ impl Namespaces {
         (1..)
             .zip(&self.all)
             .filter_map(|(nsid, namespace)| namespace.is_attached.then_some(nsid))
+    }
+
+    /// From now on it is known what is not durable.
+    pub(crate) fn track_unflushed(&mut self) {
+        self.tracks_unflushed = true;
+        for namespace in &mut self.all {
+            namespace.store.track_unflushed();
+        }
+    }
+
+    /// Takes back what is not durable, as far as that is known.
+    pub(crate) fn lose_unflushed(&mut self, loss: Loss) {
+        for namespace in &mut self.all {
+            if let Err(error) = namespace.store.lose_unflushed(loss) {
+                tracing::error!(%error, "store failed to lose what is not durable");
+            }
+        }
     }
 
     pub(crate) fn flush_all(&mut self, counters: &Cells) -> io::Result<()> {

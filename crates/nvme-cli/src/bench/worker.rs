@@ -439,6 +439,7 @@ mod tests {
     fn what_ends_a_task() {
         let closed = Error::Closed {
             address: String::new(),
+            fate: nvme_async::Fate::NotExecuted,
         };
         assert!(TaskError::Io(closed).is_final());
         let kind = pattern::MismatchKind::Unwritten;

@@ -111,7 +111,8 @@ impl Engine {
         /// Dword 0 of the completion when the command was not aborted.
         const NOT_ABORTED: u32 = 1;
         self.admin.aborts += 1;
-        if self.admin.aborts > u32::from(self.config.abort_limit) {
+        let outstanding = self.admin.aborts as usize + self.waiting_aborts();
+        if outstanding > usize::from(self.config.abort_limit) {
             return Err(Status::ABORT_LIMIT_EXCEEDED);
         }
         let submission_queue = command.cdw10() as u16;
@@ -119,16 +120,16 @@ impl Engine {
         if self.queues.submission(submission_queue).is_none() {
             return Err(Status::INVALID_FIELD);
         }
-        let aborted = if submission_queue == 0 {
-            match self.admin.events.abort(cid) {
-                Some(request) => {
-                    self.complete(0, &request, Err(Status::ABORT_REQUESTED));
-                    true
-                }
-                None => false,
+        let event_request = match submission_queue {
+            0 => self.admin.events.abort(cid),
+            _ => None,
+        };
+        let aborted = match event_request {
+            Some(request) => {
+                self.complete(0, &request, Err(Status::ABORT_REQUESTED));
+                true
             }
-        } else {
-            self.abort_delayed(submission_queue, cid)
+            None => self.abort_waiting(submission_queue, cid),
         };
         Ok(if aborted { 0 } else { NOT_ABORTED })
     }

@@ -1,6 +1,7 @@
 //! Enable, disable, reset and shutdown (base specification 2.0, sections 3.5 to 3.7).
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use nvme_spec::registers::{
     ControllerConfiguration, ControllerStatus, ShutdownNotification, ShutdownStatus,
@@ -9,6 +10,7 @@ use nvme_spec::registers::{
 use super::{Engine, State};
 use crate::control::Control;
 use crate::doorbells::{ATTENTION_CONTROL, ATTENTION_INVALID_REGISTER, ATTENTION_INVALID_VALUE};
+use crate::fault::{Behaviour, EnableRefusal, FaultEvent};
 
 impl Engine {
     /// Looks at what the embedder's threads have set; returns false when the thread is to end.
@@ -40,10 +42,16 @@ impl Engine {
         self.bus_master = control.bus_master;
         self.hold = control.hold;
         if std::mem::take(&mut control.reset_pending) {
-            self.disable();
-            control.registers.reset();
+            control.reset_failed =
+                self.state == State::Gone || self.strike_event(FaultEvent::Reset).is_some();
+            if !control.reset_failed {
+                self.disable();
+                control.registers.reset();
+            }
         }
-        if std::mem::take(&mut control.registers.disable_pending) {
+        if std::mem::take(&mut control.registers.disable_pending)
+            && self.strike_event(FaultEvent::Disable).is_none()
+        {
             self.disable();
             control.registers.status = ControllerStatus::new();
         }
@@ -63,7 +71,11 @@ impl Engine {
         // What follows takes its time, during which the host reads CSTS.
         drop(control);
         if shutdown {
-            self.shut_down();
+            if self.strike_event(FaultEvent::Shutdown).is_some() {
+                self.stop_serving();
+            } else {
+                self.shut_down();
+            }
         }
         for call in calls {
             call.run(self);
@@ -79,6 +91,19 @@ impl Engine {
             self.state = State::Failed;
             registers.status.set_cfs(true);
             return;
+        }
+        let struck = self.strike_event(FaultEvent::Enable);
+        match struck.as_deref() {
+            Some(Behaviour::RefuseEnable(EnableRefusal::NeverReady)) => {
+                self.state = State::NotReady;
+                return;
+            }
+            Some(Behaviour::RefuseEnable(EnableRefusal::Fail)) => {
+                self.state = State::Failed;
+                registers.status.set_cfs(true);
+                return;
+            }
+            _ => {}
         }
         self.limits.page_size = 4096 << configuration.mps();
         let attributes = registers.admin_queues;
@@ -96,8 +121,24 @@ impl Engine {
             u32::from(attributes.asqs()) + 1,
             0,
         );
+        if let Some(&Behaviour::SlowReady(time)) = struck.as_deref() {
+            self.state = State::NotReady;
+            self.ready_at = Instant::now().checked_add(time);
+            return;
+        }
         self.state = State::Ready;
         registers.status = ControllerStatus::new().with_rdy(true);
+    }
+
+    /// Sets CSTS.RDY of a slow controller once it is time; returns whether it was.
+    pub(super) fn become_ready(&mut self) -> bool {
+        let is_due = self.ready_at.is_some_and(|at| at <= Instant::now());
+        if is_due {
+            self.ready_at = None;
+            self.state = State::Ready;
+            self.shared.lock().registers.status.set_rdy(true);
+        }
+        is_due
     }
 
     fn check_configuration(
@@ -137,20 +178,19 @@ impl Engine {
     }
 
     /// Forgets all queues and commands. Host memory is not accessed any more.
-    fn disable(&mut self) {
+    pub(super) fn disable(&mut self) {
         self.state = State::Disabled;
+        self.ready_at = None;
         self.queues.delete_all(&self.doorbells);
-        self.delayed.clear();
+        self.deferred.clear();
+        self.forget_struck();
         self.admin.reset(&self.config);
     }
 
     fn shut_down(&mut self) {
         // A failure was reported, and there is no completion to tell of it.
         let _ = self.flush_all();
-        // With the controller disabled there is nothing to stop, and it may be enabled later.
-        if self.state == State::Ready {
-            self.state = State::ShutDown;
-        }
+        self.stop_serving();
         let mut control = self.shared.lock();
         // A reset since has cleared the state that this completes.
         if control.registers.status.shst() == ShutdownStatus::Occurring
@@ -161,8 +201,18 @@ impl Engine {
         }
     }
 
+    fn stop_serving(&mut self) {
+        // With the controller disabled there is nothing to stop, and it may be enabled later.
+        if self.state == State::Ready {
+            self.state = State::ShutDown;
+        }
+    }
+
     /// Sets CSTS.CFS: an error that no completion can tell of.
-    pub(super) fn fail(&mut self, reason: &'static str) {
+    pub(crate) fn fail(&mut self, reason: &'static str) {
+        if self.state == State::Gone {
+            return;
+        }
         tracing::error!(reason, "controller failed");
         self.state = State::Failed;
         self.shared.lock().registers.status.set_cfs(true);

@@ -1,6 +1,8 @@
 //! The controller's thread: looks for work, does it, sleeps.
 
 mod changes;
+mod deferred;
+mod faults;
 pub(crate) mod group;
 mod lifecycle;
 pub(crate) mod queues;
@@ -11,8 +13,10 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::{Sqe, Status};
 
+use self::deferred::Deferred;
+use self::faults::Faults;
 use self::group::SyncGroup;
-use self::queues::{Completion, QueueError, Queues};
+use self::queues::{Completion, QueueError, Queues, Tamper};
 use crate::admin::Admin;
 use crate::config::Config;
 use crate::control::{Hold, Shared};
@@ -35,12 +39,16 @@ const TIMER_MARGIN: Duration = Duration::from_micros(60);
 enum State {
     /// CC.EN is clear.
     Disabled,
+    /// CC.EN is set and CSTS.RDY is not, yet or for ever.
+    NotReady,
     /// CSTS.RDY is set.
     Ready,
     /// A shutdown is complete; only a reset leads out.
     ShutDown,
     /// CSTS.CFS is set; only a reset leads out.
     Failed,
+    /// The function is not there.
+    Gone,
 }
 
 /// What a command leads to: its dword 0 of the completion, or the status that says why not.
@@ -53,13 +61,6 @@ pub(crate) enum Reply {
     Later,
     /// It completes once its namespace is synced.
     OnceSynced,
-}
-
-/// A command that completes when its time has come.
-struct Delayed {
-    due: Instant,
-    submission_queue: u16,
-    command: Sqe,
 }
 
 /// The limits that commands are checked against, fixed while the controller is enabled.
@@ -93,7 +94,12 @@ pub(crate) struct Engine {
     state: State,
     bus_master: bool,
     hold: Hold,
-    delayed: VecDeque<Delayed>,
+    /// When a slow controller becomes ready.
+    ready_at: Option<Instant>,
+    /// In the order in which it is due.
+    deferred: VecDeque<Deferred>,
+    /// There is none until a fault is injected.
+    faults: Option<Box<Faults>>,
     fetched: [Sqe; BATCH],
 }
 
@@ -114,8 +120,12 @@ impl Engine {
         };
         let namespaces = std::mem::take(&mut config.namespaces);
         let max_namespaces = config.max_namespaces.max(namespaces.len() as u32);
-        let namespaces = Namespaces::new(namespaces, max_namespaces);
-        Self {
+        let mut namespaces = Namespaces::new(namespaces, max_namespaces);
+        if config.track_unflushed {
+            namespaces.track_unflushed();
+        }
+        let faults = std::mem::take(&mut config.faults);
+        let mut engine = Self {
             limits: Limits {
                 page_size: min_page,
                 max_transfer: limit(config.mdts),
@@ -133,12 +143,18 @@ impl Engine {
             state: State::Disabled,
             bus_master: true,
             hold: Hold::Nothing,
-            delayed: VecDeque::new(),
+            ready_at: None,
+            deferred: VecDeque::new(),
+            faults: None,
             fetched: [Sqe::default(); BATCH],
             config,
             shared,
             interrupts,
+        };
+        for fault in faults {
+            engine.inject(fault);
         }
+        engine
     }
 
     /// Serves until the embedder stops the controller.
@@ -165,7 +181,7 @@ impl Engine {
     /// Goes over all queues once; returns whether there was anything to do.
     fn turn(&mut self) -> bool {
         if !self.is_serving() {
-            return false;
+            return self.become_ready();
         }
         let mut busy = false;
         if self.queues.waits_for_room() {
@@ -262,50 +278,30 @@ impl Engine {
                 status,
                 result: 0,
                 ends_command: false,
+                tamper: Tamper::Nothing,
             });
         }
-        if id == 0 {
-            let reply = self.admin_command(&command);
-            self.answer_to(id, command, reply);
-        } else if self.config.latency.is_zero() {
-            let reply = self.io_command(&command);
-            self.answer_to(id, command, reply);
-        } else {
-            self.delayed.push_back(Delayed {
-                due: Instant::now() + self.config.latency,
-                submission_queue: id,
-                command,
-            });
+        if self.faults.is_some() && self.strike_command(id, &command) {
+            return;
         }
+        self.serve_after(Duration::ZERO, id, &command);
     }
 
-    fn answer_to(&mut self, id: u16, command: Sqe, reply: Reply) {
+    /// Does a command's work and completes it, or leaves that to another part of the controller.
+    fn serve_command(&mut self, id: u16, command: &Sqe) {
+        if self.faults.is_some() {
+            self.prepare_tamper(id, command.cid());
+        }
+        let reply = if id == 0 {
+            self.admin_command(command)
+        } else {
+            self.io_command(command)
+        };
         match reply {
-            Reply::Now(outcome) => self.complete(id, &command, outcome),
-            Reply::OnceSynced => self.group.join(id, command),
+            Reply::Now(outcome) => self.complete(id, command, outcome),
+            Reply::OnceSynced => self.group.join(id, *command),
             Reply::Later => {}
         }
-    }
-
-    /// Serves the delayed commands whose time has come.
-    fn serve_due(&mut self) -> bool {
-        let mut busy = false;
-        // One latency for all, so the first fetched is the first due.
-        while let Some(first) = self.delayed.front()
-            && self.is_serving()
-            && first.due <= Instant::now()
-            && let Some(Delayed {
-                submission_queue,
-                command,
-                ..
-            }) = self.delayed.pop_front()
-        {
-            let reply = self.io_command(&command);
-            self.answer_to(submission_queue, command, reply);
-            self.signal();
-            busy = true;
-        }
-        busy
     }
 
     /// Completes a fetched command.
@@ -314,16 +310,25 @@ impl Engine {
             Ok(result) => (Status::SUCCESS, result),
             Err(status) => (status.with_dnr(!is_transient(status)), 0),
         };
-        if !status.is_success() {
-            self.note_failure(submission_queue, command, status);
-        }
-        self.post(Completion {
+        let completion = Completion {
             submission_queue,
             cid: command.cid(),
             status,
             result,
             ends_command: true,
-        });
+            tamper: Tamper::Nothing,
+        };
+        if self.faults.is_some() {
+            return self.complete_struck(command, completion);
+        }
+        self.finish(command, completion);
+    }
+
+    fn finish(&mut self, command: &Sqe, completion: Completion) {
+        if !completion.status.is_success() {
+            self.note_failure(completion.submission_queue, command, completion.status);
+        }
+        self.post(completion);
     }
 
     fn note_failure(&mut self, submission_queue: u16, command: &Sqe, status: Status) {
@@ -342,30 +347,6 @@ impl Engine {
             && let Some((request, event)) = self.admin.events.next_delivery()
         {
             self.complete(0, &request, Ok(event));
-        }
-    }
-
-    /// Takes a delayed command back before its time. Returns whether it was there.
-    pub(crate) fn abort_delayed(&mut self, submission_queue: u16, cid: u16) -> bool {
-        let Some(index) = self.delayed.iter().position(|delayed| {
-            delayed.submission_queue == submission_queue && delayed.command.cid() == cid
-        }) else {
-            return false;
-        };
-        if let Some(Delayed { command, .. }) = self.delayed.remove(index) {
-            self.complete(submission_queue, &command, Err(Status::ABORT_REQUESTED));
-        }
-        true
-    }
-
-    /// Completes all delayed commands of a queue that is about to be deleted.
-    pub(crate) fn abort_queue(&mut self, submission_queue: u16) {
-        let (aborted, kept) = std::mem::take(&mut self.delayed)
-            .into_iter()
-            .partition::<VecDeque<_>, _>(|delayed| delayed.submission_queue == submission_queue);
-        self.delayed = kept;
-        for Delayed { command, .. } in aborted {
-            self.complete(submission_queue, &command, Err(Status::ABORTED_SQ_DELETION));
         }
     }
 
@@ -431,17 +412,18 @@ impl Engine {
     fn has_work(&self) -> bool {
         self.doorbells.wants_attention()
             || (self.is_serving()
-                && (self
+                && self
                     .queues
-                    .has_work(&self.doorbells, |id| self.may_fetch(id))
-                    || self.next_due().is_some_and(|due| due <= Instant::now())))
+                    .has_work(&self.doorbells, |id| self.may_fetch(id)))
+            || self.next_due().is_some_and(|due| due <= Instant::now())
     }
 
     fn next_due(&self) -> Option<Instant> {
-        if !self.is_serving() {
-            return None;
+        if self.is_serving() {
+            self.first_due()
+        } else {
+            self.ready_at
         }
-        self.delayed.front().map(|delayed| delayed.due)
     }
 }
 

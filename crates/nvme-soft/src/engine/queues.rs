@@ -8,9 +8,12 @@ use zerocopy::IntoBytes;
 
 use crate::dma::Dma;
 use crate::doorbells::Doorbells;
+use crate::fault::{Change, CompletionField};
 
 const SQE_SIZE: u64 = 64;
 const CQE_SIZE: u64 = 16;
+/// Where the dword with status and phase is in an entry.
+const STATUS_OFFSET: u64 = 4 * Cqe::STATUS_DWORD as u64;
 
 /// Host memory that a queue could not reach, or a doorbell value that it could not have.
 pub(crate) enum QueueError {
@@ -104,6 +107,7 @@ impl SubmissionQueue {
 }
 
 /// A completion that is not posted yet.
+#[derive(Clone, Copy)]
 pub(crate) struct Completion {
     pub(crate) submission_queue: u16,
     pub(crate) cid: u16,
@@ -112,6 +116,48 @@ pub(crate) struct Completion {
     /// Whether the identifier is free once this is posted. It is not when the command was refused
     /// because another one uses it.
     pub(crate) ends_command: bool,
+    pub(crate) tamper: Tamper,
+}
+
+/// What a fault does to a completion queue entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tamper {
+    Nothing,
+    Change(CompletionField, Change),
+    FlipPhase,
+    NoInterrupt,
+}
+
+impl Tamper {
+    #[cold]
+    fn write(self, dma: &Dma, address: u64, entry: Cqe) -> Result<(), Status> {
+        let entry = self.apply(entry);
+        write_entry(dma, address, &entry)?;
+        if self == Self::FlipPhase {
+            for phase in [!entry.phase(), entry.phase()] {
+                let dword = entry.with_phase(phase).dwords()[Cqe::STATUS_DWORD];
+                dma.store_release(address + STATUS_OFFSET, dword)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(self, entry: Cqe) -> Cqe {
+        let Self::Change(field, change) = self else {
+            return entry;
+        };
+        let (dword, shift, mask) = match field {
+            CompletionField::Result => (0, 0, u32::MAX),
+            CompletionField::SqHead => (2, 0, 0xffff),
+            CompletionField::SqId => (2, 16, 0xffff),
+            CompletionField::Cid => (Cqe::STATUS_DWORD, 0, 0xffff),
+            CompletionField::Phase => (Cqe::STATUS_DWORD, 16, 1),
+        };
+        let mut dwords = entry.dwords();
+        let value = change.apply(dwords[dword] >> shift & mask) & mask;
+        dwords[dword] = dwords[dword] & !(mask << shift) | value << shift;
+        Cqe::from_dwords(dwords)
+    }
 }
 
 /// One completion queue.
@@ -159,6 +205,12 @@ impl CompletionQueue {
         self.head = head;
         Ok(())
     }
+}
+
+fn write_entry(dma: &Dma, address: u64, entry: &Cqe) -> Result<(), Status> {
+    // The dword with the phase goes last: the host looks at nothing else until it flips.
+    dma.write(address, &entry.as_bytes()[..STATUS_OFFSET as usize])?;
+    dma.store_release(address + STATUS_OFFSET, entry.dwords()[Cqe::STATUS_DWORD])
 }
 
 fn distance(from: u32, to: u32, entries: u32) -> u32 {
@@ -417,18 +469,18 @@ impl Queues {
             .with_sq(completion.submission_queue, submission.head as u16)
             .with_phase(queue.phase);
         let address = queue.address + u64::from(queue.tail) * CQE_SIZE;
-        let bytes = entry.as_bytes();
-        // The dword with the phase goes last: the host looks at nothing else until it flips.
-        dma.write(address, &bytes[..12])
-            .map_err(|_| QueueError::HostMemory)?;
-        dma.store_release(address + 12, entry.dwords()[Cqe::STATUS_DWORD])
-            .map_err(|_| QueueError::HostMemory)?;
+        let written = if completion.tamper == Tamper::Nothing {
+            write_entry(dma, address, &entry)
+        } else {
+            completion.tamper.write(dma, address, entry)
+        };
+        written.map_err(|_| QueueError::HostMemory)?;
         queue.tail += 1;
         if queue.tail == queue.entries {
             queue.tail = 0;
             queue.phase = !queue.phase;
         }
-        if !queue.unsignalled {
+        if !queue.unsignalled && completion.tamper != Tamper::NoInterrupt {
             queue.unsignalled = true;
             self.unsignalled.push(id);
         }

@@ -1,11 +1,13 @@
 //! What a namespace keeps its blocks in.
 
+mod cache;
 mod file;
 mod memory;
 
 use std::fmt;
 use std::io;
 
+pub(crate) use cache::CachedStore;
 pub use file::FileStore;
 pub use memory::MemoryStore;
 

@@ -101,7 +101,7 @@ fn after_a_reset_no_memory_is_accessed() {
     }
     host.ring(1);
     wait_for(|| (host.controller.counters().commands == 20).then_some(()));
-    host.controller.reset();
+    host.controller.reset().unwrap();
     let accesses = host.memory.accesses();
     assert!(!host.status().rdy());
     assert_eq!(host.controller.read32(offset::CC), 0);

@@ -23,8 +23,8 @@ use nvme_soft::{Config, Counters, Doorbells, SoftController, StartError};
 pub use iommu::{SoftIommu, Stray};
 pub(crate) use open::open;
 
-use self::vectors::Vectors;
-use crate::device::{Device, DeviceError, Doorbell, DoorbellCall};
+use self::vectors::{Vectors, eventfd, signal};
+use crate::device::{Device, DeviceError, Doorbell, DoorbellCall, Notice};
 
 /// How a [`SoftDevice`] is attached to this process.
 #[derive(Clone, Debug)]
@@ -58,7 +58,7 @@ pub enum SoftDeviceError {
     #[error(transparent)]
     Start(#[from] StartError),
     /// An eventfd could not be made, usually because too many files are open.
-    #[error("an eventfd for an interrupt vector could not be made: {0}")]
+    #[error("an eventfd for an interrupt vector or a notice could not be made: {0}")]
     Vector(#[source] io::Error),
 }
 
@@ -70,6 +70,7 @@ pub struct SoftDevice {
     controller: SoftController,
     doorbells: Arc<Ring>,
     vectors: Arc<Vectors>,
+    notices: [(Notice, Arc<OwnedFd>); 2],
     iommu: Arc<SoftIommu>,
 }
 
@@ -85,6 +86,11 @@ impl SoftDevice {
         options: &SoftOptions,
     ) -> Result<Self, SoftDeviceError> {
         let vectors = Arc::new(Vectors::new(options.vectors).map_err(SoftDeviceError::Vector)?);
+        let notice = |notice| match eventfd() {
+            Ok(descriptor) => Ok((notice, Arc::new(descriptor))),
+            Err(error) => Err(SoftDeviceError::Vector(error)),
+        };
+        let notices = [notice(Notice::ReleaseRequested)?, notice(Notice::Failed)?];
         let iommu = Arc::new(SoftIommu::new(options.fd_only, options.max_mappings));
         let controller = SoftController::start(config, iommu.clone(), vectors.clone())?;
         Ok(Self {
@@ -92,11 +98,23 @@ impl SoftDevice {
             doorbells: Arc::new(Ring(controller.doorbells())),
             controller,
             vectors,
+            notices,
             iommu,
         })
     }
 
-    /// The controller itself, to hold it back or to see its counters.
+    /// Plays the host's part: reports to the driver that the device is to be given back, or that it
+    /// failed. The controller goes on; see
+    /// [`SoftController::vanish`](nvme_soft::SoftController::vanish) for what usually follows.
+    pub fn notify(&self, notice: Notice) {
+        for (kind, descriptor) in &self.notices {
+            if *kind == notice {
+                signal(descriptor);
+            }
+        }
+    }
+
+    /// The controller itself, to hold it back, to inject faults or to see its counters.
     pub fn controller(&self) -> &SoftController {
         &self.controller
     }
@@ -171,8 +189,15 @@ impl Device for SoftDevice {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        self.controller.reset();
-        Ok(())
+        self.controller.reset().map_err(|error| DeviceError {
+            address: self.address.clone(),
+            operation: "reset".to_owned(),
+            source: io::Error::other(error),
+        })
+    }
+
+    fn notices(&self) -> Vec<(Notice, Arc<OwnedFd>)> {
+        self.notices.to_vec()
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use nvme_soft::fault::Plan;
 use nvme_soft::store::{FileStore, MemoryStore};
 use nvme_soft::{Config, NamespaceConfig};
 
@@ -27,6 +28,12 @@ pub(crate) fn open(target: &SoftTarget, vectors: u16) -> Result<Arc<dyn Device>,
         latency: target.latency,
         ..Config::default()
     };
+    // Before files are made, for nothing if the plan is wrong.
+    if let Some(plan) = &target.faults {
+        config.faults = Plan::read(plan)
+            .map_err(|error| failed(Box::new(error)))?
+            .faults;
+    }
     for number in 1..=target.namespaces {
         let namespace = namespace(target, number).map_err(|error| failed(Box::new(error)))?;
         config.namespaces.push(namespace);

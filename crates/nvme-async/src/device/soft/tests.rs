@@ -11,6 +11,7 @@ use std::thread;
 
 use iova::{AddressSpace, Direction, DmaMapper, FixedMapping, HostMemory, MapError};
 use nvme_soft::HostMemory as _;
+use nvme_soft::fault::{Behaviour, Fault, Loss};
 use nvme_soft::store::MemoryStore;
 use nvme_soft::{Config, NamespaceConfig};
 use nvme_spec::registers::{
@@ -20,7 +21,7 @@ use nvme_spec::registers::{
 use nvme_spec::{Cqe, DataPointer, Sqe, Status, admin};
 
 use super::{SoftDevice, SoftIommu, SoftOptions};
-use crate::device::Device;
+use crate::device::{Device, Notice};
 
 const PAGE: usize = 4096;
 const USABLE: u64 = 0x0001_0000_0000_0000;
@@ -460,4 +461,54 @@ fn reset_and_bus_mastering_reach_the_controller() {
     driver.memory.fill(0, &[0; 2 * PAGE]);
     driver.enable();
     assert!(format!("{:?}", driver.device).contains("mem:"));
+}
+
+#[test]
+fn a_reset_that_has_no_effect_is_an_error() {
+    let driver = Driver::new(&SoftOptions::default());
+    let fault = Fault::new(Behaviour::FailReset);
+    driver.device.controller().inject(fault).expect("valid");
+    let error = driver.device.reset().expect_err("the first one fails");
+    let message = error.to_string();
+    assert!(
+        message.contains("reset failed: the function was not reset"),
+        "{message}"
+    );
+    assert!(driver.status().rdy());
+    driver.device.reset().expect("the second one works");
+}
+
+#[test]
+fn a_device_that_vanished_reads_as_all_ones() {
+    let driver = Driver::new(&SoftOptions::default());
+    driver.device.controller().vanish(Loss::Nothing);
+    assert_eq!(driver.device.read32(offset::CSTS).expect("reads"), u32::MAX);
+    assert_eq!(driver.device.read64(offset::CAP).expect("reads"), u64::MAX);
+    driver.device.write32(offset::CC, 0).expect("goes nowhere");
+    driver
+        .device
+        .reset()
+        .expect_err("there is nothing to reset");
+    driver.device.controller().reappear();
+    assert_eq!(driver.device.read32(offset::CSTS).expect("reads"), 0);
+}
+
+#[test]
+fn notices_are_told_apart() {
+    let driver = Driver::new(&SoftOptions::default());
+    let notices = driver.device.notices();
+    let told = || {
+        let told = |(notice, descriptor): &(Notice, Arc<OwnedFd>)| {
+            let mut counter = [0; 8];
+            let mut file = File::from(descriptor.try_clone().expect("a descriptor"));
+            file.read(&mut counter).is_ok().then_some(*notice)
+        };
+        notices.iter().filter_map(told).collect::<Vec<_>>()
+    };
+    assert_eq!(told(), []);
+    driver.device.notify(Notice::ReleaseRequested);
+    assert_eq!(told(), [Notice::ReleaseRequested]);
+    driver.device.notify(Notice::Failed);
+    assert_eq!(told(), [Notice::Failed]);
+    assert_eq!(told(), []);
 }

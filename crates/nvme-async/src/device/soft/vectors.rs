@@ -1,4 +1,4 @@
-//! Interrupt vectors as eventfds.
+//! Interrupt vectors and notices as eventfds.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -32,16 +32,22 @@ impl Interrupts for Vectors {
         let Some(descriptor) = self.0.get(usize::from(vector)) else {
             return;
         };
-        let one = 1_u64.to_ne_bytes();
-        // The only error that an open eventfd can have here is that its counter is at its
-        // maximum, when it is readable anyway.
-        //
-        // SAFETY: `one` is readable for its length during the call.
-        unsafe { libc::write(descriptor.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        signal(descriptor);
     }
 }
 
-fn eventfd() -> io::Result<OwnedFd> {
+/// Makes an eventfd readable.
+pub(super) fn signal(eventfd: &OwnedFd) {
+    let one = 1_u64.to_ne_bytes();
+    // The only error that an open eventfd can have here is that its counter is at its maximum, when
+    // it is readable anyway.
+    //
+    // SAFETY: `one` is readable for its length during the call.
+    unsafe { libc::write(eventfd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+}
+
+/// A nonblocking eventfd.
+pub(super) fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: takes no pointers.
     let descriptor = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
     if descriptor < 0 {
