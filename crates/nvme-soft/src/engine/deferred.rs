@@ -34,7 +34,7 @@ impl Engine {
     pub(super) fn serve_after(&mut self, more: Duration, submission_queue: u16, command: &Sqe) {
         let latency = match submission_queue {
             0 => more,
-            _ => more + self.config.latency,
+            _ => more.saturating_add(self.config.latency),
         };
         if latency.is_zero() {
             self.serve_command(submission_queue, command);

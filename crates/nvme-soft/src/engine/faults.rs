@@ -74,7 +74,8 @@ impl Engine {
             return false;
         };
         let (kind, cid) = (behaviour.kind(), command.cid());
-        tracing::debug!(%kind, queue = id, cid, opcode = command.opcode(), "a fault strikes");
+        let opcode = format_args!("{:#04x}", command.opcode());
+        tracing::debug!(%kind, queue = id, cid, %opcode, "a fault strikes");
         self.shared.counters.faults[kind as usize].add(1);
         match *behaviour {
             Behaviour::Delay(time) => self.serve_after(time, id, command),

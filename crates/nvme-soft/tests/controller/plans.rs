@@ -157,6 +157,16 @@ fn what_is_left_out_is_as_documented() {
 }
 
 #[test]
+fn numbers_beyond_what_toml_has_are_no_panic() {
+    let fault = Fault::new(Behaviour::PowerLoss(Loss::Random(u64::MAX))).probability(0.5, u64::MAX);
+    let plan = Plan {
+        faults: vec![fault],
+    };
+    let text = plan.to_string();
+    assert_eq!(text.parse::<Plan>().expect(&text), plan);
+}
+
+#[test]
 fn an_empty_plan_has_no_faults() {
     assert_eq!("".parse::<Plan>().unwrap(), Plan::default());
 }

@@ -317,6 +317,43 @@ fn a_random_loss_keeps_some_blocks_and_loses_others() {
 }
 
 #[test]
+fn a_namespace_that_was_added_has_a_cache_too() {
+    let mut config = tracked(MemoryStore::new(SIZE).unwrap());
+    config.max_namespaces = 2;
+    let mut host = Host::ready(config);
+    let added = NamespaceConfig::new(MemoryStore::new(SIZE).unwrap(), LBA as u32);
+    assert_eq!(host.controller.add_namespace(added).unwrap(), 2);
+    let buffer = host.allocate(LBA);
+    host.memory.set(buffer, &[1; LBA as usize]);
+    host.io_ok(nvm::write(2, 0, 1, false).with_data(prp(buffer)));
+    host.controller.power_loss(Loss::All);
+    host.enable();
+    host.create_pair(1, 16, None);
+    host.io_ok(nvm::read(2, 0, 1, false).with_data(prp(buffer)));
+    assert_eq!(host.memory.get(buffer, LBA as usize), [0; LBA as usize]);
+}
+
+#[test]
+fn what_a_resize_cuts_off_does_not_come_back() {
+    let mut host = Host::ready(tracked(MemoryStore::new(SIZE).unwrap()));
+    let buffer = host.allocate(LBA);
+    let last = BLOCKS - 1;
+    for fill in [1, 2] {
+        host.memory.set(buffer, &[fill; LBA as usize]);
+        host.io_ok(nvm::write(1, last, 1, fill == 1).with_data(prp(buffer)));
+        host.io_ok(nvm::write(1, 0, 1, fill == 1).with_data(prp(buffer)));
+    }
+    host.controller.resize_namespace(1, SIZE / 2).unwrap();
+    host.controller.resize_namespace(1, SIZE).unwrap();
+    host.controller.power_loss(Loss::All);
+    host.enable();
+    host.create_pair(1, 16, None);
+    let contents = contents(&mut host);
+    assert_eq!(contents[..LBA as usize], [1; LBA as usize]);
+    assert_eq!(contents[(last * LBA) as usize..], [0; LBA as usize]);
+}
+
+#[test]
 fn without_tracking_nothing_is_lost() {
     let mut host = Host::ready(config(512));
     let buffer = host.allocate(512);

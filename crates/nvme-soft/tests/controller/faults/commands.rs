@@ -140,12 +140,16 @@ fn deleting_a_queue_ends_what_waits_there() {
         host.controller.inject(fault).unwrap();
     }
     let cids: Vec<_> = (0..5).map(|_| host.submit(1, nvm::flush(1))).collect();
-    assert!(host.wait(1, cids[4]).status().is_success());
+    assert_eq!(host.reap(1).cid(), cids[4]);
     host.admin_ok(admin::delete_submission_queue(1));
-    for cid in [cids[1], cids[2], cids[3]] {
-        let status = host.wait(1, cid).status();
+    let mut ended = Vec::new();
+    while let Some(entry) = host.look(1) {
+        let status = entry.status();
         assert!(status.is(Status::ABORTED_SQ_DELETION), "{status}");
+        ended.push(entry.cid());
     }
+    ended.sort();
+    assert_eq!(ended, cids[1..4]);
     host.admin_ok(admin::delete_completion_queue(1));
     host.create_pair(1, 16, None);
     host.controller.release_stuck();
@@ -171,13 +175,46 @@ fn a_disabled_controller_forgets_what_waits() {
     host.reap(1);
     host.disable();
     let accesses = host.memory.accesses();
-    host.controller.release_stuck();
+    host.controller.release();
     assert_eq!(host.memory.accesses(), accesses);
     host.enable();
     host.create_pair(1, 16, None);
+    host.controller.release_stuck();
+    host.controller.release();
+    assert_eq!(host.look(1), None);
     // The fault that has not struck yet is still there.
     host.io_refused(nvm::flush(1), Status::INTERNAL_ERROR);
     host.io_ok(nvm::flush(1));
+}
+
+#[test]
+fn what_was_to_happen_to_a_command_ends_with_it() {
+    let mut config = config(512);
+    config.latency = HOUR;
+    let status = FaultStatus::after_execution(Status::INTERNAL_ERROR);
+    let fault = Fault::new(Behaviour::Status(status)).queue(FaultQueue::Io);
+    config.faults.push(fault.times(2));
+    let mut host = Host::ready(config);
+    let struck = |host: &Host, times| {
+        wait_for(|| (hits(host, FaultKind::Status) == times).then_some(()));
+    };
+    let cid = host.submit(1, nvm::flush(1));
+    struck(&host, 1);
+    assert_eq!(host.admin_ok(admin::abort(1, cid)), 0);
+    assert!(host.wait(1, cid).status().is(Status::ABORT_REQUESTED));
+    let cid = host.submit(1, nvm::flush(1));
+    struck(&host, 2);
+    host.disable();
+    host.enable();
+    host.create_pair(1, 16, None);
+    // A command with the same identifier is another one.
+    host.place_as(1, nvm::flush(1).with_cid(cid));
+    host.ring(1);
+    let commands = host.controller.counters().commands;
+    wait_for(|| (host.controller.counters().commands == 3).then_some(()));
+    assert!(commands >= 2);
+    assert_eq!(host.admin_ok(admin::abort(1, cid)), 0);
+    assert!(host.wait(1, cid).status().is(Status::ABORT_REQUESTED));
 }
 
 #[test]
@@ -270,6 +307,21 @@ fn data_for_the_host_is_cut() {
     let data = host.admin_data(log, 512);
     assert!(data[..100].iter().any(|byte| *byte != 0xa5));
     assert_eq!(data[100..], [0xa5; 412]);
+
+    // Beyond the log page there are zeros, which are sent on their own.
+    let at = |offset| Behaviour::CorruptData {
+        offset,
+        bytes: vec![0xee],
+    };
+    for then in [at(600), Behaviour::TruncateData(600)] {
+        let fault = Fault::new(then).opcode(AdminOpcode::GET_LOG_PAGE);
+        host.controller.inject(fault).unwrap();
+    }
+    let log = admin::get_log_page(nvme_spec::log::id::FIRMWARE_SLOT, 0, 1024, 0, true);
+    let data = host.admin_data(log, 1024);
+    assert_eq!(data[598..602], [0, 0, 0xee, 0]);
+    let data = host.admin_data(log, 1024);
+    assert_eq!(data[598..602], [0, 0, 0xa5, 0xa5]);
 
     // Over several pages that do not touch.
     let fault = Fault::new(Behaviour::TruncateData(5000)).opcode(NvmOpcode::READ);

@@ -22,6 +22,27 @@ fn a_command_completes_twice() {
 }
 
 #[test]
+fn the_second_completion_ends_no_other_command() {
+    let mut host = host_with(Behaviour::CompleteTwice(Duration::from_millis(30)));
+    let hold = Fault::new(Behaviour::Hold).queue(FaultQueue::Io).nth(2);
+    host.controller.inject(hold).unwrap();
+    let cid = host.submit(1, nvm::flush(1));
+    assert_eq!(host.reap(1).cid(), cid);
+    // Its identifier is used again before the second completion.
+    let reused = nvm::flush(1).with_cid(cid);
+    host.place_as(1, reused);
+    host.ring(1);
+    let second = host.reap(1);
+    assert!(second.status().is_success() && second.cid() == cid);
+    wait_for(|| (hits(&host, FaultKind::Hold) == 1).then_some(()));
+    host.place_as(1, reused);
+    host.ring(1);
+    assert!(host.reap(1).status().is(Status::COMMAND_ID_CONFLICT));
+    assert_eq!(host.admin_ok(admin::abort(1, cid)), 0);
+    assert!(host.reap(1).status().is(Status::ABORT_REQUESTED));
+}
+
+#[test]
 fn fields_of_the_completion_are_changed() {
     let mut host = host_with_fault(
         Fault::new(Behaviour::CorruptCompletion {
