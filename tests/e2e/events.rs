@@ -10,7 +10,9 @@ use nvme_async::{Controller, ControllerEvent, Error, EventStream, NamespaceChang
 use nvme_soft::store::MemoryStore;
 use nvme_spec::Status;
 use nvme_spec::event::{AsyncEvent, Event};
-use nvme_spec::identify::{IdentifyNamespace, LbaFormat};
+use nvme_spec::identify::{
+    IdentifyNamespace, LbaFormat, NamespaceDescriptor, NamespaceDescriptors,
+};
 use nvme_spec::log::{CriticalWarning, ErrorEntry, SmartHealth, id};
 use nvme_spec::opcode::AdminOpcode;
 use zerocopy::IntoBytes;
@@ -500,7 +502,22 @@ fn another_namespace_in_its_place_is_not_mistaken_for_it() {
         );
         let other = liar.controller.namespace(1).await.expect("is there");
         other.write(0, vec![7; 512]).await.expect("writes");
-        drop((namespace, other));
+        // Or by its UUID alone, which it had from the start.
+        let uuid = NamespaceDescriptor::Uuid([7; 16]);
+        let list = NamespaceDescriptors::from_descriptors(&[uuid]);
+        liar.descriptors(1, list.bytes);
+        liar.controller.rescan().await.expect("scans");
+        let refused = other.flush().await.expect_err("another");
+        assert!(
+            matches!(refused, Error::NamespaceChanged { .. }),
+            "{refused:?}"
+        );
+        // A list that is broken says nothing.
+        let third = liar.controller.namespace(1).await.expect("is there");
+        liar.descriptors(1, [3, 200, 0, 0, 1, 1]);
+        liar.controller.rescan().await.expect("scans");
+        third.flush().await.expect("flushes");
+        drop((namespace, other, third));
         liar.close().await;
     });
 }

@@ -26,8 +26,8 @@ pub(crate) struct Liar {
 struct Lies {
     /// By log page, and what of it is written.
     logs: HashMap<u8, Vec<u8>>,
-    /// By namespace.
-    namespaces: HashMap<u32, Vec<u8>>,
+    /// By structure and namespace.
+    namespaces: HashMap<(Cns, u32), Vec<u8>>,
     active: Option<Vec<u8>>,
     seen: Vec<Sqe>,
 }
@@ -61,7 +61,14 @@ impl Liar {
 
     /// From now on this is what Identify says of a namespace.
     pub(crate) fn namespace(&self, nsid: u32, contents: impl Into<Vec<u8>>) {
-        self.lies().namespaces.insert(nsid, contents.into());
+        let key = (Cns::NAMESPACE, nsid);
+        self.lies().namespaces.insert(key, contents.into());
+    }
+
+    /// From now on these are the identifiers of a namespace.
+    pub(crate) fn descriptors(&self, nsid: u32, contents: impl Into<Vec<u8>>) {
+        let key = (Cns::NAMESPACE_DESCRIPTORS, nsid);
+        self.lies().namespaces.insert(key, contents.into());
     }
 
     /// From now on this is the list of active namespaces.
@@ -120,9 +127,8 @@ impl Lies {
             }
             AdminOpcode::IDENTIFY => {
                 let contents = match Cns(command.cdw10() as u8) {
-                    Cns::NAMESPACE => self.namespaces.get(&command.nsid()),
                     Cns::ACTIVE_NAMESPACES => self.active.as_ref(),
-                    _ => None,
+                    cns => self.namespaces.get(&(cns, command.nsid())),
                 };
                 let Some(contents) = contents else {
                     return command;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use nvme_spec::identify::{
     ActiveNamespaces, IdentifyController, IdentifyNamespace, IdentifyNvmController,
+    NamespaceDescriptors,
 };
 use nvme_spec::opcode::AdminOpcode;
 use nvme_spec::{Cqe, DataPointer, Sqe, admin, feature};
@@ -77,6 +78,13 @@ impl Admin {
         nsid: u32,
     ) -> Result<Box<IdentifyNamespace>, Error> {
         self.fetch_as(admin::identify_namespace(nsid)).await
+    }
+
+    pub(crate) async fn namespace_descriptors(
+        &self,
+        nsid: u32,
+    ) -> Result<Box<NamespaceDescriptors>, Error> {
+        self.fetch_as(admin::namespace_descriptors(nsid)).await
     }
 
     /// All active namespaces, in order, of the `most` that there can be (NN).

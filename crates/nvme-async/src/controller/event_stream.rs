@@ -84,7 +84,7 @@ pub enum NamespaceChange {
         /// Bytes of metadata with each block now.
         metadata: u16,
     },
-    /// It is another one than before, by its NGUID or EUI64.
+    /// It is another one than before, by its NGUID, EUI64 or UUID.
     Replaced,
     /// Something else in its identify data; or anything, if it was never open.
     Other,

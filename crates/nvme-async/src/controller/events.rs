@@ -30,6 +30,8 @@ use crate::{Controller, Error};
 
 /// Asynchronous event requests that are kept outstanding, if the controller allows as many.
 const REQUESTS: u8 = 4;
+/// VER: major, minor and tertiary version.
+const VERSION_1_3: u32 = 0x0001_0300;
 /// Enough of a log page of which nothing is known to clear its event.
 const LOG_BYTES: usize = 512;
 /// Events that a subscriber may leave unread.
@@ -42,6 +44,8 @@ pub(crate) struct Events {
     max_namespace: u32,
     /// Which events there are (OAES).
     supported: u32,
+    /// Whether namespaces have lists of identifiers, as since version 1.3.
+    has_descriptors: bool,
     /// How many requests are outstanding or about to be.
     requests: u8,
     namespaces: Registry,
@@ -62,6 +66,7 @@ impl Events {
             },
             max_namespace: identify.nn.get(),
             supported: identify.oaes.get(),
+            has_descriptors: identify.ver.get() >= VERSION_1_3,
             requests: REQUESTS.min(identify.aerl.saturating_add(1)),
             namespaces: Registry::default(),
             state: Mutex::default(),

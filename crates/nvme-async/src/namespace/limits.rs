@@ -6,7 +6,8 @@ use std::sync::Arc;
 use nvme_spec::identify::IdentifyNamespace;
 
 use super::NamespaceInner;
-use super::live::{Condition, Geometry, Live};
+use super::live::{Condition, Live};
+use super::seen::Seen;
 use crate::io::split::{Limits, fits};
 use crate::{Controller, Error};
 
@@ -14,41 +15,27 @@ use crate::{Controller, Error};
 const MAX_BLOCKS: u64 = 65_536;
 
 impl NamespaceInner {
-    /// Checks what the device says of the namespace.
-    pub(super) fn new(
-        controller: Controller,
-        nsid: u32,
-        identify: Arc<IdentifyNamespace>,
-    ) -> Result<Self, Error> {
+    /// Checks whether this driver can use the namespace.
+    pub(super) fn new(controller: Controller, nsid: u32, seen: Seen) -> Result<Self, Error> {
         let unusable = |reason: String| Error::Unusable {
             address: controller.address().to_owned(),
             reason: format!("namespace {nsid} {reason}"),
         };
-        let format = identify
-            .format()
-            .ok_or_else(|| unusable("has a format that does not exist".to_owned()))?;
-        if format.ms.get() != 0 {
+        let geometry = seen.geometry();
+        if geometry.metadata != 0 {
             return Err(unusable(format!(
                 "has {} bytes of metadata with each block, which is not supported; \
                  format it without",
-                format.ms.get()
+                geometry.metadata
             )));
         }
-        let block_shift = match format.lba_size() {
-            Some(size) if (512..=65_536).contains(&size) => size.trailing_zeros(),
-            _ => {
-                return Err(unusable(format!(
-                    "has logical blocks of 2^{} bytes; 512 to 65536 are supported",
-                    format.lbads
-                )));
-            }
-        };
-        let blocks = identify.nsze.get();
-        if blocks.leading_zeros() < block_shift {
+        if geometry.block_size > 65_536 {
             return Err(unusable(format!(
-                "claims an absurd size of {blocks} blocks"
+                "has logical blocks of {} bytes; 512 to 65536 are supported",
+                geometry.block_size
             )));
         }
+        let block_shift = geometry.block_size.trailing_zeros();
         let max_transfer = controller.inner.limits.max_transfer;
         if max_transfer < 1 << block_shift {
             return Err(unusable(format!(
@@ -62,7 +49,7 @@ impl NamespaceInner {
             nsid,
             block_shift,
             max_blocks: (max_transfer >> block_shift).min(MAX_BLOCKS),
-            live: Live::new(identify, blocks),
+            live: Live::new(seen),
         })
     }
 
@@ -105,28 +92,14 @@ impl NamespaceInner {
 
     /// What the device says of it at present.
     pub(crate) fn identify(&self) -> Arc<IdentifyNamespace> {
-        self.live.identify()
-    }
-
-    /// How many logical blocks there are; 0 while it can't be used.
-    pub(crate) fn block_count(&self) -> u64 {
-        match self.live.condition() {
-            Condition::Usable { blocks } => blocks,
-            Condition::Gone | Condition::Changed { .. } => 0,
-        }
+        self.live.seen().identify().clone()
     }
 
     /// In bytes; 0 while it can't be used.
     pub(crate) fn capacity(&self) -> u64 {
-        self.block_count() << self.block_shift
-    }
-
-    pub(super) fn geometry(&self) -> Geometry {
-        Geometry {
-            blocks: self.block_count(),
-            block_size: self.block_size(),
-            // With metadata it could not have been opened.
-            metadata: 0,
+        match self.live.condition() {
+            Condition::Usable { blocks } => blocks << self.block_shift,
+            Condition::Gone | Condition::Changed { .. } => 0,
         }
     }
 

@@ -4,50 +4,11 @@
 //! has just changed is refused by the controller, with a status of its own.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nvme_spec::identify::IdentifyNamespace;
 
-/// What bytes and blocks there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Geometry {
-    pub(crate) blocks: u64,
-    /// In bytes, a power of two of at least 512.
-    pub(crate) block_size: u32,
-    /// Bytes of metadata with each block.
-    pub(crate) metadata: u16,
-}
-
-impl Geometry {
-    /// Of a namespace that is active; nothing for one that is not. What can't be is refused with
-    /// the reason.
-    pub(crate) fn new(identify: &IdentifyNamespace) -> Result<Option<Self>, &'static str> {
-        if !identify.is_active() {
-            return Ok(None);
-        }
-        let format = identify.format().ok_or("a format that does not exist")?;
-        let block_size = format.lba_size().ok_or("an absurd logical block size")?;
-        let blocks = identify.nsze.get();
-        if blocks.leading_zeros() < block_size.trailing_zeros() {
-            return Err("an absurd size");
-        }
-        Ok(Some(Self {
-            blocks,
-            block_size,
-            metadata: format.ms.get(),
-        }))
-    }
-
-    /// In bytes.
-    pub(crate) fn capacity(&self) -> u64 {
-        // The check above was that these bits are free.
-        self.blocks << self.block_size.trailing_zeros()
-    }
-
-    pub(crate) fn has_format_of(&self, other: &Self) -> bool {
-        (self.block_size, self.metadata) == (other.block_size, other.metadata)
-    }
-}
+use super::seen::Seen;
 
 /// Whether and how a namespace can be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,18 +32,18 @@ pub(crate) struct Live {
     boundaries: AtomicU64,
     zeroes_deallocate: AtomicBool,
     change: OnceLock<&'static str>,
-    identify: Mutex<Arc<IdentifyNamespace>>,
+    seen: Mutex<Seen>,
 }
 
 impl Live {
-    /// `blocks` were checked to be as many as a [`Geometry`] has.
-    pub(crate) fn new(identify: Arc<IdentifyNamespace>, blocks: u64) -> Self {
+    pub(crate) fn new(seen: Seen) -> Self {
+        let identify = seen.identify();
         Self {
-            blocks: AtomicU64::new(blocks),
-            boundaries: AtomicU64::new(Boundaries::new(&identify).pack()),
+            blocks: AtomicU64::new(seen.geometry().blocks),
+            boundaries: AtomicU64::new(Boundaries::new(identify).pack()),
             zeroes_deallocate: AtomicBool::new(identify.write_zeroes_deallocates()),
             change: OnceLock::new(),
-            identify: Mutex::new(identify),
+            seen: Mutex::new(seen),
         }
     }
 
@@ -104,17 +65,20 @@ impl Live {
         self.zeroes_deallocate.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn identify(&self) -> Arc<IdentifyNamespace> {
+    /// What the controller said last while it was active, as it was opened.
+    pub(crate) fn seen(&self) -> Seen {
         self.lock().clone()
     }
 
     /// It is active, in the format that it had when it was opened.
-    pub(crate) fn update(&self, identify: Arc<IdentifyNamespace>, blocks: u64) {
-        let boundaries = Boundaries::new(&identify).pack();
+    pub(crate) fn update(&self, seen: Seen) {
+        let identify = seen.identify();
+        let boundaries = Boundaries::new(identify).pack();
         self.boundaries.store(boundaries, Ordering::Relaxed);
         let deallocates = identify.write_zeroes_deallocates();
         self.zeroes_deallocate.store(deallocates, Ordering::Relaxed);
-        *self.lock() = identify;
+        let blocks = seen.geometry().blocks;
+        *self.lock() = seen;
         self.set(blocks);
     }
 
@@ -136,9 +100,9 @@ impl Live {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Arc<IdentifyNamespace>> {
+    fn lock(&self) -> MutexGuard<'_, Seen> {
         // One assignment runs under the lock.
-        self.identify.lock().unwrap_or_else(PoisonError::into_inner)
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -191,59 +155,21 @@ impl Boundaries {
 
 #[cfg(test)]
 mod tests {
-    use nvme_spec::identify::{LbaFormat, NamespaceFeatures};
+    use nvme_spec::identify::NamespaceFeatures;
 
+    use super::super::seen::tests::{identify, seen};
     use super::*;
-
-    fn identify(blocks: u64, lbads: u8) -> IdentifyNamespace {
-        let mut identify = IdentifyNamespace {
-            nsze: blocks.into(),
-            ncap: blocks.into(),
-            ..IdentifyNamespace::default()
-        };
-        identify.lbaf[0] = LbaFormat {
-            lbads,
-            ..LbaFormat::default()
-        };
-        identify
-    }
-
-    #[test]
-    fn a_geometry_that_cannot_be_is_refused() {
-        let inactive = Geometry::new(&IdentifyNamespace::default());
-        assert_eq!(inactive, Ok(None));
-        let geometry = Geometry::new(&identify(10, 12)).unwrap().unwrap();
-        assert_eq!((geometry.capacity(), geometry.block_size), (40960, 4096));
-        let largest = Geometry::new(&identify((1 << 55) - 1, 9)).unwrap().unwrap();
-        assert_eq!(largest.capacity(), u64::MAX - 511);
-        for (blocks, lbads) in [
-            (1 << 55, 9),
-            (u64::MAX, 9),
-            (u64::MAX - 1, 9),
-            (10, 8),
-            (10, 32),
-        ] {
-            assert!(
-                Geometry::new(&identify(blocks, lbads)).is_err(),
-                "{blocks} {lbads}"
-            );
-        }
-        let mut missing = identify(10, 9);
-        missing.flbas = 1;
-        assert!(Geometry::new(&missing).is_err());
-    }
 
     #[test]
     fn what_has_changed_stays_so_and_what_is_gone_comes_back() {
-        let data = Arc::new(identify(10, 9));
-        let live = Live::new(data.clone(), 10);
+        let live = Live::new(seen(identify(10, 9)));
         live.set_gone();
         assert_eq!(live.condition(), Condition::Gone);
-        live.update(data.clone(), 20);
+        live.update(seen(identify(20, 9)));
         assert_eq!(live.condition(), Condition::Usable { blocks: 20 });
         let changed = Condition::Changed { how: "is another" };
         live.set_changed("is another");
-        live.update(data, 20);
+        live.update(seen(identify(20, 9)));
         live.set_gone();
         live.set_changed("again");
         assert_eq!(live.condition(), changed);

@@ -3,10 +3,11 @@
 mod batches;
 mod copy;
 mod limits;
-pub(crate) mod live;
+mod live;
 mod local;
 mod maintenance;
 pub(crate) mod registry;
+pub(crate) mod seen;
 
 use std::fmt;
 use std::ops::Range;
@@ -18,7 +19,7 @@ use nvme_spec::identify::IdentifyNamespace;
 pub use self::local::LocalNamespace;
 pub use self::maintenance::Zeroes;
 
-use self::live::{Geometry, Live};
+use self::live::Live;
 use crate::engine::SharedQueue;
 use crate::io::{Compare, DmaContext, Read, ReadBuffer, ReadInto, Write, WriteBuffer};
 use crate::memory::DmaBuf;
@@ -62,38 +63,35 @@ impl Namespace {
     pub(crate) async fn open(controller: Controller, nsid: u32) -> Result<Self, Error> {
         controller.check_open()?;
         let events = controller.inner.events.clone();
-        let admin = &controller.inner.admin;
         let active = controller.inner.active_namespaces().await?;
         let registry = events.namespaces();
         let ticket = registry.ticket();
-        let identify = match active.contains(&nsid) {
-            true => admin.identify_namespace(nsid).await?,
-            false => Box::default(),
+        let seen = match active.contains(&nsid) {
+            true => events.see(nsid).await?,
+            false => Ok(None),
         };
-        if !identify.is_active() {
-            return Err(Error::NoNamespace {
-                address: controller.address().to_owned(),
-                nsid,
-                active,
-            });
-        }
-        let new = NamespaceInner::new(controller.clone(), nsid, Arc::from(identify))?;
+        let address = || controller.address().to_owned();
+        let seen = match seen {
+            Ok(Some(seen)) => seen,
+            Ok(None) => {
+                return Err(Error::NoNamespace {
+                    address: address(),
+                    nsid,
+                    active,
+                });
+            }
+            Err(claim) => {
+                return Err(Error::Unusable {
+                    address: address(),
+                    reason: format!("namespace {nsid} claims {claim}"),
+                });
+            }
+        };
+        let new = NamespaceInner::new(controller.clone(), nsid, seen)?;
         let inner = registry.adopt(ticket, new);
         // A change in between was told to those handles that there were.
         if registry.is_stale(ticket) {
-            let ticket = registry.ticket();
-            let identify = admin.identify_namespace(nsid).await?;
-            match Geometry::new(&identify) {
-                Ok(Some(geometry)) => {
-                    registry.apply(nsid, ticket, Arc::from(identify), geometry);
-                }
-                Ok(None) => registry.set_gone(nsid, ticket),
-                // What it said before can be, so that stays.
-                Err(claim) => {
-                    let address = controller.address();
-                    tracing::warn!(address, nsid, claim, "a namespace claims what can't be");
-                }
-            }
+            events.look_at(nsid).await?;
         }
         Ok(Self { inner })
     }

@@ -3,14 +3,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use nvme_spec::identify::IdentifyNamespace;
-
 use super::NamespaceInner;
-use super::live::{Condition, Geometry};
+use super::live::Condition;
+use super::seen::Seen;
 use crate::controller::NamespaceChange;
 
-/// A namespace is another one, by the identifiers that are never used twice.
-const IS_ANOTHER: &str = "is another namespace by its NGUID or EUI64";
+const IS_ANOTHER: &str = "is another namespace by its identifiers";
 
 /// What is known of the namespaces of one controller.
 ///
@@ -38,7 +36,7 @@ pub(crate) struct Ticket(u64);
 #[derive(Default)]
 struct Entry {
     ticket: Ticket,
-    identify: Option<(Arc<IdentifyNamespace>, Geometry)>,
+    seen: Option<Seen>,
     handle: Weak<NamespaceInner>,
 }
 
@@ -49,7 +47,7 @@ impl Entry {
         let handle = self.handle.upgrade();
         if self.ticket <= ticket {
             self.ticket = ticket;
-            self.identify = None;
+            self.seen = None;
             if let Some(handle) = &handle {
                 handle.live.set_gone();
             }
@@ -128,38 +126,33 @@ impl Registry {
 
     /// Takes note of what the controller says of an active namespace, and updates its handles.
     /// Returns what has changed, if anything has.
-    pub(crate) fn apply(
-        &self,
-        nsid: u32,
-        ticket: Ticket,
-        identify: Arc<IdentifyNamespace>,
-        geometry: Geometry,
-    ) -> Option<NamespaceChange> {
+    pub(crate) fn apply(&self, nsid: u32, ticket: Ticket, seen: Seen) -> Option<NamespaceChange> {
         let mut known = self.lock();
         let entry = known.namespaces.entry(nsid).or_default();
         if ticket < entry.ticket {
             return None;
         }
         entry.ticket = ticket;
-        let before = entry.identify.replace((identify.clone(), geometry));
-        let change = match &before {
-            Some((data, _)) if !is_same_namespace(data, &identify) => {
-                Some(NamespaceChange::Replaced)
+        let geometry = seen.geometry();
+        let change = match &entry.seen {
+            Some(before) if !before.is_same_namespace(&seen) => Some(NamespaceChange::Replaced),
+            Some(before) if !before.geometry().has_format_of(&geometry) => {
+                Some(NamespaceChange::Reformatted {
+                    block_size: geometry.block_size,
+                    metadata: geometry.metadata,
+                })
             }
-            Some((_, old)) if !old.has_format_of(&geometry) => Some(NamespaceChange::Reformatted {
-                block_size: geometry.block_size,
-                metadata: geometry.metadata,
-            }),
-            Some((_, old)) if old.blocks != geometry.blocks => Some(NamespaceChange::Resized {
-                from: old.capacity(),
+            Some(before) if before.geometry() != geometry => Some(NamespaceChange::Resized {
+                from: before.geometry().capacity(),
                 to: geometry.capacity(),
             }),
-            Some((data, _)) if is_equal_but_for_use(data, &identify) => None,
+            Some(before) if before.is_equal_but_for_use(&seen) => None,
             _ => Some(NamespaceChange::Other),
         };
+        entry.seen = Some(seen.clone());
         let handle = entry.handle.upgrade();
         if let Some(handle) = &handle
-            && !update(handle, identify, geometry)
+            && !update(handle, seen)
         {
             // Whoever opens it next gets a handle of its own.
             entry.handle = Weak::new();
@@ -185,15 +178,15 @@ impl Registry {
     pub(crate) fn adopt(&self, ticket: Ticket, new: NamespaceInner) -> Arc<NamespaceInner> {
         let mut known = self.lock();
         let entry = known.namespaces.entry(new.nsid).or_default();
-        let identify = new.identify();
+        let seen = new.live.seen();
         let is_latest = ticket >= entry.ticket;
         if is_latest {
             entry.ticket = ticket;
-            entry.identify = Some((identify.clone(), new.geometry()));
+            entry.seen = Some(seen.clone());
         }
         let old = entry.handle.upgrade();
         let shared = old.as_ref().filter(|old| match is_latest {
-            true => update(old, identify, new.geometry()),
+            true => update(old, seen),
             false => can_be_shared(old, &new),
         });
         let inner = match shared {
@@ -226,35 +219,63 @@ pub(crate) struct Arrivals {
 fn can_be_shared(old: &NamespaceInner, new: &NamespaceInner) -> bool {
     !matches!(old.live.condition(), Condition::Changed { .. })
         && old.block_size() == new.block_size()
-        && is_same_namespace(&old.identify(), &new.identify())
+        && old.live.seen().is_same_namespace(&new.live.seen())
 }
 
 /// Tells the handles of a namespace what it is now; returns whether they can go on using it.
-fn update(inner: &NamespaceInner, identify: Arc<IdentifyNamespace>, geometry: Geometry) -> bool {
+fn update(inner: &NamespaceInner, seen: Seen) -> bool {
     let live = &inner.live;
-    if !is_same_namespace(&live.identify(), &identify) {
+    let before = live.seen();
+    let geometry = seen.geometry();
+    if !before.is_same_namespace(&seen) {
         live.set_changed(IS_ANOTHER);
     } else if geometry.block_size != inner.block_size() {
         live.set_changed("has another logical block size");
     } else if geometry.metadata != 0 {
         live.set_changed("has metadata with each block");
     } else {
-        live.update(identify, geometry.blocks);
+        live.update(before.followed_by(seen));
     }
     !matches!(live.condition(), Condition::Changed { .. })
 }
 
-/// Whether both can be of one namespace: identifiers that both have are the same.
-fn is_same_namespace(one: &IdentifyNamespace, other: &IdentifyNamespace) -> bool {
-    fn agree<const N: usize>(one: [u8; N], other: [u8; N]) -> bool {
-        one == other || one == [0; N] || other == [0; N]
-    }
-    agree(one.nguid, other.nguid) && agree(one.eui64, other.eui64)
-}
+#[cfg(test)]
+mod tests {
+    use super::super::seen::tests::{identify, seen};
+    use super::*;
 
-/// Whether they differ in nothing but the blocks that are allocated.
-fn is_equal_but_for_use(one: &IdentifyNamespace, other: &IdentifyNamespace) -> bool {
-    let mut one = Box::new(*one);
-    one.nuse = other.nuse;
-    *one == *other
+    #[test]
+    fn an_answer_that_was_overtaken_does_not_count() {
+        let registry = Registry::default();
+        let [early, late, last] = [(); 3].map(|()| registry.ticket());
+        let sized = |blocks| seen(identify(blocks, 9));
+        assert_eq!(
+            registry.apply(1, late, sized(20)),
+            Some(NamespaceChange::Other)
+        );
+        assert_eq!(registry.apply(1, early, sized(10)), None);
+        registry.set_gone(1, early);
+        assert_eq!(registry.apply(1, late, sized(20)), None);
+        let shrunk = NamespaceChange::Resized {
+            from: 20 * 512,
+            to: 10 * 512,
+        };
+        assert_eq!(registry.apply(1, last, sized(10)), Some(shrunk));
+        assert!(!registry.is_stale(last) && registry.is_stale(late));
+    }
+
+    #[test]
+    fn lists_of_active_namespaces_are_compared() {
+        let registry = Registry::default();
+        let [early, first, second] = [(); 3].map(|()| registry.ticket());
+        assert!(!registry.knows_active());
+        let arrivals = registry.set_active(first, &[1, 3]);
+        assert!(arrivals.came.is_empty() && arrivals.went.is_empty());
+        let overtaken = registry.set_active(early, &[5]);
+        assert!(overtaken.came.is_empty() && overtaken.went.is_empty());
+        let arrivals = registry.set_active(second, &[2, 3]);
+        assert_eq!((arrivals.came, arrivals.went), (vec![2], vec![1]));
+        assert!(registry.is_active(2) && !registry.is_active(1));
+        assert!(registry.open().is_empty());
+    }
 }

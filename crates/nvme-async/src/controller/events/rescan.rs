@@ -1,15 +1,14 @@
 //! Finding out what has changed about the namespaces.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use nvme_spec::log::ChangedNamespaces;
 
 use super::super::event_stream::{ControllerEvent, NamespaceChange};
 use super::Events;
 use crate::Error;
-use crate::namespace::live::Geometry;
 use crate::namespace::registry::Arrivals;
+use crate::namespace::seen::Seen;
 
 /// If more namespaces than this come at a time, they are not looked at one by one.
 const MANY: usize = 1024;
@@ -82,7 +81,18 @@ impl Events {
             Which::Many | Which::Unknown => nsids.extend(self.namespaces.open()),
         }
         for nsid in nsids {
-            self.look_at(nsid, came.contains(&nsid)).await?;
+            let Looked { capacity, change } = self.look_at(nsid).await?;
+            let change = match capacity {
+                Some(capacity) if came.contains(&nsid) => {
+                    Some(NamespaceChange::Attached { capacity })
+                }
+                _ => change,
+            };
+            if let Some(change) = change {
+                let address = &*self.logs.admin.address;
+                tracing::info!(address, nsid, ?change, "a namespace has changed");
+                self.publish(ControllerEvent::NamespaceChanged { nsid, change });
+            }
         }
         if is_many {
             self.publish(ControllerEvent::ManyNamespacesChanged);
@@ -101,42 +111,63 @@ impl Events {
         Ok(self.namespaces.set_active(ticket, &active))
     }
 
-    async fn look_at(&self, nsid: u32, is_new: bool) -> Result<(), Error> {
-        let address = &*self.logs.admin.address;
-        let ticket = self.namespaces.ticket();
-        let identify = match self.logs.admin.identify_namespace(nsid).await {
-            Ok(identify) => identify,
-            // It may have gone since; another event tells of that.
+    /// Asks what a namespace is; nothing if it is not active. What can't be is refused with the
+    /// reason.
+    pub(crate) async fn see(&self, nsid: u32) -> Result<Result<Option<Seen>, &'static str>, Error> {
+        let admin = &self.logs.admin;
+        let identify = admin.identify_namespace(nsid).await?;
+        let descriptors = match self.has_descriptors && identify.is_active() {
+            true => admin.namespace_descriptors(nsid).await.map(Some),
+            false => Ok(None),
+        };
+        let descriptors = match descriptors {
+            Ok(descriptors) => descriptors,
+            // It may have no identifiers, or it has gone since.
             Err(error @ Error::Command(_)) => {
-                tracing::warn!(%error, "a namespace that has changed could not be looked at");
-                return Ok(());
+                tracing::debug!(%error, "a namespace has no descriptors");
+                None
             }
             Err(error) => return Err(error),
         };
-        let geometry = match Geometry::new(&identify) {
-            Ok(Some(geometry)) => geometry,
+        Ok(Seen::new(identify, descriptors.as_deref()))
+    }
+
+    /// Asks what a namespace that is believed to be active is, and tells its handles.
+    pub(crate) async fn look_at(&self, nsid: u32) -> Result<Looked, Error> {
+        let address = &*self.logs.admin.address;
+        let ticket = self.namespaces.ticket();
+        let seen = match self.see(nsid).await {
+            Ok(seen) => seen,
+            // It may have gone since; another event tells of that.
+            Err(error @ Error::Command(_)) => {
+                tracing::warn!(%error, "a namespace that has changed could not be looked at");
+                return Ok(Looked::default());
+            }
+            Err(error) => return Err(error),
+        };
+        match seen {
+            Ok(Some(seen)) => {
+                let capacity = Some(seen.geometry().capacity());
+                let change = self.namespaces.apply(nsid, ticket, seen);
+                Ok(Looked { capacity, change })
+            }
             Ok(None) => {
                 self.namespaces.set_gone(nsid, ticket);
-                return Ok(());
+                Ok(Looked::default())
             }
+            // What it said before could be, so that stays.
             Err(claim) => {
                 tracing::warn!(address, nsid, claim, "a namespace claims what can't be");
-                return Ok(());
+                Ok(Looked::default())
             }
-        };
-        let change = self
-            .namespaces
-            .apply(nsid, ticket, Arc::from(identify), geometry);
-        let change = match change {
-            _ if is_new => Some(NamespaceChange::Attached {
-                capacity: geometry.capacity(),
-            }),
-            change => change,
-        };
-        if let Some(change) = change {
-            tracing::info!(address, nsid, ?change, "a namespace has changed");
-            self.publish(ControllerEvent::NamespaceChanged { nsid, change });
         }
-        Ok(())
     }
+}
+
+/// What a look at a namespace has shown.
+#[derive(Debug, Default)]
+pub(crate) struct Looked {
+    /// In bytes; nothing if it is not active or makes no sense.
+    capacity: Option<u64>,
+    change: Option<NamespaceChange>,
 }
