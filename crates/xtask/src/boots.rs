@@ -13,6 +13,7 @@ pub(crate) struct Boot {
     pub(crate) name: &'static str,
     controllers: &'static [&'static str],
     interrupt_remapping: bool,
+    monitor: bool,
 }
 
 /// All of them.
@@ -32,11 +33,13 @@ pub(crate) const BOOTS: [Boot; 2] = [
             "name=group_second,sibling",
         ],
         interrupt_remapping: true,
+        monitor: false,
     },
     Boot {
         name: "no_interrupt_remapping",
         controllers: &["name=plain"],
         interrupt_remapping: false,
+        monitor: false,
     },
 ];
 
@@ -51,6 +54,7 @@ impl Boot {
             controllers: controllers?,
             interrupt_remapping: self.interrupt_remapping,
             kernel_driver: false,
+            monitor: self.monitor,
             processors: 2,
             memory_mib: 2048,
         })
@@ -75,7 +79,7 @@ mod tests {
                 .unwrap();
             assert_eq!(
                 environment.len(),
-                2 * boot.controllers.len(),
+                2 * boot.controllers.len() + usize::from(boot.monitor),
                 "{}",
                 boot.name
             );

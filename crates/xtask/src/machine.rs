@@ -12,6 +12,9 @@ const FIRST_SLOT: usize = 0x10;
 /// The last slot before the chipset's own functions.
 const LAST_SLOT: usize = 0x1e;
 
+/// The guest's virtio-serial port that leads to the monitor.
+pub(crate) const MONITOR_PORT: u32 = 4;
+
 /// A machine with NVMe controllers behind an IOMMU.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -20,6 +23,9 @@ pub(crate) struct Machine {
     pub(crate) interrupt_remapping: bool,
     /// Whether the kernel's own driver gets the controllers.
     pub(crate) kernel_driver: bool,
+    /// Whether the guest reaches QEMU's own monitor, and with it can do to the machine what the
+    /// user who runs it can.
+    pub(crate) monitor: bool,
     pub(crate) processors: u32,
     pub(crate) memory_mib: u32,
 }
@@ -27,7 +33,7 @@ pub(crate) struct Machine {
 /// One NVMe controller and its namespaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Controller {
-    /// The serial number, and in upper case the end of the name of a variable.
+    /// The serial number and QEMU's name for it, and in upper case the end of the name of a variable.
     name: Option<String>,
     /// Bytes of each namespace.
     size: u64,
@@ -37,6 +43,10 @@ pub(crate) struct Controller {
     drive: Drive,
     /// Whether it shares slot and IOMMU group with the controller before.
     sibling: bool,
+    /// Whether it sits in a hot-plug slot of its own, a PCI Express root port.
+    port: bool,
+    /// Whether it has an NVM subsystem, to which namespaces belong and can be attached from.
+    subsystem: bool,
     /// Properties of QEMU's devices `nvme` and `nvme-ns`, as they are.
     device: String,
     namespace: String,
@@ -62,6 +72,8 @@ impl Default for Controller {
             namespaces: 1,
             drive: Drive::Temporary,
             sibling: false,
+            port: false,
+            subsystem: false,
             device: String::new(),
             namespace: String::new(),
         }
@@ -84,8 +96,9 @@ impl FromStr for Controller {
                 "name" => {
                     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
                     ensure!(
-                        !value.is_empty() && value.bytes().all(|byte| plain(byte) || byte == b'_'),
-                        "`{setting}`: a name is of lower-case letters, digits and `_`"
+                        value.starts_with(|first: char| first.is_ascii_lowercase())
+                            && value.bytes().all(|byte| plain(byte) || byte == b'_'),
+                        "`{setting}`: a name is of lower-case letters, digits and `_`, a letter first"
                     );
                     controller.name = Some(value.to_owned());
                 }
@@ -101,6 +114,8 @@ impl FromStr for Controller {
                     }
                 }
                 "sibling" => controller.sibling = true,
+                "port" => controller.port = true,
+                "subsystem" => controller.subsystem = true,
                 _ => {
                     ensure!(!value.is_empty(), "`{setting}`: KEY=VALUE is expected");
                     match key.strip_prefix("ns.") {
@@ -141,11 +156,12 @@ fn escaped(path: &Path) -> String {
 }
 
 impl Machine {
-    /// The PCI addresses of the controllers.
+    /// Where on the first bus the controllers sit, or the root ports that they are behind.
     fn slots(&self) -> Result<Vec<(usize, usize)>> {
         let mut slots: Vec<(usize, usize)> = Vec::new();
         for controller in &self.controllers {
             slots.push(match (slots.last(), controller.sibling) {
+                (Some(_), true) if controller.port => bail!("behind a port there are no siblings"),
                 (Some(&(slot, function)), true) => (slot, function + 1),
                 (None, true) => bail!("the first controller can't be a sibling"),
                 (Some(&(slot, _)), false) => (slot + 1, 0),
@@ -157,17 +173,37 @@ impl Machine {
         Ok(slots)
     }
 
+    /// The PCI addresses of the controllers. The firmware numbers the buses behind root ports in
+    /// the order of the ports.
+    fn addresses(&self) -> Result<Vec<String>> {
+        let mut buses = 0;
+        let address = |(controller, (slot, function)): (&Controller, (usize, usize))| {
+            if controller.port {
+                buses += 1;
+                format!("0000:{buses:02x}:00.0")
+            } else {
+                format!("0000:00:{slot:02x}.{function}")
+            }
+        };
+        let places = self.controllers.iter().zip(self.slots()?);
+        Ok(places.map(address).collect())
+    }
+
     /// The variables that tell a command in the guest where the controllers are: `NVME0` and on,
-    /// and `NVME_` with the name in upper case for those that have one.
+    /// and `NVME_` with the name in upper case for those that have one. `NVME_ASYNC_MONITOR` is
+    /// the port of the monitor, if there is one.
     pub(crate) fn environment(&self) -> Result<Vec<(String, OsString)>> {
         let mut environment = Vec::new();
-        for (index, (slot, function)) in self.slots()?.into_iter().enumerate() {
-            let address = format!("0000:00:{slot:02x}.{function}");
+        for (index, address) in self.addresses()?.into_iter().enumerate() {
             if let Some(name) = &self.controllers[index].name {
                 let name = format!("NVME_{}", name.to_ascii_uppercase());
                 environment.push((name, OsString::from(&address)));
             }
             environment.push((format!("NVME{index}"), OsString::from(address)));
+        }
+        if self.monitor {
+            let port = OsString::from(format!("/dev/vport0p{MONITOR_PORT}"));
+            environment.push(("NVME_ASYNC_MONITOR".to_owned(), port));
         }
         Ok(environment)
     }
@@ -197,29 +233,52 @@ impl Machine {
         .flat_map(|words| words.split(' '))
         .map(str::to_owned)
         .collect();
+        if self.controllers.iter().any(|controller| controller.port) {
+            // Without help of the firmware's, as in real machines: the kernel's driver of the port
+            // sees to what is plugged and unplugged.
+            arguments.push("-global".to_owned());
+            arguments.push("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off".to_owned());
+        }
         let slots = self.slots()?;
         for (index, (controller, (slot, function))) in
             self.controllers.iter().zip(&slots).enumerate()
         {
-            let serial = controller
+            let name = controller
                 .name
                 .clone()
                 .unwrap_or_else(|| format!("nvme{index}"));
-            let shared = slots.iter().filter(|(other, _)| other == slot).count() > 1;
-            let multifunction = if shared { ",multifunction=on" } else { "" };
-            arguments.push("-device".to_owned());
-            arguments.push(format!(
-                "nvme,id=nvme{index},serial={serial},addr={slot:#x}.{function}{multifunction}{}",
+            let mut device = |properties: String| {
+                arguments.push("-device".to_owned());
+                arguments.push(properties);
+            };
+            let place = if controller.port {
+                device(format!(
+                    "pcie-root-port,id={name}-port,addr={slot:#x}.0,chassis={index},slot={index}"
+                ));
+                format!("bus={name}-port,addr=0x0")
+            } else {
+                let shared = slots.iter().filter(|(other, _)| other == slot).count() > 1;
+                let multifunction = if shared { ",multifunction=on" } else { "" };
+                format!("addr={slot:#x}.{function}{multifunction}")
+            };
+            let subsystem = if controller.subsystem {
+                device(format!("nvme-subsys,id={name}-subsystem,nqn={name}"));
+                format!(",subsys={name}-subsystem")
+            } else {
+                String::new()
+            };
+            device(format!(
+                "nvme,id={name},serial={name},{place}{subsystem}{}",
                 controller.device
             ));
             for namespace in 1..=controller.namespaces {
-                let drive = format!("nvme{index}n{namespace}");
+                let drive = format!("{name}n{namespace}");
                 let file = directory.join(format!("{drive}.img"));
                 arguments.push("-blockdev".to_owned());
                 arguments.push(controller.block_device(&drive, &file)?);
                 arguments.push("-device".to_owned());
                 arguments.push(format!(
-                    "nvme-ns,bus=nvme{index},nsid={namespace},drive={drive},\
+                    "nvme-ns,id={drive},bus={name},nsid={namespace},drive={drive},\
                      logical_block_size={lba},physical_block_size={lba}{}",
                     controller.namespace,
                     lba = controller.lba,
@@ -267,6 +326,7 @@ mod tests {
                 .collect(),
             interrupt_remapping: true,
             kernel_driver: false,
+            monitor: false,
             processors: 2,
             memory_mib: 2048,
         }
@@ -327,7 +387,45 @@ mod tests {
             ]
         );
         assert!(machine(&["sibling"]).environment().is_err());
+        assert!(machine(&["", "port,sibling"]).environment().is_err());
         assert!(machine(&[""; 16]).environment().is_err());
+    }
+
+    #[test]
+    fn the_firmware_numbers_the_buses_behind_ports() {
+        let machine = Machine {
+            monitor: true,
+            ..machine(&["", "name=first,port", "port", "name=last"])
+        };
+        let environment = machine.environment().unwrap();
+        let value = |wanted: &str| {
+            let found = environment.iter().find(|(name, _)| name == wanted);
+            found.unwrap().1.to_str().unwrap()
+        };
+        assert_eq!(value("NVME0"), "0000:00:10.0");
+        assert_eq!(value("NVME_FIRST"), "0000:01:00.0");
+        assert_eq!(value("NVME2"), "0000:02:00.0");
+        assert_eq!(value("NVME_LAST"), "0000:00:13.0");
+        assert_eq!(value("NVME_ASYNC_MONITOR"), "/dev/vport0p4");
+    }
+
+    #[test]
+    fn ports_and_subsystems_come_before_what_is_in_them() {
+        let machine = machine(&["name=a,drive=null,port", "name=b,drive=null,subsystem"]);
+        let arguments = machine.arguments(Path::new("/run")).unwrap();
+        let place = |wanted: &str| {
+            let found = arguments.iter().position(|words| words.starts_with(wanted));
+            found.unwrap_or_else(|| panic!("{wanted} in {arguments:?}"))
+        };
+        assert!(
+            place("pcie-root-port,id=a-port,addr=0x10.0,")
+                < place("nvme,id=a,serial=a,bus=a-port,addr=0x0")
+        );
+        assert!(
+            place("nvme-subsys,id=b-subsystem,")
+                < place("nvme,id=b,serial=b,addr=0x11.0,subsys=b-subsystem")
+        );
+        assert!(place("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off") > 0);
     }
 
     #[test]
@@ -338,7 +436,7 @@ mod tests {
             "nvme,id=nvme0,serial=nvme0,addr=0x10.0,multifunction=on,mdts=1",
             "nvme,id=nvme1,serial=nvme1,addr=0x10.1,multifunction=on",
             "null-co,node-name=nvme0n2,size=1073741824",
-            "nvme-ns,bus=nvme0,nsid=2,drive=nvme0n2,logical_block_size=512",
+            "nvme-ns,id=nvme0n2,bus=nvme0,nsid=2,drive=nvme0n2,logical_block_size=512",
             "file,node-name=nvme1n1,filename=/a,",
         ] {
             assert!(arguments.contains(expected), "{expected} in {arguments}");

@@ -1,18 +1,19 @@
 //! One run of a virtual machine, from boot to the command's exit status.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{self, Child, Command, ExitStatus, Stdio};
+use std::process::{self, Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::guest::{GuestCommand, INIT};
 use crate::initramfs::Archive;
-use crate::machine::Machine;
+use crate::machine::{MONITOR_PORT, Machine};
 use crate::packages::{Bed, QEMU};
 use crate::relay::{Event, KernelLog, Port, random};
 
@@ -87,14 +88,21 @@ impl Job<'_> {
             .args(["-chardev", &control.chardev("control")])
             .args(["-device", "virtserialport,nr=3,chardev=control"])
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        if self.machine.monitor {
+            qemu.args(monitor());
+        }
 
         let (sender, events) = mpsc::channel();
         let log = console.log(self.show_kernel_log);
         output.copy(format!("\x01{marker}"), self.output, sender.clone());
         errors.copy(format!("\x01{marker}"), self.errors, sender.clone());
         control.control(sender);
-        let emulator = Emulator(qemu.spawn().context("setpriv")?);
+        let mut emulator = Emulator(qemu.spawn().context("setpriv")?);
+        if let Some(messages) = emulator.0.stderr.take() {
+            show_messages(messages);
+        }
         wait(emulator, &events, &log, self.time_limit)
     }
 
@@ -124,6 +132,33 @@ impl Job<'_> {
         archive.file("command", &self.command.script());
         Ok(archive.finish())
     }
+}
+
+/// QEMU's arguments for a port by which the guest speaks to QEMU's own monitor, through a socket
+/// between the two that nobody else knows.
+fn monitor() -> [String; 8] {
+    let path = format!("path=nvme-async-xtask-{},abstract=on", random());
+    [
+        "-chardev".to_owned(),
+        format!("socket,id=monitor,{path},server=on,wait=off"),
+        "-mon".to_owned(),
+        "chardev=monitor,mode=control".to_owned(),
+        "-chardev".to_owned(),
+        format!("socket,id=monitor-guest,{path}"),
+        "-device".to_owned(),
+        format!("virtserialport,nr={MONITOR_PORT},chardev=monitor-guest"),
+    ]
+}
+
+/// Passes on what QEMU has to say, but for each I/O error of a drive, which tests cause.
+fn show_messages(messages: ChildStderr) {
+    thread::spawn(move || {
+        for line in BufReader::new(messages).lines().map_while(Result::ok) {
+            if !line.contains(": aio failed: ") {
+                eprintln!("{line}");
+            }
+        }
+    });
 }
 
 fn wait(

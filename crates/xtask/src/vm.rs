@@ -24,7 +24,7 @@ const TIMED_OUT: u8 = 124;
 /// machine, the working directory included; what the command writes to it stays in the guest's
 /// memory and is lost.
 ///
-/// The controllers are bound to vfio-pci. The first is always at 0000:00:10.0, each further one a
+/// The controllers are bound to vfio-pci. The first is at 0000:00:10.0, each further one a
 /// slot higher; the command finds the addresses in the variables NVME0, NVME1 and so on.
 ///
 /// The exit status is the command's; 124 if the time limit ended it, 125 if the machine failed.
@@ -34,7 +34,8 @@ pub(crate) struct Arguments {
     ///
     /// `size=1G` of each namespace, `lba=512`, `namespaces=1`, `drive=temporary|null|PATH`,
     /// `name=NAME` (its address is in the variable NVME_NAME, too), `sibling` (a function of the
-    /// device before, in the same IOMMU group). Any other KEY=VALUE is a property of QEMU's device
+    /// device before, in the same IOMMU group), `port` (in a hot-plug slot of its own, and therefore
+    /// at another address), `subsystem` (with an NVM subsystem of its own). Any other KEY=VALUE is a property of QEMU's device
     /// `nvme` (mdts, max_ioqpairs, mqes, ...), or of `nvme-ns` when KEY begins with `ns.`.
     #[arg(long, value_name = "SETTINGS")]
     nvme: Vec<Controller>,
@@ -44,6 +45,9 @@ pub(crate) struct Arguments {
     /// Let the IOMMU not remap interrupts.
     #[arg(long)]
     no_intremap: bool,
+    /// Let the command reach QEMU's own monitor: QMP at the device that NVME_ASYNC_MONITOR names.
+    #[arg(long)]
+    monitor: bool,
     /// Number of processors.
     #[arg(long, value_name = "NUMBER", default_value_t = 2)]
     cpus: u32,
@@ -75,6 +79,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
         },
         interrupt_remapping: !arguments.no_intremap,
         kernel_driver: arguments.kernel_driver,
+        monitor: arguments.monitor,
         processors: arguments.cpus,
         memory_mib: arguments.memory,
     };
