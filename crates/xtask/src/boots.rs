@@ -17,7 +17,7 @@ pub(crate) struct Boot {
 }
 
 /// All of them.
-pub(crate) const BOOTS: [Boot; 2] = [
+pub(crate) const BOOTS: [Boot; 3] = [
     Boot {
         name: "standard",
         controllers: &[
@@ -40,6 +40,17 @@ pub(crate) const BOOTS: [Boot; 2] = [
         controllers: &["name=plain"],
         interrupt_remapping: false,
         monitor: false,
+    },
+    Boot {
+        name: "faults",
+        controllers: &[
+            "name=plain",
+            // Namespaces of a subsystem outlive their controller, and can be detached from it.
+            "name=removable,port,subsystem",
+            "name=attachable,subsystem,namespaces=2",
+        ],
+        interrupt_remapping: true,
+        monitor: true,
     },
 ];
 
