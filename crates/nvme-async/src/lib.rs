@@ -51,6 +51,8 @@ mod recovery;
 mod url;
 
 pub use iova;
+#[cfg(feature = "soft")]
+pub use nvme_soft;
 pub use nvme_spec;
 
 pub use crate::controller::{Controller, ControllerEvent, Counters, EventStream, NamespaceChange};
@@ -79,8 +81,8 @@ pub use crate::url::{UrlError, parse_size};
 /// The software controller also takes `namespaces=N` and `ns=N` (which one to open),
 /// `latency=80us` (the least time that an I/O command takes), `fd-only` (it accesses memory
 /// only through file descriptors, as a controller in another process would) and
-/// `faults=plan.toml` (a file that says what it does wrong and when; the documentation of
-/// `nvme_soft::fault` has the keys and an example).
+/// `faults=plan.toml` (a file that says what it does wrong and when; the documentation of the module
+/// `fault` of `nvme-soft` has the keys and an example).
 ///
 /// Opening two namespaces of one PCI function or file in one process shares the controller.
 ///

@@ -3,6 +3,38 @@
 //! The controller is kept as far away as a PCIe device is. It reaches host memory only through
 //! [`SoftIommu`], which refuses and counts what the driver did not map, and its interrupts are
 //! eventfds.
+//!
+//! A program that wants to know what it does when its disk fails makes the controller fail:
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use nvme_async::device::soft::{SoftDevice, SoftOptions};
+//! use nvme_async::nvme_soft::fault::{Behaviour, Fault, FaultKind, FaultStatus};
+//! use nvme_async::nvme_soft::{Config, NamespaceConfig, store::MemoryStore};
+//! use nvme_async::nvme_spec::{Status, opcode::NvmOpcode};
+//! use nvme_async::OpenOptions;
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut config = Config::default();
+//! config.namespaces.push(NamespaceConfig::new(MemoryStore::new(1 << 20)?, 512));
+//! let device = Arc::new(SoftDevice::new("disk", config, &SoftOptions::default())?);
+//! let controller = OpenOptions::new().attach(device.clone()).await?;
+//! let namespace = controller.namespace(1).await?;
+//!
+//! let status = Status::UNRECOVERED_READ_ERROR.with_dnr(true);
+//! let fault = Fault::new(Behaviour::Status(FaultStatus::new(status)))
+//!     .opcode(NvmOpcode::READ)
+//!     .blocks(8..16);
+//! device.controller().inject(fault)?;
+//! assert!(namespace.read(0, 4096).await.is_ok());
+//! assert!(namespace.read(4096, 4096).await.is_err());
+//! assert_eq!(device.controller().faults_hit(FaultKind::Status), 1);
+//! # controller.shutdown().await?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod iommu;
 mod memory;

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nvme_soft::fault::Plan;
+use nvme_soft::fault::{Plan, PlanError};
 use nvme_soft::store::{FileStore, MemoryStore};
 use nvme_soft::{Config, NamespaceConfig};
 
@@ -30,9 +30,13 @@ pub(crate) fn open(target: &SoftTarget, vectors: u16) -> Result<Arc<dyn Device>,
     };
     // Before files are made, for nothing if the plan is wrong.
     if let Some(plan) = &target.faults {
-        config.faults = Plan::read(plan)
-            .map_err(|error| failed(Box::new(error)))?
-            .faults;
+        let plan = Plan::read(plan).map_err(|source| {
+            failed(Box::new(OpenPlanError {
+                address: address.clone(),
+                source,
+            }))
+        })?;
+        config.faults = plan.faults;
     }
     for number in 1..=target.namespaces {
         let namespace = namespace(target, number).map_err(|error| failed(Box::new(error)))?;
@@ -77,6 +81,14 @@ fn namespace(target: &SoftTarget, number: u32) -> Result<NamespaceConfig, OpenFi
         Ok(store) => Ok(NamespaceConfig::new(store, target.lba_size)),
         Err(source) => Err(OpenFileError { path, source }),
     }
+}
+
+/// A plan of faults that could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{address}: the plan of faults: {source}")]
+struct OpenPlanError {
+    address: String,
+    source: PlanError,
 }
 
 /// A backing file that could not be opened.

@@ -32,21 +32,23 @@ fn a_delayed_command_is_late_and_others_pass_it() {
 }
 
 #[test]
-fn a_delay_comes_on_top_of_the_latency_and_keeps_its_order() {
+fn commands_wait_in_the_order_in_which_they_are_due() {
     let mut config = config(512);
-    config.latency = Duration::from_millis(5);
-    for (nth, millis) in [(1, 100), (2, 50), (3, 1)] {
-        let delay = Behaviour::Delay(Duration::from_millis(millis));
-        config
-            .faults
-            .push(Fault::new(delay).queue(FaultQueue::Io).nth(nth));
+    config.latency = HOUR;
+    for (nth, delay) in [(1, 3 * HOUR), (2, HOUR), (3, 2 * HOUR), (5, Duration::MAX)] {
+        let delay = Behaviour::Delay(delay);
+        let fault = Fault::new(delay).queue(FaultQueue::Io).nth(nth);
+        config.faults.push(fault);
     }
     let mut host = Host::ready(config);
-    // The first takes 100, the second 50 and the third 1, unless the one before has not struck.
-    let cids: Vec<_> = (0..4).map(|_| host.place(1, nvm::flush(1))).collect();
-    host.ring(1);
-    let order: Vec<_> = (0..4).map(|_| host.reap(1).cid()).collect();
-    assert_eq!(order, [cids[3], cids[2], cids[1], cids[0]]);
+    let cids: Vec<_> = (0..5).map(|_| host.submit(1, nvm::flush(1))).collect();
+    wait_for(|| (hits(&host, FaultKind::Delay) == 4).then_some(()));
+    // Their end with the queue comes in that order too.
+    host.admin_ok(admin::delete_submission_queue(1));
+    let order: Vec<_> = std::iter::from_fn(|| host.look(1))
+        .map(|entry| entry.cid())
+        .collect();
+    assert_eq!(order, [3, 1, 2, 0, 4].map(|index| cids[index]));
 }
 
 #[test]

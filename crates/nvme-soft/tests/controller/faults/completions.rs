@@ -86,8 +86,12 @@ fn an_entry_with_the_wrong_phase_hides_those_after_it() {
         change: Change::Xor(1),
     });
     let raised = host.vectors.raised(1);
-    let cids = [(); 2].map(|()| host.submit(1, nvm::flush(1)));
-    wait_for(|| (host.vectors.raised(1) > raised + 1).then_some(()));
+    // One after the other, so that each has an interrupt of its own.
+    let cids = [1, 2].map(|count| {
+        let cid = host.submit(1, nvm::flush(1));
+        wait_for(|| (host.vectors.raised(1) == raised + count).then_some(()));
+        cid
+    });
     assert_eq!(host.look(1), None);
     host.skip(1);
     assert_eq!(host.reap(1).cid(), cids[1]);
