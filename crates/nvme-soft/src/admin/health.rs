@@ -17,6 +17,9 @@ pub(crate) struct Health {
     pub(crate) warning: CriticalWarning,
     /// Warnings that the host was told of, until they end.
     reported: CriticalWarning,
+    pub(super) power_cycles: u64,
+    /// Losses of power without a shutdown before.
+    pub(super) unsafe_shutdowns: u64,
 }
 
 impl Health {
@@ -25,7 +28,15 @@ impl Health {
             temperature: COMPOSITE_TEMPERATURE,
             warning: CriticalWarning::new(),
             reported: CriticalWarning::new(),
+            power_cycles: 1,
+            unsafe_shutdowns: 0,
         }
+    }
+
+    /// Power is lost, and will be back.
+    pub(crate) fn lose_power(&mut self, is_shut_down: bool) {
+        self.power_cycles += 1;
+        self.unsafe_shutdowns += u64::from(!is_shut_down);
     }
 
     pub(super) fn reset(&mut self) {

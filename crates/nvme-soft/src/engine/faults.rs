@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nvme_spec::opcode::AdminOpcode;
+use nvme_spec::registers::ShutdownStatus;
 use nvme_spec::{Sqe, Status};
 
 use super::deferred::Task;
@@ -11,6 +12,7 @@ use super::queues::{Completion, Tamper};
 use super::{Engine, Outcome, Reply, State};
 use crate::change::ChangeError;
 use crate::config::NamespaceConfig;
+use crate::control::Control;
 use crate::data::DataTamper;
 use crate::fault::strike::Armory;
 use crate::fault::{Behaviour, Fault, FaultEvent, FaultStatus, Loss, TornBlocks, TornEnd};
@@ -88,7 +90,6 @@ impl Engine {
                 self.wait_for(WhatFor::Release(outcome), id, command);
             }
             Behaviour::Hold => self.wait_for(WhatFor::Abort, id, command),
-            Behaviour::OutOfOrder(0) => return false,
             Behaviour::OutOfOrder(count) => {
                 self.wait_for(WhatFor::Completions(count), id, command);
             }
@@ -387,24 +388,32 @@ impl Engine {
     /// The power fails and is back at once.
     pub(crate) fn lose_power(&mut self, loss: Loss) {
         self.namespaces.lose_unflushed(loss);
+        // A function that is not there has lost its power before.
+        if self.state == State::Gone {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        self.power_off(&mut shared.lock());
+    }
+
+    pub(crate) fn vanish(&mut self, loss: Loss) {
+        self.namespaces.lose_unflushed(loss);
         if self.state == State::Gone {
             return;
         }
         let shared = Arc::clone(&self.shared);
         let mut control = shared.lock();
-        self.disable();
-        control.registers.reset();
+        control.vanished = true;
+        self.doorbells.set_vanished(true);
+        self.power_off(&mut control);
+        self.state = State::Gone;
     }
 
-    pub(crate) fn vanish(&mut self, loss: Loss) {
-        self.namespaces.lose_unflushed(loss);
-        let shared = Arc::clone(&self.shared);
-        let mut control = shared.lock();
-        control.vanished = true;
-        control.registers.reset();
-        self.doorbells.set_vanished(true);
+    fn power_off(&mut self, control: &mut Control) {
+        let is_shut_down = control.registers.status.shst() == ShutdownStatus::Complete;
+        self.admin.health.lose_power(is_shut_down);
         self.disable();
-        self.state = State::Gone;
+        control.registers.reset();
     }
 
     pub(crate) fn reappear(&mut self) {

@@ -23,11 +23,12 @@ pub enum Behaviour {
         #[serde(default)]
         execute: bool,
     },
-    /// The command waits for its Abort, or `release_stuck`.
+    /// The command waits for its Abort, or `release_stuck`. Unlike with
+    /// [`SoftController::hold`](crate::SoftController::hold) it was fetched, and others are served.
     Hold,
     /// The command completes, and completes again that much later.
     CompleteTwice(#[serde(with = "text::duration")] Duration),
-    /// The command is served after that many later completions of its submission queue.
+    /// The command is served after that many later completions of its submission queue, at least 1.
     OutOfOrder(u32),
     /// The command completes successfully, and its data moves that much later. Strikes commands that
     /// have data.
@@ -365,6 +366,10 @@ impl Behaviour {
                 then: TornEnd::Status(status),
                 ..
             } => status.check(),
+            Self::OutOfOrder(0) => Err(FaultError::OutOfRange {
+                key: "out-of-order",
+                allowed: "1 and above",
+            }),
             Self::CorruptData { bytes, .. } if bytes.is_empty() => Err(FaultError::OutOfRange {
                 key: "bytes",
                 allowed: "one byte and more",

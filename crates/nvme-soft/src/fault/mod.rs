@@ -41,7 +41,7 @@
 //! | `swallow` | `{ execute = false }` | it never completes, its work is done or not; an Abort does not abort it |
 //! | `hold` | | it waits for an Abort, which aborts it |
 //! | `complete-twice` | a time | it completes, and again that much later |
-//! | `out-of-order` | a number | it is served after that many later completions of its queue |
+//! | `out-of-order` | a number from 1 | it is served after that many later completions of its queue |
 //! | `complete-early` | a time | it completes, and its data moves that much later |
 //! | `status` | `{ sct, sc, dnr, crd, more, execute }`, numbers and booleans, all but `sc` may be left out | it completes with that status, and its work is done before or not at all |
 //! | `corrupt-completion` | `{ field = "cid", change = { xor = 1 } }`; fields `cid`, `sq-id`, `sq-head`, `phase`, `result`; changes `xor` and `set` | its completion queue entry has another value in that field |

@@ -235,6 +235,10 @@ fn faults_that_make_no_sense_are_counted_out() {
             "fault 2 of the plan: bytes: not within one byte and more",
         ),
         (
+            "then = { out-of-order = 0 }",
+            "fault 2 of the plan: out-of-order: not within 1 and above",
+        ),
+        (
             "then = \"fail-reset\"\nwhen = { lba = { start = 0, end = 1 } }",
             "fault 2 of the plan: fail-reset strikes no command, so lba matches nothing",
         ),

@@ -6,11 +6,12 @@ use nvme_soft::fault::{Behaviour, Fault, FaultQueue, Loss, TornBlocks, TornEnd};
 use nvme_soft::store::{FileStore, MemoryStore};
 use nvme_soft::{Config, NamespaceConfig};
 use nvme_spec::dsm::Range;
+use nvme_spec::log::SmartHealth;
 use nvme_spec::registers::{ShutdownNotification, ShutdownStatus};
 use nvme_spec::{admin, nvm};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::host::{Host, config, pattern, prp, usual_configuration, wait_for};
 
@@ -314,6 +315,32 @@ fn a_random_loss_keeps_some_blocks_and_loses_others() {
             .iter()
             .any(|kept| kept[..8].contains(&0) && kept[..8].contains(&1))
     );
+}
+
+#[test]
+fn losses_of_power_are_counted() {
+    let mut host = Host::enabled(config(512));
+    let counts = |host: &mut Host| {
+        let log = nvme_spec::log::id::SMART_HEALTH;
+        let log = admin::get_log_page(log, admin::ALL_NAMESPACES, 512, 0, true);
+        let data = host.admin_data(log, 512);
+        let health = SmartHealth::read_from_bytes(&data).unwrap();
+        (health.power_cycles.get(), health.unsafe_shutdowns.get())
+    };
+    assert_eq!(counts(&mut host), (1, 0));
+    host.controller.power_loss(Loss::Nothing);
+    host.enable();
+    assert_eq!(counts(&mut host), (2, 1));
+    let shutdown = usual_configuration().with_shn(ShutdownNotification::Normal);
+    host.write_configuration(shutdown);
+    wait_for(|| (host.status().shst() == ShutdownStatus::Complete).then_some(()));
+    host.controller.vanish(Loss::Nothing);
+    // There is no more power to lose.
+    host.controller.vanish(Loss::Nothing);
+    host.controller.power_loss(Loss::Nothing);
+    host.controller.reappear();
+    host.enable();
+    assert_eq!(counts(&mut host), (3, 1));
 }
 
 #[test]
