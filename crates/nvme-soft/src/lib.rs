@@ -10,6 +10,9 @@
 //! nothing to do. Each kind of bad command is answered with the status that the specification
 //! names, and access to host memory that is refused ends the command and is counted.
 //!
+//! To test what a host does about a controller that is not so well behaved, its [`fault`]s are data:
+//! which commands and events they strike, and what then happens.
+//!
 //! ```
 //! use std::sync::Arc;
 //!

@@ -8,7 +8,7 @@ use nvme_spec::registers::{ControllerConfiguration, ShutdownNotification, Shutdo
 use nvme_spec::{Status, admin, nvm};
 
 use super::{HOUR, hits, host_with, read, write};
-use crate::host::{Host, config, pattern, usual_configuration, wait_for};
+use crate::host::{Host, config, pattern, prp, usual_configuration, wait_for};
 
 fn host_not_enabled(fault: Fault) -> Host {
     let mut config = config(512);
@@ -234,6 +234,55 @@ fn without_bus_mastering_nothing_is_released() {
     assert_eq!(host.memory.accesses(), accesses);
     host.controller.set_bus_master(true);
     assert!(host.wait(1, cid).status().is_success());
+}
+
+/// Whatever was struck: with bus mastering off, after a disable and after a reset the controller
+/// leaves memory alone, and afterwards it can be used again.
+#[test]
+fn a_controller_that_was_stopped_leaves_memory_alone() {
+    const SOON: Duration = Duration::from_millis(3);
+    let commands = [
+        Behaviour::Delay(SOON),
+        Behaviour::Swallow { execute: false },
+        Behaviour::Swallow { execute: true },
+        Behaviour::Hold,
+        Behaviour::CompleteTwice(SOON),
+        Behaviour::OutOfOrder(3),
+        Behaviour::CompleteEarly(SOON),
+        Behaviour::FlipPhase,
+        Behaviour::TruncateData(9),
+        Behaviour::SpuriousInterrupt,
+        Behaviour::PowerLoss(Loss::All),
+        Behaviour::Fail { serve: true },
+        Behaviour::Fail { serve: false },
+    ];
+    let stops: [fn(&Host); 3] = [
+        |host| host.controller.set_bus_master(false),
+        Host::disable,
+        |host| host.controller.reset().unwrap(),
+    ];
+    for then in commands {
+        for stop in stops {
+            let mut host = host_with(then.clone());
+            let buffer = host.allocate(512);
+            for _ in 0..3 {
+                host.submit(1, nvm::read(1, 0, 1, false).with_data(prp(buffer)));
+            }
+            wait_for(|| (hits(&host, then.kind()) == 1).then_some(()));
+            stop(&host);
+            let accesses = host.memory.accesses();
+            host.controller.release_stuck();
+            std::thread::sleep(2 * SOON);
+            host.controller.release();
+            assert_eq!(host.memory.accesses(), accesses, "{then:?}");
+            host.controller.reset().unwrap();
+            host.controller.set_bus_master(true);
+            host.enable();
+            host.create_pair(1, 16, None);
+            host.io_ok(nvm::flush(1));
+            assert_eq!(host.look(1), None, "{then:?}");
+        }
+    }
 }
 
 #[test]
