@@ -13,6 +13,7 @@ mod lifetimes;
 mod live_namespaces;
 mod local;
 mod mappings;
+mod matrix;
 mod ordering;
 mod planted;
 mod queues;
