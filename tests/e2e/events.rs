@@ -113,8 +113,17 @@ fn every_kind_of_event_reaches_every_stream() {
 }
 
 #[test]
-fn a_stream_ends_with_the_last_handle() {
+fn a_stream_ends_with_the_controller() {
     on_both_flavours(async || {
+        let rig = Setup::memory(SIZE).open().await;
+        let controller = rig.controller().clone();
+        let mut events = controller.events();
+        controller.shutdown().await.expect("shuts down");
+        assert!(events.next().await.is_none());
+        assert!(controller.events().next().await.is_none());
+        drop(controller);
+        rig.close().await;
+
         let rig = Setup::memory(SIZE).open().await;
         let mut events = rig.controller().events();
         rig.abandon().await;
@@ -323,6 +332,32 @@ fn log_pages_are_read_at_any_offset_and_length() {
         let more = more.expect("reads");
         assert_eq!(more[..4096], whole);
         assert!(more[4096..].iter().all(|&byte| byte == 0));
+        rig.close().await;
+    });
+}
+
+#[test]
+fn a_wrong_log_page_does_not_silence_the_events_of_its_type() {
+    on_both_flavours(async || {
+        let rig = Setup::memory(SIZE).open().await;
+        let soft = rig.device.controller();
+        let mut events = rig.controller().events();
+        // A temperature with the list of namespaces, which this controller wants to have read
+        // before it reports another one.
+        soft.raise_event(AsyncEvent::from_bits(0x0004_0101));
+        for kelvins in [310, 360] {
+            soft.set_temperature(kelvins);
+            let ControllerEvent::Smart { health, .. } = next(&mut events).await else {
+                panic!("another event");
+            };
+            assert_eq!(health.composite_temperature.get(), kelvins);
+        }
+        // The list was not lost by that.
+        let namespace = rig.namespace().await;
+        soft.resize_namespace(1, SIZE / 2).expect("shrinks");
+        soft.raise_event(AsyncEvent::from_bits(0x0004_0101));
+        comes_true("the size is known", || namespace.capacity() == SIZE / 2).await;
+        drop(namespace);
         rig.close().await;
     });
 }

@@ -1,11 +1,13 @@
 //! Namespaces that change under open handles.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures::StreamExt;
-use nvme_async::nvme_spec::Status;
+use futures::{StreamExt, poll};
+use nvme_async::nvme_spec::identify::Cns;
+use nvme_async::nvme_spec::{Sqe, Status};
 use nvme_async::{
     Controller, ControllerEvent, Error, EventStream, Namespace, NamespaceChange as Change, Zeroes,
 };
@@ -15,6 +17,7 @@ use tokio::runtime::Builder;
 
 use crate::support::bounded::{bounded, comes_true, multi_thread, on_both_flavours};
 use crate::support::full;
+use crate::support::liar::Liar;
 use crate::support::owners::Ledger;
 use crate::support::rig::Setup;
 
@@ -434,6 +437,35 @@ fn an_event_outlives_the_runtime_that_deals_with_it() {
             drop(namespace);
             rig.close().await;
         });
+    });
+}
+
+#[test]
+fn a_change_that_overtakes_the_opening_is_not_missed() {
+    on_both_flavours(async || {
+        let liar = Liar::open(Setup::memory(SIZE)).await;
+        for is_detached in [false, true] {
+            liar.take_seen();
+            // What the namespace is was asked and answered; its identifiers are asked for.
+            liar.hold_at(Cns::NAMESPACE_DESCRIPTORS);
+            let mut opening = pin!(liar.controller.namespace(1));
+            let asks = |command: &Sqe| Cns(command.cdw10() as u8) == Cns::NAMESPACE_DESCRIPTORS;
+            while !liar.take_seen().iter().any(asks) {
+                assert!(poll!(opening.as_mut()).is_pending());
+                tokio::task::yield_now().await;
+            }
+            liar.soft.controller().release();
+            let soft = liar.soft.controller();
+            match is_detached {
+                true => soft.detach_namespace(1).expect("goes"),
+                false => soft.resize_namespace(1, SIZE / 2).expect("shrinks"),
+            }
+            liar.controller.rescan().await.expect("scans");
+            let namespace = opening.await.expect("it was there");
+            let expected = if is_detached { 0 } else { SIZE / 2 };
+            assert_eq!(namespace.capacity(), expected);
+        }
+        liar.close().await;
     });
 }
 

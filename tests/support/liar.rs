@@ -29,6 +29,7 @@ struct Lies {
     /// By structure and namespace.
     namespaces: HashMap<(Cns, u32), Vec<u8>>,
     active: Option<Vec<u8>>,
+    hold_at: Option<Cns>,
     seen: Vec<Sqe>,
 }
 
@@ -41,9 +42,13 @@ impl Liar {
     async fn attach(soft: Arc<SoftDevice>, options: OpenOptions) -> Self {
         let device = Tampered::new(soft.clone());
         let lies = Arc::<Mutex<Lies>>::default();
-        let told = lies.clone();
+        let (told, held) = (lies.clone(), soft.clone());
         device.tamper_admin(move |command, memory| {
-            told.lock().expect("no panics").answer(command, memory)
+            let mut lies = told.lock().expect("no panics");
+            if lies.is_held_at(&command) {
+                held.controller().hold();
+            }
+            lies.answer(command, memory)
         });
         let controller = options.attach(device.clone()).await.expect("comes up");
         Self {
@@ -77,6 +82,11 @@ impl Liar {
         self.lies().active = Some(list.collect());
     }
 
+    /// Holds the controller when it is asked for this structure the next time.
+    pub(crate) fn hold_at(&self, cns: Cns) {
+        self.lies().hold_at = Some(cns);
+    }
+
     /// The truth from now on.
     pub(crate) fn be_honest(&self) {
         let mut lies = self.lies();
@@ -101,6 +111,14 @@ impl Liar {
 }
 
 impl Lies {
+    fn is_held_at(&mut self, command: &Sqe) -> bool {
+        let is_it = |cns: &mut Cns| {
+            AdminOpcode(command.opcode()) == AdminOpcode::IDENTIFY
+                && *cns == Cns(command.cdw10() as u8)
+        };
+        self.hold_at.take_if(is_it).is_some()
+    }
+
     /// Writes the answer to a command in place of the controller, and returns what the controller
     /// gets instead.
     fn answer(&mut self, command: Sqe, memory: &Mapper) -> Sqe {
