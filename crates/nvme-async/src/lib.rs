@@ -32,6 +32,12 @@
 //! Each queue pair has a reaper, a task that polls for completions while some are expected soon
 //! and lets other tasks run in between, and otherwise sleeps on the queue's interrupt. See
 //! [`PollMode`].
+//!
+//! # Events
+//!
+//! What a controller reports by itself is always asked for. Handles of namespaces follow changes of
+//! size and say when a namespace is gone (see [`Namespace`]); [`Controller::events`] is a stream of
+//! everything, for programs that want to know.
 
 #![deny(unsafe_code)]
 

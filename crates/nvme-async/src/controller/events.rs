@@ -161,7 +161,9 @@ impl Events {
 
     /// No more events: the controller was shut down.
     pub(super) fn close(&self) {
-        self.sender().take();
+        let sender = self.sender().take();
+        // Wakes those who listen, without the lock.
+        drop(sender);
     }
 
     fn subscribe(&self) -> EventStream {
@@ -170,7 +172,9 @@ impl Events {
     }
 
     fn publish(&self, event: ControllerEvent) {
-        if let Some(sender) = &*self.sender() {
+        let sender = self.sender().clone();
+        // Wakes those who listen, without the lock.
+        if let Some(sender) = sender {
             // Nobody need listen.
             let _ = sender.send(event);
         }
