@@ -1,12 +1,12 @@
 //! Namespaces that change under open handles.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, poll};
 use nvme_async::nvme_spec::identify::Cns;
+use nvme_async::nvme_spec::opcode::AdminOpcode;
 use nvme_async::nvme_spec::{Sqe, Status};
 use nvme_async::{
     Controller, ControllerEvent, Error, EventStream, Namespace, NamespaceChange as Change, Zeroes,
@@ -443,13 +443,15 @@ fn an_event_outlives_the_runtime_that_deals_with_it() {
 #[test]
 fn a_change_that_overtakes_the_opening_is_not_missed() {
     on_both_flavours(async || {
-        let liar = Liar::open(Setup::memory(SIZE)).await;
         for is_detached in [false, true] {
-            liar.take_seen();
+            let liar = Liar::open(Setup::memory(SIZE)).await;
             // What the namespace is was asked and answered; its identifiers are asked for.
             liar.hold_at(Cns::NAMESPACE_DESCRIPTORS);
-            let mut opening = pin!(liar.controller.namespace(1));
-            let asks = |command: &Sqe| Cns(command.cdw10() as u8) == Cns::NAMESPACE_DESCRIPTORS;
+            let mut opening = Box::pin(liar.controller.namespace(1));
+            let asks = |command: &Sqe| {
+                AdminOpcode(command.opcode()) == AdminOpcode::IDENTIFY
+                    && Cns(command.cdw10() as u8) == Cns::NAMESPACE_DESCRIPTORS
+            };
             while !liar.take_seen().iter().any(asks) {
                 assert!(poll!(opening.as_mut()).is_pending());
                 tokio::task::yield_now().await;
@@ -464,8 +466,9 @@ fn a_change_that_overtakes_the_opening_is_not_missed() {
             let namespace = opening.await.expect("it was there");
             let expected = if is_detached { 0 } else { SIZE / 2 };
             assert_eq!(namespace.capacity(), expected);
+            drop(namespace);
+            liar.close().await;
         }
-        liar.close().await;
     });
 }
 
