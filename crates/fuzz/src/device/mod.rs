@@ -1,0 +1,210 @@
+//! A controller that follows the protocol until its script says otherwise.
+//!
+//! It works in the calls of the driver: by the time that a doorbell has been rung, it has done with
+//! the commands what it wants. What it may do is what a device behind an IOMMU can do: answer
+//! anything from registers, signal interrupts or not, and read and write the memory that is mapped
+//! for it.
+
+mod commands;
+mod memory;
+mod registers;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, ThreadId};
+
+use iova::DmaMapper;
+use nvme_async::device::{Device, DeviceError, Doorbell, DoorbellCall};
+use nvme_spec::Sqe;
+use nvme_spec::registers::{ControllerConfiguration, offset};
+
+pub use self::memory::Mapper;
+use crate::script::{Claims, Move, RegisterMove, Script};
+
+/// The device.
+pub struct FuzzDevice {
+    this: Weak<Self>,
+    vectors: Vec<Arc<OwnedFd>>,
+    mapper: Arc<Mapper>,
+    /// Whose accesses follow the script. Another thread is one that stops an abandoned controller:
+    /// what becomes of its accesses must not depend on how the two are scheduled.
+    thread: ThreadId,
+    state: Mutex<State>,
+}
+
+struct State {
+    claims: Claims,
+    moves: VecDeque<(u8, Move)>,
+    register_moves: VecDeque<(u8, RegisterMove)>,
+    registers: Registers,
+    submissions: BTreeMap<u16, Submission>,
+    completions: BTreeMap<u16, Completion>,
+    /// Commands that are not completed yet.
+    withheld: Vec<Fetched>,
+    /// Asynchronous Event Requests.
+    events: VecDeque<Fetched>,
+    /// Whether the device wrote where commands and lists may be. Then what it finds there is its own
+    /// fault.
+    has_scribbled: bool,
+    /// Whether a register was read as what it is not. The driver may then take one doorbell for
+    /// another.
+    has_misled: bool,
+    has_vanished: bool,
+}
+
+#[derive(Default)]
+struct Registers {
+    configuration: ControllerConfiguration,
+    /// What CSTS reads as, if it is not what it should be.
+    status: Option<u32>,
+    admin_attributes: u32,
+    admin_submission: u64,
+    admin_completion: u64,
+    bus_master: bool,
+}
+
+struct Submission {
+    address: u64,
+    entries: u32,
+    /// The next command.
+    head: u32,
+    completion: u16,
+}
+
+struct Completion {
+    address: u64,
+    entries: u32,
+    tail: u32,
+    phase: bool,
+    vector: Option<u16>,
+}
+
+/// A command, and where it came from.
+#[derive(Clone, Copy)]
+struct Fetched {
+    command: Sqe,
+    queue: u16,
+    /// Of its queue, after it was fetched.
+    head: u32,
+}
+
+impl FuzzDevice {
+    /// A device that does what `script` says to the accesses of this thread.
+    pub fn new(script: &Script) -> Arc<Self> {
+        let vectors = usize::from(script.claims.vectors % 3) + 1;
+        let state = State {
+            claims: script.claims.clone(),
+            moves: script.moves.iter().cloned().collect(),
+            register_moves: script.registers.iter().copied().collect(),
+            registers: Registers::default(),
+            submissions: BTreeMap::new(),
+            completions: BTreeMap::new(),
+            withheld: Vec::new(),
+            events: VecDeque::new(),
+            has_scribbled: false,
+            has_misled: false,
+            has_vanished: false,
+        };
+        Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            vectors: (0..vectors).map(|_| Arc::new(eventfd())).collect(),
+            // As few as there can be, and the driver still has room for its queues.
+            mapper: Arc::new(Mapper::new(
+                script.claims.mappings.map(|count| u64::from(count) + 1),
+            )),
+            thread: thread::current().id(),
+            state: Mutex::new(state),
+        })
+    }
+
+    /// The IOMMU.
+    pub fn mapper(&self) -> &Arc<Mapper> {
+        &self.mapper
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn signal(&self, vector: u16) {
+        let Some(vector) = self.vectors.get(usize::from(vector)) else {
+            return;
+        };
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: the descriptor is open and the bytes are there. That it fails, because the
+        // counter is full, loses no signal.
+        let _ = unsafe { libc::write(vector.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+}
+
+impl fmt::Debug for FuzzDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FuzzDevice").finish_non_exhaustive()
+    }
+}
+
+impl Device for FuzzDevice {
+    fn address(&self) -> &str {
+        "fuzz"
+    }
+
+    fn read32(&self, offset: u32) -> Result<u32, DeviceError> {
+        let scripted = thread::current().id() == self.thread;
+        self.state().read(offset, scripted)
+    }
+
+    fn write32(&self, offset: u32, value: u32) -> Result<(), DeviceError> {
+        let scripted = thread::current().id() == self.thread;
+        self.state().write(offset, value, scripted)
+    }
+
+    fn doorbell(&self, offset: u32) -> Result<Doorbell, DeviceError> {
+        match self.this.upgrade() {
+            Some(target) if offset >= offset::DOORBELLS => Ok(Doorbell::Call {
+                target: Arc::new(Bell(Arc::downgrade(&target))),
+                offset,
+            }),
+            _ => Err(registers::failure("doorbell", offset)),
+        }
+    }
+
+    fn vectors(&self) -> &[Arc<OwnedFd>] {
+        &self.vectors
+    }
+
+    fn mapper(&self) -> Arc<dyn DmaMapper> {
+        self.mapper.clone()
+    }
+
+    fn set_bus_master(&self, enabled: bool) -> Result<(), DeviceError> {
+        self.state().registers.bus_master = enabled;
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        self.state().stop();
+        Ok(())
+    }
+}
+
+/// The driver's way to ring, which keeps no device open.
+struct Bell(Weak<FuzzDevice>);
+
+impl DoorbellCall for Bell {
+    fn ring(&self, offset: u32, value: u32) {
+        if let Some(device) = self.0.upgrade() {
+            device.rung(offset, value);
+        }
+    }
+}
+
+fn eventfd() -> OwnedFd {
+    // SAFETY: it takes no memory.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+    assert!(fd >= 0, "eventfd: {}", io::Error::last_os_error());
+    // SAFETY: it was just opened, and is nobody else's.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
