@@ -1,11 +1,12 @@
 //! Tests of the workspace, those in a virtual machine included.
 //!
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
-//! QEMU's NVMe controllers. Both say `--help`.
+//! QEMU's NVMe controllers; `cargo xtask fuzz` runs the fuzz targets. All say `--help`.
 
 #![forbid(unsafe_code)]
 
 mod boots;
+mod fuzz;
 mod guest;
 mod initramfs;
 mod kernel;
@@ -35,6 +36,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    Fuzz(fuzz::Arguments),
     Test(test::Arguments),
     Vm(vm::Arguments),
 }
@@ -42,6 +44,7 @@ enum Task {
 fn main() -> ExitCode {
     let task = Arguments::parse().task;
     let outcome = Workspace::find().and_then(|workspace| match task {
+        Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Vm(arguments) => vm::run(&workspace, &arguments),
     });
