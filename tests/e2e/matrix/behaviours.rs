@@ -90,6 +90,8 @@ impl Variant {
             Behaviour::CompleteEarly(_) => kind.has_data(),
             Behaviour::CorruptData { .. } | Behaviour::TruncateData(_) => kind.reads_data(),
             Behaviour::Tear { .. } => kind.changes_blocks() && kind != Kind::Discard,
+            // It takes as long as a shutdown may, and no command is struck.
+            Behaviour::Delay(_) if self.spoils_shutdown => kind == Kind::Write,
             _ => true,
         }
     }

@@ -329,7 +329,11 @@ impl Worker {
                         // Left to the next runtime.
                         return;
                     }
-                    let again = matches!(result, Err(Error::Memory(_)));
+                    // Of an event whose log page was not read, no other one of its type comes.
+                    let again = matches!(
+                        result,
+                        Err(Error::Memory(_) | Error::TimedOut { .. } | Error::Recovering { .. })
+                    );
                     if let Err(error) = result {
                         let address = &*events.logs.admin.address;
                         tracing::warn!(address, %error, "an event could not be dealt with");
