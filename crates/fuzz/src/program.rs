@@ -365,7 +365,7 @@ mod tests {
     }
 
     /// Commands of a bring-up up to the first one of the program.
-    const BRING_UP: u8 = 12;
+    const BRING_UP: u8 = 14;
 
     #[test]
     fn moves_are_noticed() {

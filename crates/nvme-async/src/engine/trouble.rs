@@ -22,6 +22,10 @@ pub(crate) enum Trouble {
     /// An admin command of a recovery is done.
     Step { id: u32, cqe: Cqe },
     /// The transport has something to say.
+    #[cfg_attr(
+        fuzzing,
+        expect(dead_code, reason = "the fuzzer's device has no notices")
+    )]
     Notice(Notice),
     /// There is nothing to be dealt with any more: the controller is about to be shut down.
     Retire,

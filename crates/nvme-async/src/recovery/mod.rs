@@ -1,18 +1,24 @@
 //! Recovery: what is done when a controller is slow, silent, lying, dying or gone.
 //!
 //! [`machine`] decides and knows neither devices nor clocks; [`supervisor`] does what it says. One
-//! plain thread for each controller runs the supervisor, so that recovery does not depend on any
-//! runtime, and may block. It sleeps for as long as nothing is amiss.
+//! plain thread for each controller ([`runner`]) runs the supervisor, so that recovery does not depend
+//! on any runtime, and may block. It sleeps for as long as nothing is amiss.
 
 mod machine;
+#[cfg(not(fuzzing))]
+mod runner;
+#[cfg(fuzzing)]
+#[path = "fuzzing.rs"]
+mod runner;
+mod supervision;
 pub(crate) mod supervisor;
-mod thread;
 
 use crate::queue::Lie;
 
 pub(crate) use self::machine::Settings;
+pub(crate) use self::runner::Retired;
+pub(crate) use self::supervision::Supervision;
 pub(crate) use self::supervisor::{Plant, QueueLayout};
-pub(crate) use self::thread::{Retired, Supervision};
 
 /// How a controller is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

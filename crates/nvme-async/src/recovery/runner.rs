@@ -8,24 +8,37 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use tokio::sync::watch;
 
 use super::supervisor::{Next, Supervisor};
-use super::{ControllerState, Plant, Settings};
 use crate::device::Notice;
 use crate::engine::sync::lock_std;
 use crate::engine::trouble::{Inbox, Trouble};
 
-/// A controller's recovery at work. Dropping it leaves the thread alone; [`retire`](Self::retire)
-/// ends it.
-pub(crate) struct Supervision {
-    inbox: Arc<Inbox>,
-    state: Arc<watch::Sender<ControllerState>>,
-    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
-}
+/// Runs a supervisor.
+pub(crate) struct Runner(Arc<Mutex<Option<JoinHandle<()>>>>);
 
-/// The thread of a supervision that is about to end.
+/// A supervisor that was told to end.
 pub(crate) struct Retired(Arc<Mutex<Option<JoinHandle<()>>>>);
+
+impl Runner {
+    /// # Errors
+    ///
+    /// When there can be no more threads.
+    pub(super) fn start(
+        supervisor: Supervisor,
+        inbox: Arc<Inbox>,
+        notices: Vec<(Notice, Arc<OwnedFd>)>,
+    ) -> io::Result<Self> {
+        let thread = thread::Builder::new()
+            .name("nvme-async".to_owned())
+            .spawn(move || run(supervisor, &inbox, notices))?;
+        Ok(Self(Arc::new(Mutex::new(Some(thread)))))
+    }
+
+    pub(super) fn retired(&self) -> Retired {
+        Retired(self.0.clone())
+    }
+}
 
 impl Retired {
     /// Waits for its end.
@@ -38,58 +51,6 @@ impl Retired {
             // A panic of it was reported when it happened.
             let _ = handle.join();
         }
-    }
-}
-
-impl Supervision {
-    /// # Errors
-    ///
-    /// When there can be no more threads or file descriptors.
-    pub(crate) fn start(
-        plant: Plant,
-        settings: Settings,
-        notices: Vec<(Notice, Arc<OwnedFd>)>,
-    ) -> io::Result<Self> {
-        let inbox = Arc::new(Inbox::new()?);
-        let state = Arc::new(watch::Sender::new(ControllerState::Live));
-        let supervisor = Supervisor::new(plant, settings, inbox.clone(), state.clone());
-        let watched = inbox.clone();
-        let thread = thread::Builder::new()
-            .name("nvme-async".to_owned())
-            .spawn(move || run(supervisor, &watched, notices))?;
-        Ok(Self {
-            inbox,
-            state,
-            thread: Arc::new(Mutex::new(Some(thread))),
-        })
-    }
-
-    pub(crate) fn state(&self) -> ControllerState {
-        *self.state.borrow()
-    }
-
-    pub(crate) fn watch(&self) -> watch::Receiver<ControllerState> {
-        self.state.subscribe()
-    }
-
-    /// Announces that the controller was shut down, if it was one until then.
-    pub(crate) fn close(&self) {
-        self.state.send_if_modified(|state| {
-            let was_open = matches!(
-                state,
-                ControllerState::Live | ControllerState::Recovering { .. }
-            );
-            if was_open {
-                *state = ControllerState::Closed;
-            }
-            was_open
-        });
-    }
-
-    /// Ends the supervision, once a recovery that is under way has ended.
-    pub(crate) fn retire(&self) -> Retired {
-        self.inbox.report(Trouble::Retire);
-        Retired(self.thread.clone())
     }
 }
 
