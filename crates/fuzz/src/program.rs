@@ -26,7 +26,7 @@ const COMMAND: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Nor does bringing a controller up or shutting it down, which waits for what CAP.TO, CRTO and
 /// RTD3E say, up to 71 minutes.
-const LONG_PATIENCE: Duration = Duration::from_secs(3 * 3600);
+const LONG_PATIENCE: Duration = Duration::from_secs(1000 * 3600);
 /// Operations of one program.
 const MOST_STEPS: usize = 64;
 /// How often another thread is given a chance to let go of the device.

@@ -226,7 +226,7 @@ impl Registers {
         }
     }
 
-    fn not_ready(&self, action: &'static str, waited: Duration) -> Error {
+    pub(super) fn not_ready(&self, action: &'static str, waited: Duration) -> Error {
         let csts = self.device.read32(offset::CSTS).unwrap_or(u32::MAX);
         Error::NotReady {
             address: self.address(),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use nvme_spec::admin;
 
 use super::bring_up::check_runtime;
+use super::registers::Registers;
 use super::tenure::{Held, Tenure};
 use super::{Controller, ControllerInner};
 use crate::engine::State;
@@ -54,7 +55,7 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
             first_error.get_or_insert(error);
         }
     };
-    note(delete_queues(inner).await);
+    note(delete_queues(inner, &registers).await);
     inner.admin.queue.with(|state| state.set_refusing(true));
     let timeout = match inner.identify.rtd3e.get() {
         0 => SHUTDOWN_TIMEOUT,
@@ -110,17 +111,25 @@ fn gone(inner: &ControllerInner) -> Result<(), Error> {
     }
 }
 
-/// Deletes the I/O queues, until that fails: with a controller that does not answer there is no
-/// point in asking for each of them.
-async fn delete_queues(inner: &ControllerInner) -> Result<(), Error> {
+/// Deletes the I/O queues, until that fails or takes too long: with a controller that does not answer
+/// there is no point in asking for each of them.
+async fn delete_queues(inner: &ControllerInner, registers: &Registers) -> Result<(), Error> {
     let count = inner.all_queues().count() as u16;
-    for id in 1..=count {
-        inner.admin.run(admin::delete_submission_queue(id)).await?;
+    let deletion = async {
+        for id in 1..=count {
+            inner.admin.run(admin::delete_submission_queue(id)).await?;
+        }
+        for id in 1..=count {
+            inner.admin.run(admin::delete_completion_queue(id)).await?;
+        }
+        Ok(())
+    };
+    let timeout = inner.timeout.unwrap_or(DRAIN_TIMEOUT);
+    // A command can also wait for its place in the queue.
+    match tokio::time::timeout(timeout, deletion).await {
+        Ok(deleted) => deleted,
+        Err(_) => Err(registers.not_ready("delete its queues", timeout)),
     }
-    for id in 1..=count {
-        inner.admin.run(admin::delete_completion_queue(id)).await?;
-    }
-    Ok(())
 }
 
 /// Closes the device, which may block, and lets those know who wait for it.

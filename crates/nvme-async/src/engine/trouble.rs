@@ -64,6 +64,12 @@ impl Inbox {
         std::mem::take(&mut *self.lock())
     }
 
+    /// Readable when there are troubles.
+    #[cfg(fuzzing)]
+    pub(crate) fn signal(&self) -> &OwnedFd {
+        &self.signal
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Trouble>> {
         self.troubles.lock().unwrap_or_else(PoisonError::into_inner)
     }

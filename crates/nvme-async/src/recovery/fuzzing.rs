@@ -1,18 +1,18 @@
 //! What stands in for the thread under a fuzzer: a task of the runtime that opened the controller. The
 //! fuzzer's clock does not pass while somebody waits, which threads must not see.
 
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::task::Poll;
+use std::time::Instant;
 
 use super::supervisor::{Next, Supervisor};
 use crate::device::Notice;
+use crate::engine::eventfd::Wakeups;
 use crate::engine::sync::lock_std;
 use crate::engine::trouble::Inbox;
-
-/// Between two looks at what was reported.
-const PAUSE: Duration = Duration::from_millis(1);
 
 /// Runs a supervisor.
 pub(crate) struct Runner(Arc<Mutex<Option<Supervisor>>>);
@@ -23,19 +23,28 @@ pub(crate) struct Retired(Arc<Mutex<Option<Supervisor>>>);
 impl Runner {
     pub(super) fn start(
         supervisor: Supervisor,
-        _inbox: Arc<Inbox>,
+        inbox: Arc<Inbox>,
         _notices: Vec<(Notice, Arc<OwnedFd>)>,
     ) -> io::Result<Self> {
         let supervisor = Arc::new(Mutex::new(Some(supervisor)));
         let stepped = supervisor.clone();
-        tokio::spawn(async move {
-            while let Some(next) = step(&stepped) {
-                match next {
-                    Next::At(at) => tokio::time::sleep_until(at.into()).await,
-                    Next::Never | Next::Over => tokio::time::sleep(PAUSE).await,
+        let mut wakeups = Wakeups::register(inbox.signal()).map_err(|_| io::ErrorKind::Other)?;
+        tokio::spawn(poll_fn(move |cx| {
+            wakeups.poll_timer(cx);
+            loop {
+                // Before the step, so that nothing that is reported later goes unnoticed.
+                while wakeups.poll_interrupt(cx) {}
+                match step(&stepped) {
+                    None => return Poll::Ready(()),
+                    Some(Next::At(at)) if at <= Instant::now() => {}
+                    Some(Next::At(at)) => {
+                        wakeups.arm(at, cx);
+                        return Poll::Pending;
+                    }
+                    Some(Next::Never | Next::Over) => return Poll::Pending,
                 }
             }
-        });
+        }));
         Ok(Self(supervisor))
     }
 

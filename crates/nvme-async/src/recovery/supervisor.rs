@@ -91,7 +91,7 @@ impl Supervisor {
         state: Arc<watch::Sender<ControllerState>>,
     ) -> Self {
         for queue in plant.all_queues() {
-            queue.with(|state| state.supervise(Some(inbox.clone())));
+            queue.with(|state| state.supervise(inbox.clone()));
         }
         Self {
             recovery: Recovery::new(settings),
@@ -321,7 +321,7 @@ impl Supervisor {
 
     fn leave(&self) -> Next {
         for queue in self.plant.all_queues() {
-            queue.with(|state| state.supervise(None));
+            queue.attend(|state, aftermath| state.forsake(aftermath));
         }
         Next::Over
     }

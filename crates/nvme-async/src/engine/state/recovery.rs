@@ -15,8 +15,16 @@ use crate::recovery::ResetCause;
 impl State {
     /// Sets who deals with what goes wrong; without anybody, commands are given up when their
     /// deadline has passed, and the queue pair when the device breaks the protocol.
-    pub(crate) fn supervise(&mut self, supervisor: Option<Arc<Inbox>>) {
-        self.supervisor = supervisor;
+    pub(crate) fn supervise(&mut self, supervisor: Arc<Inbox>) {
+        self.supervisor = Some(supervisor);
+    }
+
+    /// There is nobody any more who deals with what goes wrong. A queue pair that waits for that, fails.
+    pub(crate) fn forsake(&mut self, aftermath: &mut Aftermath) {
+        self.supervisor = None;
+        if self.gate != Gate::Open {
+            self.fail(Failure::Closed, false, aftermath);
+        }
     }
 
     /// Whether the command with this identifier is overdue and outstanding.

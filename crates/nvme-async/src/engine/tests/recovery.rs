@@ -18,7 +18,7 @@ const CAUSE: ResetCause = ResetCause::StateLost;
 fn supervised(entries: u16) -> (Rig, Arc<Inbox>) {
     let mut rig = Rig::new(entries, PollMode::Interrupt);
     let inbox = Arc::new(Inbox::new().unwrap());
-    rig.state.supervise(Some(inbox.clone()));
+    rig.state.supervise(inbox.clone());
     (rig, inbox)
 }
 
