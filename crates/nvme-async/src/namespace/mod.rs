@@ -315,8 +315,9 @@ impl Namespace {
     /// # Errors
     ///
     /// If there are such commands: [`Error::RuntimeGone`] if nothing drives their queue, and the
-    /// error of the queue if it has failed. They may still be under way then. A command that has
-    /// missed its deadline is waited for as well, for as long as the device takes.
+    /// error of the controller if it has failed without having been stopped. They may still be under
+    /// way then. A command that has missed its deadline is waited for as well: it ends with its
+    /// recovery.
     ///
     /// # Cancel safety
     ///
