@@ -290,8 +290,10 @@ impl Recovery {
             VictimStage::Waiting => None,
             VictimStage::Aborting { until, .. } | VictimStage::Grace { until } => Some(until),
         });
-        let of_phase = match &self.phase {
-            Phase::Live | Phase::Ended => None,
+        match &self.phase {
+            // In any other phase their times have no consequence.
+            Phase::Live => of_victims.min(),
+            Phase::Ended => None,
             Phase::Recreating { step, .. } => Some(step.until),
             Phase::Releasing(wait) => Some(wait.look),
             Phase::Resetting(reset) => match &reset.stage {
@@ -299,8 +301,7 @@ impl Recovery {
                 Stage::ResettingFunction => None,
                 Stage::SettingUp(step) => Some(step.until),
             },
-        };
-        of_victims.chain(of_phase).min()
+        }
     }
 
     /// A command's deadline has passed.
