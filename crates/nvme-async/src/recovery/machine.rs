@@ -225,6 +225,13 @@ enum VictimStage {
     },
 }
 
+impl Victim {
+    /// Whether its Abort command is outstanding.
+    fn is_aborting(&self) -> bool {
+        matches!(self.stage, VictimStage::Aborting { .. })
+    }
+}
+
 impl Wait {
     fn new(now: Instant, timeout: Duration) -> Self {
         Self {
@@ -470,8 +477,7 @@ impl Recovery {
         let before = self.victims.len();
         self.victims.retain(|victim| {
             // Its Abort command has its place until that is done too.
-            matches!(victim.stage, VictimStage::Aborting { .. })
-                || is_outstanding(victim.queue, victim.cid)
+            victim.is_aborting() || is_outstanding(victim.queue, victim.cid)
         });
         if self.victims.len() < before {
             self.submit_aborts(now);
@@ -524,13 +530,8 @@ impl Recovery {
 
     /// Aborts overdue commands, as many at a time as the controller allows.
     fn submit_aborts(&mut self, now: Instant) {
-        let is_aborting = |victim: &Victim| matches!(victim.stage, VictimStage::Aborting { .. });
-        let mut room = self.settings.abort_limit.saturating_sub(
-            self.victims
-                .iter()
-                .filter(|victim| is_aborting(victim))
-                .count(),
-        );
+        let aborting = self.victims.iter().filter(|victim| victim.is_aborting());
+        let mut room = self.settings.abort_limit.saturating_sub(aborting.count());
         for index in 0..self.victims.len() {
             let Victim {
                 queue, cid, stage, ..
@@ -581,7 +582,7 @@ impl Recovery {
             return;
         };
         let queue = victim.queue;
-        if queue == 0 || matches!(victim.stage, VictimStage::Aborting { .. }) {
+        if queue == 0 || victim.is_aborting() {
             // The admin queue does not work.
             return self.reset(now, ResetCause::Overdue);
         }
@@ -600,7 +601,9 @@ impl Recovery {
             AdminStep::DeleteSubmissionQueue(_) => AdminStep::DeleteCompletionQueue(queue),
             AdminStep::DeleteCompletionQueue(_) => {
                 let scope = Scope::Queue(queue);
-                self.victims.retain(|victim| victim.queue != queue);
+                // An Abort command that was not answered is outstanding all the same.
+                self.victims
+                    .retain(|victim| victim.queue != queue || victim.is_aborting());
                 self.actions
                     .push_back(Action::Release(scope, ResetCause::Overdue));
                 AdminStep::CreateCompletionQueue(queue)
