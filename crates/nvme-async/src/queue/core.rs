@@ -315,8 +315,23 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     /// Takes back all commands from a device that has stopped, oldest first.
     pub(crate) fn reclaim(&mut self) -> Vec<Reclaimed<T>> {
+        self.earliest_deadline = None;
+        self.take_back(|_| true)
+    }
+
+    /// Takes back the commands that the device was not told of and won't be, oldest first.
+    pub(crate) fn reclaim_untold(&mut self) -> Vec<Reclaimed<T>> {
+        let untold = self.untold;
+        self.take_back(|entry| entry.sequence >= untold)
+    }
+
+    fn take_back(&mut self, wanted: impl Fn(&Entry<T>) -> bool) -> Vec<Reclaimed<T>> {
         let mut reclaimed = Vec::new();
         for (index, slot) in (0..).zip(&mut self.slots) {
+            if !slot.entry().is_some_and(&wanted) {
+                continue;
+            }
+            let is_lost = matches!(slot, Slot::Lost(_));
             let (entry, awaited, overdue) = match std::mem::replace(slot, Slot::Free) {
                 Slot::Free => continue,
                 Slot::Submitted(entry) => (entry, true, false),
@@ -324,6 +339,11 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 Slot::Aborting { entry, awaited } => (entry, awaited, true),
                 Slot::Lost(entry) => (entry, false, true),
             };
+            if is_lost {
+                self.lost -= 1;
+            } else if entry.class == Class::Foreground {
+                self.foreground -= 1;
+            }
             self.free.push(index);
             let told = entry.sequence < self.untold;
             let sequence = entry.sequence;
@@ -337,9 +357,6 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 },
             ));
         }
-        self.foreground = 0;
-        self.lost = 0;
-        self.earliest_deadline = None;
         reclaimed.sort_unstable_by_key(|(sequence, _)| *sequence);
         reclaimed
             .into_iter()

@@ -97,33 +97,36 @@ impl State {
         }
         self.failure = Some(failure);
         self.stopped = stopped;
-        if stopped {
+        let reclaimed = if stopped {
             self.core.fence();
-            for Reclaimed {
-                token,
-                awaited,
-                told,
-                ..
-            } in self.core.reclaim()
-            {
-                let InFlight::Operation(flight) = token else {
-                    continue;
-                };
-                let (key, told) = (flight.key, told || flight.attempts > 0);
-                let holdings = flight.command.holdings;
-                if awaited {
-                    let outcome = (Err(failure.told(told)), Some(holdings));
-                    self.operations[key].resolve(outcome, aftermath);
-                } else {
-                    aftermath.garbage.push(holdings);
-                }
-            }
+            self.core.reclaim()
         } else {
-            for (_, operation) in &mut self.operations {
-                if let Stage::Submitted { slot } = operation.stage {
-                    self.core.orphan(slot);
-                    operation.resolve((Err(failure.told(true)), None), aftermath);
-                }
+            self.core.reclaim_untold()
+        };
+        for Reclaimed {
+            token,
+            awaited,
+            told,
+            ..
+        } in reclaimed
+        {
+            let InFlight::Operation(flight) = token else {
+                continue;
+            };
+            let (key, told) = (flight.key, told || flight.attempts > 0);
+            let holdings = flight.command.holdings;
+            if awaited {
+                let outcome = (Err(failure.told(told)), Some(holdings));
+                self.operations[key].resolve(outcome, aftermath);
+            } else {
+                aftermath.garbage.push(holdings);
+            }
+        }
+        // There are some only if the device has not stopped.
+        for (_, operation) in &mut self.operations {
+            if let Stage::Submitted { slot } = operation.stage {
+                self.core.orphan(slot);
+                operation.resolve((Err(failure.told(true)), None), aftermath);
             }
         }
         let delayed = std::mem::take(&mut self.delayed);

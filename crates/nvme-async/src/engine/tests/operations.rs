@@ -164,6 +164,7 @@ fn a_failure_ends_everything_and_frees_nothing_in_use() {
     let orphan = &submitted[1];
     rig.abandon(orphan);
     let queued = rig.start();
+    rig.state.ring_deferred();
     rig.fail();
 
     assert_eq!(submitted[0].wakes.count(), 1);
@@ -195,6 +196,18 @@ fn a_failure_ends_everything_and_frees_nothing_in_use() {
     let Rig { state, .. } = rig;
     drop(state);
     assert!(submitted.iter().all(|started| !started.memory.is_alive()));
+}
+
+#[test]
+fn what_the_device_was_not_told_of_comes_back_whatever_it_does() {
+    let mut rig = rig(4);
+    let [told, untold, orphan] = [rig.start(), rig.start(), rig.start()];
+    rig.abandon(&orphan);
+    rig.fail();
+    assert!(rig.outcome(&told).unwrap().1.is_none() && told.memory.is_alive());
+    let (result, holdings) = rig.outcome(&untold).unwrap();
+    assert_eq!(result.unwrap_err(), Failure::Closed.told(false));
+    assert!(holdings.is_some() && !orphan.memory.is_alive());
 }
 
 #[test]
