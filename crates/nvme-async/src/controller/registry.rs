@@ -13,7 +13,7 @@ use crate::url::Target;
 use crate::{Error, Fate, OpenOptions};
 
 /// Held by a controller until its device has been given up.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Release {
     _permit: Option<OwnedSemaphorePermit>,
 }
@@ -53,7 +53,7 @@ pub(crate) async fn open(options: OpenOptions) -> Result<Controller, Error> {
         }
     };
     let Some(key) = key(&target) else {
-        let inner = start(&target, &options, Release { _permit: None }).await?;
+        let inner = start(&target, &options, Release::default()).await?;
         return Ok(Controller { inner });
     };
     let entry = lock().entry(key.clone()).or_default().clone();
@@ -75,7 +75,7 @@ pub(crate) async fn attach(
     device: Arc<dyn Device>,
     options: &OpenOptions,
 ) -> Result<Controller, Error> {
-    let inner = bring_up(device, options, Release { _permit: None }).await?;
+    let inner = bring_up(device, options, Release::default()).await?;
     Ok(Controller { inner })
 }
 

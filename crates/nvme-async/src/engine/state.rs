@@ -381,6 +381,12 @@ impl State {
         self.believes() && self.core.completion_ready()
     }
 
+    /// Operations whose outcome was not taken.
+    #[cfg(test)]
+    pub(crate) fn operations(&self) -> usize {
+        self.operations.len()
+    }
+
     pub(crate) fn mode(&self) -> PollMode {
         self.settings.mode
     }

@@ -22,10 +22,6 @@ pub(crate) enum Trouble {
     /// An admin command of a recovery is done.
     Step { id: u32, cqe: Cqe },
     /// The transport has something to say.
-    #[cfg_attr(
-        fuzzing,
-        expect(dead_code, reason = "the fuzzer's device has no notices")
-    )]
     Notice(Notice),
     /// There is nothing to be dealt with any more: the controller is about to be shut down.
     Retire,
@@ -64,10 +60,10 @@ impl Inbox {
         std::mem::take(&mut *self.lock())
     }
 
-    /// Readable when there are troubles.
-    #[cfg(fuzzing)]
-    pub(crate) fn signal(&self) -> &OwnedFd {
-        &self.signal
+    /// Whether nothing was reported since.
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Trouble>> {

@@ -13,6 +13,9 @@ mod runner;
 mod supervision;
 pub(crate) mod supervisor;
 
+#[cfg(test)]
+mod tests;
+
 use crate::queue::Lie;
 
 pub(crate) use self::machine::Settings;

@@ -72,6 +72,9 @@ pub(crate) struct Supervisor {
     identifying: Option<StepId>,
     pause: Duration,
     retiring: bool,
+    /// Where the recovery was, in order.
+    #[cfg(test)]
+    pub(super) trail: Vec<Place>,
 }
 
 /// When a supervisor has to look again without having been told of anything.
@@ -101,6 +104,21 @@ impl Supervisor {
             identifying: None,
             pause: FIRST_PAUSE,
             retiring: false,
+            #[cfg(test)]
+            trail: vec![Place::Live],
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn place(&self) -> Place {
+        self.recovery.place()
+    }
+
+    #[cfg(test)]
+    fn note_place(&mut self) {
+        let place = self.recovery.place();
+        if self.trail.last() != Some(&place) {
+            self.trail.push(place);
         }
     }
 
@@ -160,7 +178,12 @@ impl Supervisor {
     }
 
     fn perform_all(&mut self, clock: &dyn Fn() -> Instant) {
-        while let Some(action) = self.recovery.next_action() {
+        loop {
+            #[cfg(test)]
+            self.note_place();
+            let Some(action) = self.recovery.next_action() else {
+                return;
+            };
             tracing::trace!(address = self.plant.tenure.address(), ?action, "recovery");
             self.perform(action, clock);
         }
