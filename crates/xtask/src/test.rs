@@ -70,6 +70,18 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
                 arguments,
             )
         });
+        // Without optimization the full count of histories takes too long.
+        if arguments.full {
+            report.suite("recovery, 100,000 histories", || {
+                run_cargo(
+                    workspace
+                        .cargo()
+                        .args(["test", "--release", "--package", "nvme-async", "--lib"])
+                        .arg("recovery::tests"),
+                    arguments,
+                )
+            });
+        }
     }
     if wanted(&Suite::Loom) {
         report.step("loom: list", || every_loom_package_is_listed(workspace));
