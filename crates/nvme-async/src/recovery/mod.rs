@@ -5,10 +5,6 @@
 //! on any runtime, and may block. It sleeps for as long as nothing is amiss.
 
 mod machine;
-#[cfg(not(fuzzing))]
-mod runner;
-#[cfg(fuzzing)]
-#[path = "fuzzing.rs"]
 mod runner;
 mod supervision;
 pub(crate) mod supervisor;

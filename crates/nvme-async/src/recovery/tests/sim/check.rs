@@ -215,7 +215,7 @@ impl Simulation {
                 ];
                 place == Place::Ended && self.has_struck(&removed)
             }
-            ControllerState::Failed => place == Place::Ended,
+            ControllerState::Failed { .. } => place == Place::Ended,
             ControllerState::Closed => false,
         };
         // A release that was asked for is announced when it is done.
