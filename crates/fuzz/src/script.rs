@@ -55,7 +55,7 @@ pub struct Opening {
     pub local: bool,
     /// Entries of a queue, less 2, modulo 15.
     pub entries: u8,
-    /// The largest transfer in pages, less 1, modulo 4.
+    /// The largest transfer is a page shifted left by this, modulo 6.
     pub pages: u8,
     /// How it ends.
     pub ending: Ending,

@@ -11,15 +11,12 @@ use serde_json::Value;
 use crate::workspace::Workspace;
 
 /// What libFuzzer needs of the compiler: coverage counters and comparisons to be guided by, and
-/// AddressSanitizer to notice. As cargo-fuzz has it.
+/// AddressSanitizer to notice what Rust does not, and leaks. As cargo-fuzz has it.
 const RUSTFLAGS: &str = "--cfg fuzzing -Zsanitizer=address -Ccodegen-units=1 \
      -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
      -Cllvm-args=-sanitizer-coverage-pc-table \
      -Cllvm-args=-sanitizer-coverage-trace-compares";
-
-/// A controller that can't be stopped keeps its memory, which is no leak that matters here.
-const ASAN_OPTIONS: &str = "detect_leaks=0";
 
 /// The line of libFuzzer's statistics that says how often the target ran.
 const RUNS: &str = "stat::number_of_executed_units:";
@@ -180,7 +177,6 @@ impl Build<'_> {
             .arg("--target-dir")
             .arg(&self.target_directory)
             .env("RUSTFLAGS", RUSTFLAGS)
-            .env("ASAN_OPTIONS", ASAN_OPTIONS)
             .status()
             .with_context(|| what.to_owned())?;
         ensure!(status.success(), "{what} failed");
@@ -210,7 +206,6 @@ impl Build<'_> {
             .arg(format!("-artifact_prefix={}/", artifacts.display()))
             .arg(&corpus)
             .arg(root.join("seeds").join(target))
-            .env("ASAN_OPTIONS", ASAN_OPTIONS)
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| program.display().to_string())?;

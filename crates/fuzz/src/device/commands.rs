@@ -1,5 +1,6 @@
 //! What the device does with commands.
 
+use iova::Direction;
 use nvme_spec::identify::{
     ActiveNamespaces, Cns, IdentifyController, IdentifyNamespace, IdentifyNvmController,
     OptionalNvmCommands,
@@ -42,6 +43,7 @@ impl FuzzDevice {
             return;
         }
         let queue = (index / 2) as u16;
+        self.check_withheld(state);
         while state.is_serving()
             && let Some(fetched) = self.fetch(state, queue, value)
         {
@@ -76,9 +78,25 @@ impl FuzzDevice {
         })
     }
 
+    /// The memory of commands that were not completed is still the device's, whatever became of their
+    /// futures.
+    fn check_withheld(&self, state: &State) {
+        if state.has_forged || !state.is_serving() {
+            return;
+        }
+        for held in &state.withheld {
+            for (address, len) in self.data(state, held).unwrap_or_default() {
+                let direction = direction(held);
+                let reached = self.mapper.reach(address, len as usize, direction);
+                state.check(reached, "the data of a command that is outstanding");
+            }
+        }
+    }
+
     fn follow(&self, state: &mut State, fetched: Fetched, scripted: Move) {
         match scripted {
             Move::Complete(wrong) => {
+                state.has_forged = true;
                 let status = Status::from_bits(wrong.status);
                 let entry = Cqe::new(fetched.command.cid() ^ wrong.cid, status)
                     .with_sq(
@@ -95,8 +113,12 @@ impl FuzzDevice {
                 self.complete_rightly(state, fetched, true);
                 if let Some(index) = usize::from(index).checked_rem(state.withheld.len()) {
                     let late = state.withheld.remove(index);
-                    // Its data is left alone: the driver may have it back for all we know.
-                    self.answer(state, late, &Answer::SUCCESS, true);
+                    if state.has_forged {
+                        // The driver may have its data back for all we know.
+                        self.answer(state, late, &Answer::SUCCESS, true);
+                    } else {
+                        self.complete_rightly(state, late, true);
+                    }
                 }
             }
             Move::Data(start, bytes) => {
@@ -129,7 +151,7 @@ impl FuzzDevice {
                 };
                 self.complete_rightly(state, fetched, true);
                 if let Some(address) = address.and_then(|at| at.checked_add(start.into())) {
-                    state.has_scribbled = true;
+                    (state.has_scribbled, state.has_forged) = (true, true);
                     let _ = self.mapper.write(address, &bytes);
                 }
             }
@@ -139,6 +161,7 @@ impl FuzzDevice {
                 dwords,
             } => {
                 self.complete_rightly(state, fetched, true);
+                state.has_forged = true;
                 if let Some(queue) = nth(state.completions.values(), queue) {
                     let slot = (queue.tail + u32::from(after)) % queue.entries;
                     let address = queue.address + u64::from(slot) * 16;
@@ -282,10 +305,6 @@ impl FuzzDevice {
         let Some(pieces) = self.data(state, fetched) else {
             return;
         };
-        let to_host = match (fetched.queue, fetched.command.opcode()) {
-            (0, _) => true,
-            (_, opcode) => NvmOpcode(opcode) == NvmOpcode::READ,
-        };
         let identified = match fetched.queue {
             0 => state.identify(&fetched.command),
             _ => Vec::new(),
@@ -298,9 +317,9 @@ impl FuzzDevice {
                 let now = rest.len().min(len);
                 bytes[..now].copy_from_slice(&rest[..now]);
             }
-            let moved = match to_host {
-                true => self.mapper.write(address, &bytes),
-                false => self.mapper.read(address, &mut bytes),
+            let moved = match direction(fetched) {
+                Direction::ToDevice => self.mapper.read(address, &mut bytes),
+                _ => self.mapper.write(address, &bytes),
             };
             state.check(moved, "data");
             done += len;
@@ -425,7 +444,7 @@ impl State {
         match Cns(command.cdw10() as u8) {
             Cns::CONTROLLER => {
                 let sound = IdentifyController {
-                    mdts: 2,
+                    mdts: 5,
                     acl: 3,
                     aerl: 3,
                     sqes: 0x66,
@@ -467,6 +486,14 @@ impl State {
         sound.lbaf[0].lbads = 9;
         let bytes = changed(sound.as_bytes(), &self.claims.namespace);
         IdentifyNamespace::read_from_bytes(&bytes).unwrap_or(sound)
+    }
+}
+
+/// Which way the data of a command goes.
+fn direction(fetched: &Fetched) -> Direction {
+    match (fetched.queue, NvmOpcode(fetched.command.opcode())) {
+        (0, _) | (_, NvmOpcode::READ) => Direction::FromDevice,
+        _ => Direction::ToDevice,
     }
 }
 

@@ -74,6 +74,16 @@ impl Mapper {
         })
     }
 
+    /// Whether memory could be read or written.
+    pub(super) fn reach(
+        &self,
+        address: u64,
+        len: usize,
+        direction: Direction,
+    ) -> Result<(), Refused> {
+        self.each_piece(address, len, direction, |_, _| {})
+    }
+
     /// All of it is checked before any of it is used.
     fn each_piece(
         &self,

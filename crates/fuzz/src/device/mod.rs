@@ -10,10 +10,11 @@ mod memory;
 mod registers;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread::{self, ThreadId};
 
 use iova::DmaMapper;
@@ -33,6 +34,22 @@ pub struct FuzzDevice {
     /// what becomes of its accesses must not depend on how the two are scheduled.
     thread: ThreadId,
     state: Mutex<State>,
+    /// Closed when the device is dropped.
+    _alive: mpsc::Sender<Infallible>,
+}
+
+/// What remains of a device that was given to the driver.
+pub struct Remains {
+    alive: mpsc::Receiver<Infallible>,
+    mapper: Arc<Mapper>,
+}
+
+impl Remains {
+    /// Waits until the driver has let go of the device; returns its IOMMU.
+    pub fn wait(self) -> Arc<Mapper> {
+        let _closed = self.alive.recv();
+        self.mapper
+    }
 }
 
 struct State {
@@ -49,6 +66,9 @@ struct State {
     /// Whether the device wrote where commands and lists may be. Then what it finds there is its own
     /// fault.
     has_scribbled: bool,
+    /// Whether the device may have completed what it did not do. Then the driver may have taken back
+    /// what the device takes for its own.
+    has_forged: bool,
     /// Whether a register was read as what it is not. The driver may then take one doorbell for
     /// another.
     has_misled: bool,
@@ -93,7 +113,7 @@ struct Fetched {
 
 impl FuzzDevice {
     /// A device that does what `script` says to the accesses of this thread.
-    pub fn new(script: &Script) -> Arc<Self> {
+    pub fn new(script: &Script) -> (Arc<Self>, Remains) {
         let vectors = usize::from(script.claims.vectors % 3) + 1;
         let state = State {
             claims: script.claims.clone(),
@@ -105,24 +125,27 @@ impl FuzzDevice {
             withheld: Vec::new(),
             events: VecDeque::new(),
             has_scribbled: false,
+            has_forged: false,
             has_misled: false,
             has_vanished: false,
         };
-        Arc::new_cyclic(|this| Self {
+        // As few as there can be, and the driver still has room for its queues.
+        let mappings = script.claims.mappings.map(|count| u64::from(count) + 1);
+        let mapper = Arc::new(Mapper::new(mappings));
+        let (sender, alive) = mpsc::channel();
+        let remains = Remains {
+            alive,
+            mapper: mapper.clone(),
+        };
+        let device = Arc::new_cyclic(|this| Self {
             this: this.clone(),
             vectors: (0..vectors).map(|_| Arc::new(eventfd())).collect(),
-            // As few as there can be, and the driver still has room for its queues.
-            mapper: Arc::new(Mapper::new(
-                script.claims.mappings.map(|count| u64::from(count) + 1),
-            )),
+            mapper,
             thread: thread::current().id(),
             state: Mutex::new(state),
-        })
-    }
-
-    /// The IOMMU.
-    pub fn mapper(&self) -> &Arc<Mapper> {
-        &self.mapper
+            _alive: sender,
+        });
+        (device, remains)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
