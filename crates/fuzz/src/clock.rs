@@ -1,9 +1,11 @@
 //! A monotonic clock that goes on by itself instead of being waited for.
 //!
-//! The driver measures time by the system's monotonic clock and Tokio sleeps in `epoll_wait`. Linked
-//! into a program, this module stands in for both: whoever would sleep finds that the time has
-//! passed. So a device that never answers costs no time, and the same input takes the same course.
+//! The driver measures time by the system's monotonic clock and Tokio sleeps in `epoll_wait`. Threads
+//! of its own sleep in `ppoll` and `nanosleep`. Linked into a program, this module stands in for all of
+//! them: whoever would sleep finds that the time has passed. So a device that never answers costs no time, and the same input takes the same course.
 //! The wall clock, by which libFuzzer measures, is left alone.
+
+mod sleepers;
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Instant;
@@ -36,11 +38,13 @@ static START: AtomicI64 = AtomicI64::new(EPOCH);
 pub fn start() {
     let before = NOW.load(Ordering::Relaxed);
     START.store(before, Ordering::Relaxed);
+    sleepers::leave_to_others(false);
     let _ = Instant::now();
     let ticked = NOW.load(Ordering::Relaxed) - before;
     assert!(ticked >= TICK, "the monotonic clock is not the virtual one");
 }
 
+/// Moves the clock.
 fn advance(nanoseconds: i64) {
     NOW.fetch_add(nanoseconds.max(0), Ordering::Relaxed);
 }
@@ -70,8 +74,11 @@ pub unsafe extern "C" fn clock_gettime(
     0
 }
 
-/// epoll_wait(2): with a timeout it ends at once, at that time if nothing is ready. A long timeout is
-/// of somebody who waits for another thread, which is given real time.
+/// epoll_wait(2): the sleep of the thread that runs the program.
+///
+/// With a timeout it ends at once, at that time if nothing is ready, unless another thread has something
+/// to do before. A long timeout is of somebody who waits for a thread that never sleeps here, which is
+/// given real time.
 ///
 /// # Safety
 ///
@@ -88,15 +95,67 @@ pub unsafe extern "C" fn epoll_wait(
         let ready = unsafe { libc::syscall(libc::SYS_epoll_wait, epoll, events, count, timeout) };
         ready as libc::c_int
     };
-    let ready = wait(match timeout {
-        ..0 => timeout,
-        0..LONG => 0,
-        LONG.. => OTHER_THREAD,
-    });
-    if ready == 0 && timeout > 0 {
-        advance(i64::from(timeout) * (SECOND / 1000));
+    if timeout == 0 {
+        return wait(0);
     }
-    ready
+    let end = match timeout {
+        ..0 => i64::MAX,
+        _ => NOW.load(Ordering::Relaxed) + i64::from(timeout) * (SECOND / 1000),
+    };
+    let mut has_waited = false;
+    loop {
+        let ready = wait(0);
+        if ready != 0 {
+            return ready;
+        }
+        match sleepers::next(end) {
+            sleepers::Next::Busy => std::thread::yield_now(),
+            sleepers::Next::Ours if timeout < 0 => return wait(timeout),
+            sleepers::Next::Ours if timeout >= LONG && !has_waited => {
+                has_waited = true;
+                let ready = wait(OTHER_THREAD);
+                if ready != 0 {
+                    return ready;
+                }
+            }
+            sleepers::Next::Ours => {
+                NOW.fetch_max(end, Ordering::Relaxed);
+                return 0;
+            }
+        }
+    }
+}
+
+/// ppoll(2): the sleep of a thread of the driver's own. It ends when a descriptor is ready, or when the
+/// thread that runs the program has nothing to do before the timeout, at that time.
+///
+/// # Safety
+///
+/// As the system call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ppoll(
+    fds: *mut libc::pollfd,
+    count: libc::nfds_t,
+    timeout: *const libc::timespec,
+    _mask: *const libc::sigset_t,
+) -> libc::c_int {
+    // SAFETY: a caller passes so many entries.
+    let fds = unsafe { std::slice::from_raw_parts_mut(fds, count as usize) };
+    // SAFETY: a caller passes a time or nothing.
+    let timeout = unsafe { timeout.as_ref() };
+    let end = timeout.map(|time| {
+        let nanoseconds = time
+            .tv_sec
+            .saturating_mul(SECOND)
+            .saturating_add(time.tv_nsec);
+        NOW.load(Ordering::Relaxed).saturating_add(nanoseconds)
+    });
+    sleepers::sleep(fds, end)
+}
+
+/// Says that the thread that runs the program waits for others until the next run.
+pub fn leave_to_others() {
+    sleepers::leave_to_others(true);
 }
 
 /// clock_nanosleep(2): the time has passed when it returns.

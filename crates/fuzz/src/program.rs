@@ -21,11 +21,9 @@ use crate::script::{Ending, Memory, Opening, Operation, Script, Step};
 
 /// How long a command may take, in virtual time like all of them.
 const COMMAND: Duration = Duration::from_millis(20);
-/// No operation takes as long: it is a few hundred commands one after the other at most.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// Nor does bringing a controller up or shutting it down, which waits for what CAP.TO, CRTO and
-/// RTD3E say, up to 71 minutes.
-const LONG_PATIENCE: Duration = Duration::from_secs(1000 * 3600);
+/// Nothing takes as long: operations wait for recoveries, and those, several times, and shutting down
+/// for what CAP.TO, CRTO and RTD3E say, up to nine hours.
+const PATIENCE: Duration = Duration::from_secs(1000 * 3600);
 /// Operations of one program.
 const MOST_STEPS: usize = 64;
 
@@ -47,17 +45,22 @@ pub fn run(script: &Script) -> Outcome {
     let opening = script.opening.clone();
     let (controller, outcome) = set.block_on(&runtime, use_it(script, device));
     match opening.ending {
-        Ending::DropRuntime => drop((set, runtime)),
+        Ending::DropRuntime => {
+            clock::leave_to_others();
+            drop((set, runtime));
+        }
         Ending::Shutdown | Ending::Drop => {
             set.block_on(&runtime, async {
                 if let (Some(controller), Ending::Shutdown) = (&controller, opening.ending) {
                     // Whether it succeeds is the device's choice.
-                    let _ = resolves("shutdown", LONG_PATIENCE, controller.shutdown()).await;
+                    let _ = resolves("shutdown", PATIENCE, controller.shutdown()).await;
                 }
             });
+            clock::leave_to_others();
             drop((set, runtime));
         }
     }
+    clock::leave_to_others();
     drop(controller);
     // A controller that was dropped is stopped by a thread. If it does not end, the run does not.
     let mapper = remains.wait();
@@ -70,11 +73,11 @@ pub type Outcome = Result<Vec<Result<(), Error>>, Error>;
 
 async fn use_it(script: &Script, device: Arc<FuzzDevice>) -> (Option<Controller>, Outcome) {
     let opened = options(&script.opening).attach(device);
-    let controller = match resolves("open", LONG_PATIENCE, opened).await {
+    let controller = match resolves("open", PATIENCE, opened).await {
         Ok(controller) => controller,
         Err(error) => return (None, Err(error)),
     };
-    let namespace = resolves("namespace", LONG_PATIENCE, controller.namespace(1)).await;
+    let namespace = resolves("namespace", PATIENCE, controller.namespace(1)).await;
     let outcome = match namespace {
         Ok(namespace) => {
             derive(&controller, &namespace);

@@ -12,10 +12,9 @@ mod registers;
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::fmt;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
-use std::thread::{self, ThreadId};
+use std::thread;
 
 use iova::DmaMapper;
 use nvme_async::device::{Device, DeviceError, Doorbell, DoorbellCall};
@@ -23,6 +22,7 @@ use nvme_spec::Sqe;
 use nvme_spec::registers::{ControllerConfiguration, offset};
 
 pub use self::memory::Mapper;
+use crate::eventfd;
 use crate::script::{Claims, Move, RegisterMove, Script};
 
 /// The device.
@@ -30,9 +30,6 @@ pub struct FuzzDevice {
     this: Weak<Self>,
     vectors: Vec<Arc<OwnedFd>>,
     mapper: Arc<Mapper>,
-    /// Whose accesses follow the script. Another thread is one that stops an abandoned controller:
-    /// what becomes of its accesses must not depend on how the two are scheduled.
-    thread: ThreadId,
     state: Mutex<State>,
     /// Closed when the device is dropped.
     _alive: mpsc::Sender<Infallible>,
@@ -141,7 +138,6 @@ impl FuzzDevice {
             this: this.clone(),
             vectors: (0..vectors).map(|_| Arc::new(eventfd())).collect(),
             mapper,
-            thread: thread::current().id(),
             state: Mutex::new(state),
             _alive: sender,
         });
@@ -175,12 +171,12 @@ impl Device for FuzzDevice {
     }
 
     fn read32(&self, offset: u32) -> Result<u32, DeviceError> {
-        let scripted = thread::current().id() == self.thread;
+        let scripted = is_scripted();
         self.state().read(offset, scripted)
     }
 
     fn write32(&self, offset: u32, value: u32) -> Result<(), DeviceError> {
-        let scripted = thread::current().id() == self.thread;
+        let scripted = is_scripted();
         self.state().write(offset, value, scripted)
     }
 
@@ -224,10 +220,8 @@ impl DoorbellCall for Bell {
     }
 }
 
-fn eventfd() -> OwnedFd {
-    // SAFETY: it takes no memory.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-    assert!(fd >= 0, "eventfd: {}", io::Error::last_os_error());
-    // SAFETY: it was just opened, and is nobody else's.
-    unsafe { OwnedFd::from_raw_fd(fd) }
+/// Whether this thread's accesses follow the script. The one that stops an abandoned controller runs
+/// beside the program: what it gets must not depend on how the two are scheduled.
+fn is_scripted() -> bool {
+    thread::current().name() != Some("nvme-async-stop")
 }
