@@ -124,8 +124,8 @@ async fn delete_queues(inner: &ControllerInner, registers: &Registers) -> Result
         }
         Ok(())
     };
-    let timeout = inner.timeout.unwrap_or(DRAIN_TIMEOUT);
-    // A command can also wait for its place in the queue.
+    // A command has its own deadline, but only once it has its place in the queue.
+    let timeout = inner.timeout.unwrap_or(DRAIN_TIMEOUT) * 2;
     match tokio::time::timeout(timeout, deletion).await {
         Ok(deleted) => deleted,
         Err(_) => Err(registers.not_ready("delete its queues", timeout)),
