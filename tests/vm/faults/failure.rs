@@ -13,10 +13,10 @@ use crate::harness::{self, run, url};
 fn a_fatal_error_under_load() {
     run(300, async || {
         let options = OpenOptions::new().url(&url("plain", 1));
-        let options = options.timeout(Some(Duration::from_secs(1)));
+        let options = options.timeout(Some(Duration::from_secs(2)));
         for _ in 0..3 {
             let namespace = options.clone().open().await.expect("opens");
-            let load = Load::start(&namespace, |_| false).await;
+            let mut load = Load::start(&namespace, |_| false).await;
             load.reaches(5 * DEPTH).await;
             registers::fail();
             load.reaches(2 * DEPTH).await;

@@ -1,13 +1,14 @@
 //! Tasks that write and read back while something happens to the controller, and who know
 //! afterwards what may be on the medium.
 
+use std::panic;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use fastrand::Rng;
 use nvme_async::{Error, Namespace};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 /// How many tasks there are, each with one command outstanding.
 pub(super) const DEPTH: u64 = 32;
@@ -17,6 +18,7 @@ pub(super) const LEN: usize = 4096;
 /// Tasks at work on a namespace.
 pub(super) struct Load {
     tasks: JoinSet<Task>,
+    finished: Vec<Task>,
     shared: Arc<Shared>,
 }
 
@@ -76,13 +78,21 @@ impl Load {
                 task
             });
         }
-        Self { tasks, shared }
+        Self {
+            tasks,
+            finished: Vec::new(),
+            shared,
+        }
     }
 
     /// Waits until so many more operations have ended, in success or not.
-    pub(super) async fn reaches(&self, operations: u64) {
+    pub(super) async fn reaches(&mut self, operations: u64) {
         let wanted = self.shared.ended.load(Ordering::Relaxed) + operations;
         while self.shared.ended.load(Ordering::Relaxed) < wanted {
+            while let Some(joined) = self.tasks.try_join_next() {
+                self.finished.push(task_of(joined));
+            }
+            assert!(!self.tasks.is_empty(), "every task has met its last error");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -94,11 +104,19 @@ impl Load {
     }
 
     /// Waits until each task has met its last error.
-    pub(super) async fn join(self) -> Outcome {
-        let mut tasks = self.tasks.join_all().await;
+    pub(super) async fn join(mut self) -> Outcome {
+        let mut tasks = self.finished;
+        while let Some(joined) = self.tasks.join_next().await {
+            tasks.push(task_of(joined));
+        }
         tasks.sort_by_key(|task| task.place);
         Outcome { tasks }
     }
+}
+
+/// The task, unless it panicked: then so does the test.
+fn task_of(joined: Result<Task, JoinError>) -> Task {
+    joined.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()))
 }
 
 impl Outcome {

@@ -138,7 +138,7 @@ fn a_part_of_a_large_request() {
 fn broken_blocks_under_load() {
     run(300, async || {
         let namespace = harness::open("plain").await;
-        let load = Load::start(&namespace, |_| false).await;
+        let mut load = Load::start(&namespace, |_| false).await;
         let sector = |task: u64| task * (LEN / BLOCK) as u64;
         let broken = [Failing::Read(sector(3)), Failing::Write(sector(8) + 7)];
         let layer = Layer::failing("plain", &broken);

@@ -1,6 +1,6 @@
 //! Namespaces that are detached from their controller, and attached again, under open handles.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nvme_async::nvme_spec::opcode::AdminOpcode;
 use nvme_async::nvme_spec::{Sqe, Status};
@@ -48,7 +48,8 @@ fn is_of_detachment(error: &Error) -> bool {
 
 /// Waits until the handle works, or does not.
 async fn until(namespace: &Namespace, works: bool) {
-    loop {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(60) {
         match namespace.read(0, 4096).await {
             Ok(_) if works => return,
             Ok(_) => {}
@@ -61,6 +62,7 @@ async fn until(namespace: &Namespace, works: bool) {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+    panic!("the handle goes on as if nothing had happened");
 }
 
 #[test]
@@ -72,7 +74,7 @@ fn detached_and_attached_under_load() {
         let going = controller.namespace(2).await.expect("opens");
         for round in 0..3 {
             let undisturbed = Load::start(&staying, |_| false).await;
-            let load = Load::start(&going, |_| false).await;
+            let mut load = Load::start(&going, |_| false).await;
             load.reaches(5 * DEPTH).await;
             attachment(&controller, Select::Detach).await;
             until(&going, false).await;

@@ -29,7 +29,7 @@ fn closed_before_it_is_pulled_out() {
         let slot = Slot::of("removable");
         let namespace = harness::open("removable").await;
         let buffer = namespace.controller().allocate(LEN).expect("memory");
-        let load = Load::start(&namespace, is_closed).await;
+        let mut load = Load::start(&namespace, is_closed).await;
         slot.press_button();
         load.reaches(5 * DEPTH).await;
         namespace.controller().shutdown().await.expect("shuts down");
@@ -53,9 +53,9 @@ fn gone_all_at_once() {
     run(300, async || {
         let slot = Slot::of("removable");
         let options = OpenOptions::new().url(&url("removable", 1));
-        let options = options.timeout(Some(Duration::from_secs(1)));
+        let options = options.timeout(Some(Duration::from_secs(2)));
         let namespace = options.open().await.expect("opens");
-        let load = Load::start(&namespace, is_of_removal).await;
+        let mut load = Load::start(&namespace, is_of_removal).await;
         load.reaches(5 * DEPTH).await;
         slot.yank();
         let mut outcome = load.join().await;

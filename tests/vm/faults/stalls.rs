@@ -15,7 +15,7 @@ use super::load::{DEPTH, LEN, Load};
 use crate::harness::{self, run, url};
 
 /// How long a command may take. Nothing that does not stall takes nearly as long.
-const DEADLINE: Duration = Duration::from_secs(1);
+const DEADLINE: Duration = Duration::from_secs(2);
 
 async fn open() -> Namespace {
     let options = OpenOptions::new().url(&url("plain", 1));
@@ -43,7 +43,7 @@ fn one_late_command() {
         let old = namespace.write(len, old).await.expect("writes");
         let new = vec![0x0e; LEN];
 
-        let layer = stall(&namespace, Duration::from_secs(4)).await;
+        let layer = stall(&namespace, 3 * DEADLINE).await;
         let start = Instant::now();
         let (read, written) = join(namespace.read(0, LEN), namespace.write(len, new.clone())).await;
         let elapsed = start.elapsed();
@@ -83,7 +83,7 @@ fn one_late_command() {
 fn a_drive_that_is_too_slow() {
     run(300, async || {
         let namespace = open().await;
-        let load = Load::start(&namespace, |_| false).await;
+        let mut load = Load::start(&namespace, |_| false).await;
         // All that is outstanding at one time takes two deadlines.
         let rate = DEPTH * LEN as u64 / 2 / DEADLINE.as_secs();
         let layer = Layer::throttled("plain", rate);
@@ -109,8 +109,8 @@ fn others_go_on() {
     run(120, async || {
         let slow = open().await;
         let other = harness::open("attachable").await;
-        let load = Load::start(&other, |_| false).await;
-        let layer = stall(&slow, Duration::from_secs(4)).await;
+        let mut load = Load::start(&other, |_| false).await;
+        let layer = stall(&slow, 2 * DEADLINE).await;
         let (late, ()) = join(slow.read(0, LEN), load.reaches(10 * DEPTH)).await;
         if let Err(error) = late {
             assert!(is_of_recovery(&error), "{error:?}");
