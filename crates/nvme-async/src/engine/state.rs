@@ -27,6 +27,7 @@ use super::{PollMode, QueueSettings};
 use crate::device::Doorbell;
 use crate::memory::DmaWords;
 use crate::queue::{Class, Finished, QueueCore};
+use crate::recovery::ResetCause;
 
 /// So many completions are taken before those who wait for them are woken.
 const REAP_BATCH: usize = 32;
@@ -464,10 +465,16 @@ impl State {
             self.operations[flight.key].stage = Stage::Queued;
             return self.delayed.push((due, flight));
         }
-        let aborted = overdue && status.is(Status::ABORT_REQUESTED);
-        let result = if aborted {
+        // What recovery or a shutdown does to the queue is no answer to the command.
+        let deleted =
+            status.is(Status::ABORTED_SQ_DELETION) && (self.refusing || self.gate != Gate::Open);
+        let result = if overdue && (deleted || status.is(Status::ABORT_REQUESTED)) {
             let after = flight.age(now);
             Err(Failure::TimedOut { after }.told(true))
+        } else if deleted && self.refusing {
+            Err(Failure::Closed.told(true))
+        } else if deleted {
+            Err(Failure::Reset(ResetCause::Overdue).told(true))
         } else {
             Ok(cqe)
         };

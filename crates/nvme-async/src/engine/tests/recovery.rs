@@ -281,3 +281,44 @@ fn a_stall_is_reported_once_a_second() {
     let stalls = inbox.take();
     assert!(matches!(stalls[..], [Trouble::Stalled, Trouble::Stalled]));
 }
+
+#[test]
+fn the_deletion_of_its_queue_is_no_answer_to_a_command() {
+    let deleted = Status::ABORTED_SQ_DELETION;
+    let (mut rig, _inbox) = supervised(8);
+    let late = rig.start();
+    rig.fetched();
+    rig.expire(TIMEOUT * 2);
+    let write = rig.start();
+    rig.repeatable = true;
+    let read = rig.start();
+    assert_eq!(rig.fetched().len(), 3);
+    rig.state.fence();
+    for _ in 0..3 {
+        answer(&mut rig, deleted);
+    }
+    let (late, memory) = failed(&mut rig, &late);
+    assert!(matches!(late.failure, Failure::TimedOut { .. }) && memory);
+    let (write, memory) = failed(&mut rig, &write);
+    assert!(matches!(write.failure, Failure::Reset(ResetCause::Overdue)) && memory);
+    assert_eq!(write.fate, Fate::Unknown);
+    assert!(rig.outcome(&read).is_none(), "it is sent again");
+    restart(&mut rig);
+    rig.work();
+    rig.success(&read);
+
+    // Unasked, it is an error as any other.
+    let read = rig.start();
+    rig.fetched();
+    answer(&mut rig, deleted.with_dnr(true));
+    assert!(rig.outcome(&read).unwrap().0.unwrap().status().is(deleted));
+
+    rig.repeatable = false;
+    let write = rig.start();
+    rig.fetched();
+    rig.state.set_refusing(true);
+    answer(&mut rig, deleted);
+    let (write, memory) = failed(&mut rig, &write);
+    assert!(matches!(write.failure, Failure::Closed) && memory);
+    assert_eq!(write.fate, Fate::Unknown);
+}
