@@ -74,6 +74,8 @@ impl Load {
                     if last {
                         break;
                     }
+                    // What fails at once must not keep others from running.
+                    tokio::time::sleep(Duration::from_millis(1)).await;
                 }
                 task
             });
@@ -129,6 +131,12 @@ impl Outcome {
     pub(super) fn errors_of(&self, task: u64) -> impl Iterator<Item = &Error> {
         let tasks = self.tasks.iter().filter(move |each| each.place == task);
         tasks.flat_map(|task| &task.errors)
+    }
+
+    /// Checks that nothing failed otherwise than so.
+    pub(super) fn assert_errors(&self, are_expected: impl Fn(&Error) -> bool) {
+        let others: Vec<&Error> = self.errors().filter(|error| !are_expected(error)).collect();
+        assert!(others.is_empty(), "{others:#?}");
     }
 
     /// How many operations succeeded.

@@ -15,5 +15,5 @@ use nvme_async::Error;
 
 /// Whether an operation may fail so because its command was late or its controller was reset.
 fn is_of_recovery(error: &Error) -> bool {
-    matches!(error, Error::TimedOut { .. })
+    matches!(error, Error::TimedOut { .. } | Error::Reset { .. })
 }

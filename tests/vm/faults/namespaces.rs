@@ -1,10 +1,11 @@
 //! Namespaces that are detached from their controller, and attached again, under open handles.
 
-use std::time::{Duration, Instant};
-
+use futures::StreamExt;
 use nvme_async::nvme_spec::opcode::AdminOpcode;
 use nvme_async::nvme_spec::{Sqe, Status};
-use nvme_async::{CommandData, Controller, Error, Namespace, OpenOptions};
+use nvme_async::{
+    CommandData, Controller, ControllerEvent, Error, EventStream, NamespaceChange, OpenOptions,
+};
 
 use super::load::{DEPTH, Load};
 use crate::harness::{self, run, url};
@@ -33,36 +34,25 @@ async fn attachment(controller: &Controller, select: Select) {
     assert!(status.is_success(), "{select:?}: {status}");
 }
 
-/// What operations on a namespace that is not attached fail with.
+/// What operations on a namespace that is not attached fail with. Until the driver has heard of it,
+/// they reach the controller, and QEMU's answers Invalid Field in Command.
 fn is_of_detachment(error: &Error) -> bool {
     match error {
-        // QEMU's controller answers Invalid Field in Command, which a later one need not.
-        Error::Command(error) => {
-            error.status.is(Status::INVALID_FIELD)
-                || error.status.is(Status::INVALID_NAMESPACE_OR_FORMAT)
-        }
-        Error::NoNamespace { nsid, .. } => *nsid == 2,
-        _ => false,
+        Error::Command(error) => error.status.is(Status::INVALID_FIELD),
+        error => is_gone(error),
     }
 }
 
-/// Waits until the handle works, or does not.
-async fn until(namespace: &Namespace, works: bool) {
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(60) {
-        match namespace.read(0, 4096).await {
-            Ok(_) if works => return,
-            Ok(_) => {}
-            Err(error) => {
-                assert!(is_of_detachment(&error), "{error:?}");
-                if !works {
-                    return;
-                }
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+/// Waits for this news about namespace 2; open handles have it then.
+async fn hear_of(events: &mut EventStream, expected: NamespaceChange) {
+    match events.next().await.expect("the controller is open") {
+        ControllerEvent::NamespaceChanged { nsid: 2, change } => assert_eq!(change, expected),
+        other => panic!("{other:?}"),
     }
-    panic!("the handle goes on as if nothing had happened");
+}
+
+fn is_gone(error: &Error) -> bool {
+    matches!(error, Error::NamespaceGone { nsid: 2, .. })
 }
 
 #[test]
@@ -70,6 +60,7 @@ fn detached_and_attached_under_load() {
     run(300, async || {
         let options = OpenOptions::new().url(&url("attachable", 1));
         let controller = options.open_controller().await.expect("opens");
+        let mut events = controller.events();
         let staying = controller.namespace(1).await.expect("opens");
         let going = controller.namespace(2).await.expect("opens");
         for round in 0..3 {
@@ -77,7 +68,7 @@ fn detached_and_attached_under_load() {
             let mut load = Load::start(&going, |_| false).await;
             load.reaches(5 * DEPTH).await;
             attachment(&controller, Select::Detach).await;
-            until(&going, false).await;
+            hear_of(&mut events, NamespaceChange::Detached).await;
             load.reaches(5 * DEPTH).await;
 
             let active = controller.active_namespaces().await.expect("lists");
@@ -86,21 +77,23 @@ fn detached_and_attached_under_load() {
             let error = opened.expect_err("it is not attached");
             assert!(matches!(error, Error::NoNamespace { .. }), "{error:?}");
             let failed = going.write(0, vec![1; 4096]).await.expect_err("detached");
-            assert!(is_of_detachment(&failed.error), "{failed:?}");
+            assert!(is_gone(&failed.error), "{failed:?}");
             assert_eq!(failed.buffer, Some(vec![1; 4096]));
             let error = going.flush().await.expect_err("detached");
-            assert!(is_of_detachment(&error), "{error:?}");
+            assert!(is_gone(&error), "{error:?}");
 
             attachment(&controller, Select::Attach).await;
+            let capacity = staying.capacity();
+            hear_of(&mut events, NamespaceChange::Attached { capacity }).await;
             let active = controller.active_namespaces().await.expect("lists");
             assert_eq!(active, [1, 2], "round {round}");
             let again = controller.namespace(2).await.expect("opens again");
             assert_eq!(again.capacity(), going.capacity());
-            // The handle of before, too, though it may hear of it later.
-            until(&going, true).await;
+            // The handle of before is as good.
+            going.read(0, 4096).await.expect("reads");
             load.reaches(5 * DEPTH).await;
             let mut outcome = load.end().await;
-            assert!(outcome.errors().all(is_of_detachment), "{outcome:?}");
+            outcome.assert_errors(is_of_detachment);
             assert!(outcome.errors().next().is_some(), "round {round}");
             outcome.verify(&again).await;
 

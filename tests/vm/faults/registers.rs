@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nvme_async::nvme_spec::registers::offset::CSTS;
+use nvme_async::nvme_spec::registers::offset::{CC, CSTS};
 
 /// Controller Fatal Status (NVMe base specification 2.0, section 3.1.3.6).
 const FATAL: u32 = 1 << 1;
@@ -17,8 +17,14 @@ const CONFIGURATION: u64 = 7 << 40;
 const COMMAND: u64 = CONFIGURATION + 0x04;
 const BUS_MASTER: u16 = 1 << 2;
 
-/// Makes the only controller that is open fail: it can't reach memory for a while, loses what is
-/// outstanding, and reports a fatal error. Commands must be under way.
+/// Disables the only controller that is open.
+pub(super) fn disable() {
+    let written = open_device().write_all_at(&[0; 4], CC.into());
+    written.expect("writes a register");
+}
+
+/// Makes the only controller that is open fail: it can't reach memory for a while, and reports a
+/// fatal error. Commands must be under way.
 pub(super) fn fail() {
     let device = open_device();
     let mut command = [0; 2];

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::harness::{address, program};
-use crate::monitor::{execute, wait_until_deleted};
+use crate::monitor::{execute, try_execute, wait_until_deleted};
 
 /// Generous: the kernel itself waits 5 s after the button was pressed.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -68,16 +68,18 @@ impl Slot {
         let control = self.read_control();
         let off = control & !HOT_PLUG_INTERRUPT | OFF;
         self.write_control(off);
-        wait_until_deleted(self.name, LIMIT);
+        eventually("the controller is gone", || !exists(self.name));
         self.write_control(control);
     }
 
-    /// Waits until the kernel has forgotten the controller and has switched the slot off.
+    /// Waits until the kernel has forgotten the controller and has switched the slot off, and until
+    /// QEMU has nothing of it any more.
     pub(super) fn wait_until_empty(&self) {
         eventually("the kernel gives the controller up", || {
             !device(&self.address).exists()
         });
         eventually("the slot is off", || self.read_control() & OFF == OFF);
+        wait_until_deleted(self.name, LIMIT);
     }
 
     /// Plugs a new controller in, of the same NVM subsystem and so with the namespaces of the old
@@ -113,6 +115,12 @@ impl Slot {
 
 fn device(address: &str) -> PathBuf {
     Path::new("/sys/bus/pci/devices").join(address)
+}
+
+/// Whether QEMU has such a device.
+fn exists(name: &str) -> bool {
+    let path = format!("/machine/peripheral/{name}");
+    try_execute("qom-list", json!({ "path": path })).is_ok()
 }
 
 fn driver_is_vfio(address: &str) -> bool {

@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use futures::future::join;
 use nvme_async::{Error, Namespace, OpenOptions};
 
@@ -92,9 +93,7 @@ fn a_drive_that_is_too_slow() {
         namespace.quiesce().await.expect("quiesces");
         load.reaches(20 * DEPTH).await;
         let mut outcome = load.end().await;
-        for error in outcome.errors() {
-            assert!(is_of_recovery(error), "{error:?}");
-        }
+        outcome.assert_errors(is_of_recovery);
         assert!(outcome.errors().next().is_some(), "nothing was late");
         assert!(outcome.succeeded() > 0, "nothing was done");
         namespace.quiesce().await.expect("quiesces");
@@ -128,24 +127,32 @@ fn others_go_on() {
 /// controller as it should be.
 #[test]
 fn closing_meanwhile() {
-    run(120, async || {
-        for shutdown in [true, false] {
-            let namespace = open().await;
-            let load = Load::start(&namespace, is_of_recovery).await;
-            let rate = DEPTH * LEN as u64 / 3 / DEADLINE.as_secs();
-            let layer = Layer::throttled("plain", rate);
-            let mut outcome = load.join().await;
-            assert!(outcome.errors().all(is_of_recovery), "{outcome:?}");
-            if shutdown {
-                // It says so if commands were outstanding to the end.
-                let ended = namespace.controller().shutdown().await;
-                println!("shut down: {ended:?}");
-            }
-            drop(namespace);
-            let namespace = open().await;
-            drop(layer);
-            outcome.verify(&namespace).await;
-            harness::close(namespace).await;
+    run(300, async || {
+        let is_closed = |error: &Error| matches!(error, Error::Closed { .. });
+        let rate = DEPTH * LEN as u64 / 3 / DEADLINE.as_secs();
+        let namespace = open().await;
+        let mut load = Load::start(&namespace, is_closed).await;
+        let layer = Layer::throttled("plain", rate);
+        load.reaches(DEPTH / 2).await;
+        // It says so if commands were outstanding to the end.
+        let ended = namespace.controller().shutdown().await;
+        println!("shut down: {ended:?}");
+        let mut outcome = load.join().await;
+
+        outcome.assert_errors(|error| is_closed(error) || is_of_recovery(error));
+        drop((namespace, layer));
+        let namespace = open().await;
+        outcome.verify(&namespace).await;
+
+        let layer = Layer::throttled("plain", rate);
+        for place in 0..DEPTH {
+            let read = namespace.read(place * LEN as u64, LEN);
+            drop(read.now_or_never());
         }
+        drop(namespace);
+        let namespace = open().await;
+        drop(layer);
+        outcome.verify(&namespace).await;
+        harness::close(namespace).await;
     });
 }
