@@ -33,7 +33,8 @@ pub(crate) struct Machine {
 /// One NVMe controller and its namespaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Controller {
-    /// The serial number and QEMU's name for it, and in upper case the end of the name of a variable.
+    /// The serial number and the beginning of QEMU's names for it and its parts, and in upper case
+    /// the end of the name of a variable.
     name: Option<String>,
     /// Bytes of each namespace.
     size: u64,
@@ -267,8 +268,9 @@ impl Machine {
             } else {
                 String::new()
             };
+            // Not the plain name: QEMU has no devices that are named like their properties.
             device(format!(
-                "nvme,id={name},serial={name},{place}{subsystem}{}",
+                "nvme,id={name}-nvme,serial={name},{place}{subsystem}{}",
                 controller.device
             ));
             for namespace in 1..=controller.namespaces {
@@ -278,7 +280,7 @@ impl Machine {
                 arguments.push(controller.block_device(&drive, &file)?);
                 arguments.push("-device".to_owned());
                 arguments.push(format!(
-                    "nvme-ns,id={drive},bus={name},nsid={namespace},drive={drive},\
+                    "nvme-ns,id={drive},bus={name}-nvme,nsid={namespace},drive={drive},\
                      logical_block_size={lba},physical_block_size={lba}{}",
                     controller.namespace,
                     lba = controller.lba,
@@ -419,11 +421,11 @@ mod tests {
         };
         assert!(
             place("pcie-root-port,id=a-port,addr=0x10.0,")
-                < place("nvme,id=a,serial=a,bus=a-port,addr=0x0")
+                < place("nvme,id=a-nvme,serial=a,bus=a-port,addr=0x0")
         );
         assert!(
             place("nvme-subsys,id=b-subsystem,")
-                < place("nvme,id=b,serial=b,addr=0x11.0,subsys=b-subsystem")
+                < place("nvme,id=b-nvme,serial=b,addr=0x11.0,subsys=b-subsystem")
         );
         assert!(place("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off") > 0);
     }
@@ -433,10 +435,10 @@ mod tests {
         let arguments = machine(&["drive=null,namespaces=2,mdts=1", "drive=/a,,sibling"]);
         let arguments = arguments.arguments(Path::new("/run")).unwrap().join(" ");
         for expected in [
-            "nvme,id=nvme0,serial=nvme0,addr=0x10.0,multifunction=on,mdts=1",
-            "nvme,id=nvme1,serial=nvme1,addr=0x10.1,multifunction=on",
+            "nvme,id=nvme0-nvme,serial=nvme0,addr=0x10.0,multifunction=on,mdts=1",
+            "nvme,id=nvme1-nvme,serial=nvme1,addr=0x10.1,multifunction=on",
             "null-co,node-name=nvme0n2,size=1073741824",
-            "nvme-ns,id=nvme0n2,bus=nvme0,nsid=2,drive=nvme0n2,logical_block_size=512",
+            "nvme-ns,id=nvme0n2,bus=nvme0-nvme,nsid=2,drive=nvme0n2,logical_block_size=512",
             "file,node-name=nvme1n1,filename=/a,",
         ] {
             assert!(arguments.contains(expected), "{expected} in {arguments}");

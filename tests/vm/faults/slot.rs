@@ -25,6 +25,8 @@ const OFF: u16 = 3 << 8 | 1 << 10;
 /// The slot of the controller that the machine has under this name.
 pub(super) struct Slot {
     name: &'static str,
+    /// QEMU's name for what is in it.
+    device: String,
     address: String,
     port: File,
     control: u64,
@@ -50,6 +52,7 @@ impl Slot {
         }
         Self {
             name,
+            device: format!("{name}-nvme"),
             address,
             port,
             control: capability + SLOT_CONTROL,
@@ -59,7 +62,7 @@ impl Slot {
     /// Asks for the controller's removal, as by the button of the slot: the kernel gives it up in
     /// order, and only then is it gone.
     pub(super) fn press_button(&self) {
-        execute("device_del", json!({ "id": self.name }));
+        execute("device_del", json!({ "id": self.device }));
     }
 
     /// Takes the controller away, in the middle of whatever it does. The kernel hears of it
@@ -68,7 +71,7 @@ impl Slot {
         let control = self.read_control();
         let off = control & !HOT_PLUG_INTERRUPT | OFF;
         self.write_control(off);
-        eventually("the controller is gone", || !exists(self.name));
+        eventually("the controller is gone", || !exists(&self.device));
         self.write_control(control);
     }
 
@@ -79,7 +82,7 @@ impl Slot {
             !device(&self.address).exists()
         });
         eventually("the slot is off", || self.read_control() & OFF == OFF);
-        wait_until_deleted(self.name, LIMIT);
+        wait_until_deleted(&self.device, LIMIT);
     }
 
     /// Plugs a new controller in, of the same NVM subsystem and so with the namespaces of the old
@@ -90,7 +93,7 @@ impl Slot {
             format!("{}-subsystem", self.name),
         );
         let properties = json!({
-            "driver": "nvme", "id": self.name, "serial": self.name, "bus": port, "subsys": subsystem,
+            "driver": "nvme", "id": self.device, "serial": self.name, "bus": port, "subsys": subsystem,
         });
         execute("device_add", properties);
         // The kernel's own driver may be busy with it at first.
