@@ -374,7 +374,41 @@ impl State {
     /// Whether the queue is looked at every so often even without an interrupt.
     pub(crate) fn is_watched(&self) -> bool {
         self.failure.is_none()
-            && (self.core.in_flight() + self.core.lost() > 0 || !self.delayed.is_empty())
+            && (self.core.in_flight() + self.core.lost() > 0
+                || !self.delayed.is_empty()
+                || self.waiting_again().next().is_some())
+    }
+
+    /// Commands that have been submitted before and wait for a slot again: the first in line.
+    fn waiting_again(&self) -> impl Iterator<Item = &Flight> {
+        let mut backlog = self.backlog.iter();
+        std::iter::from_fn(move || backlog.next().filter(|flight| flight.since.is_some()))
+    }
+
+    /// Resolves commands that wait for a slot again, and whose time is over. The device does not
+    /// have them.
+    fn expire_waiting(&mut self, now: Instant, aftermath: &mut Aftermath) {
+        let is_late =
+            |flight: &Flight| flight.deadline(now).is_some_and(|deadline| deadline <= now);
+        if !self.waiting_again().any(is_late) {
+            return;
+        }
+        let count = self.waiting_again().count();
+        let others = self.backlog.split_off(count);
+        for flight in std::mem::replace(&mut self.backlog, others)
+            .into_iter()
+            .rev()
+        {
+            if !is_late(&flight) {
+                self.backlog.push_front(flight);
+                continue;
+            }
+            let after = flight.age(now);
+            let failed = Failure::TimedOut { after }.told(flight.attempts > 0);
+            let outcome = (Err(failed), Some(flight.command.holdings));
+            self.operations[flight.key].resolve(outcome, aftermath);
+        }
+        self.wake_drains(aftermath);
     }
 
     /// Whether a completion waits to be taken.
@@ -504,18 +538,9 @@ impl State {
     }
 
     fn refill(&mut self, now: Instant, aftermath: &mut Aftermath) {
+        self.expire_waiting(now, aftermath);
         while let Some(flight) = self.backlog.pop_front() {
             let key = flight.key;
-            if flight.since.is_some()
-                && flight.deadline(now).is_some_and(|deadline| deadline <= now)
-            {
-                // It waited for its next attempt for too long.
-                let after = flight.age(now);
-                let failed = Failure::TimedOut { after }.told(flight.attempts > 0);
-                let outcome = (Err(failed), Some(flight.command.holdings));
-                self.operations[key].resolve(outcome, aftermath);
-                continue;
-            }
             match submit(&mut self.core, flight, now, &mut self.counters) {
                 Ok(slot) => self.operations[key].stage = Stage::Submitted { slot },
                 Err(flight) => {

@@ -83,7 +83,6 @@ impl State {
         self.gate = Gate::Open;
         self.last_progress = now;
         self.refill(now, aftermath);
-        self.wake_drains(aftermath);
         self.wake_reapers(aftermath);
     }
 

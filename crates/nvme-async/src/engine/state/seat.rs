@@ -78,10 +78,13 @@ impl State {
                 .saturating_mul(1 << checks.min(8))
                 .min(LAST_CHECK);
         let delayed = self.delayed.iter().map(|(due, _)| *due);
+        let waiting = self.waiting_again();
+        let waiting = waiting.filter_map(|flight| flight.deadline(now));
         self.core
             .earliest_deadline()
             .into_iter()
             .chain(delayed)
+            .chain(waiting)
             .chain([check])
             .min()
     }

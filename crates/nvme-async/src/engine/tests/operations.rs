@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 
-use super::rig::{Rig, TIMEOUT};
-use crate::engine::state::{Failure, Refusal};
+use super::rig::{Rig, TIMEOUT, Wakes, command};
+use crate::Fate;
+use crate::engine::state::{Failure, Progress, Refusal};
 use crate::engine::{Notification, PollMode};
 use crate::queue::Lie;
 
@@ -196,6 +197,37 @@ fn a_failure_ends_everything_and_frees_nothing_in_use() {
     let Rig { state, .. } = rig;
     drop(state);
     assert!(submitted.iter().all(|started| !started.memory.is_alive()));
+}
+
+#[test]
+fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
+    let mut rig = rig(2);
+    let (mut command, memory) = command(0);
+    command.repeatable = true;
+    let (wakes, waker) = Wakes::new();
+    let key = rig.after(|state, aftermath| {
+        match state.start(command, waker, Instant::now(), aftermath) {
+            Ok(Progress::Waiting { key }) => key,
+            _ => panic!("done or refused at once"),
+        }
+    });
+    rig.device.fetch(1);
+    let cid = rig.device.fetched.remove(0).expect("it was told of").cid();
+    let later = Status::INTERNAL_ERROR.with_crd(1);
+    rig.device.post(rig.device.honest(cid, later));
+    assert_eq!(rig.reap(), 1);
+    // Another one takes the only slot, and keeps it.
+    rig.timeout = TIMEOUT * 10;
+    let other = rig.start();
+    rig.expire(TIMEOUT / 2);
+    assert_eq!((wakes.count(), rig.state.in_flight()), (0, 1));
+    rig.expire(TIMEOUT + Duration::from_secs(1));
+    assert_eq!(wakes.count(), 1);
+    let (result, holdings) = rig.state.take_outcome(key).expect("it is done");
+    let failed = result.expect_err("it is over");
+    assert!(matches!(failed.failure, Failure::TimedOut { after } if after >= TIMEOUT));
+    assert_eq!(failed.fate, Fate::Unknown);
+    assert!(holdings.is_some() && memory.is_alive() && other.memory.is_alive());
 }
 
 #[test]
