@@ -530,6 +530,10 @@ impl Recovery {
 
     /// Aborts overdue commands, as many at a time as the controller allows.
     fn submit_aborts(&mut self, now: Instant) {
+        // A reset takes all commands back that are overdue by then.
+        if !matches!(self.phase, Phase::Live | Phase::Recreating { .. }) {
+            return;
+        }
         let aborting = self.victims.iter().filter(|victim| victim.is_aborting());
         let mut room = self.settings.abort_limit.saturating_sub(aborting.count());
         for index in 0..self.victims.len() {

@@ -382,6 +382,7 @@ impl Model {
         match fault {
             lie if lie.is_lie() => {
                 if self.lie(lie) {
+                    self.clock.tell(|| format!("{lie:?}"));
                     self.plan.note(lie);
                     self.lies += 1;
                 } else if attempts > 0 {

@@ -247,6 +247,16 @@ fn what_is_overdue_at_the_end_of_a_reset_is_looked_after() {
 }
 
 #[test]
+fn nothing_is_aborted_during_a_reset() {
+    let mut rig = Rig::disabling();
+    rig.overdue(1, 0x11);
+    rig.overdue(2, 0x22);
+    // One of them is completed after all.
+    let actions = rig.tell(|machine, now| machine.settle(now, |queue, _| queue == 1));
+    assert_eq!((actions, rig.place()), (vec![], Place::Disabling));
+}
+
+#[test]
 fn too_many_resets_within_the_window_are_the_end() {
     let reset = |rig: &mut Rig| {
         let begun = rig.tell(|machine, now| machine.lie(now, 1, LIE));
