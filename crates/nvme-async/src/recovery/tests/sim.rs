@@ -136,6 +136,7 @@ impl Simulation {
         const LONGEST: u64 = 200_000_000;
         const MOST_EVENTS: u32 = 500_000;
         for _ in 0..MOST_EVENTS {
+            self.wake();
             let of_device = self.controller.lock().next_event();
             let of_host = self.tasks.peek().map(|Reverse((at, ..))| *at);
             let Some(at) = of_device.into_iter().chain(of_host).min() else {
@@ -159,7 +160,6 @@ impl Simulation {
             if let Some(violation) = self.controller.lock().violation() {
                 return Err(violation);
             }
-            self.wake();
             if self.move_on()? {
                 return self.check_end();
             }
