@@ -17,13 +17,17 @@
 //! is outstanding after that costs the queue pair: it is deleted and created again. What even that
 //! does not help against costs a reset of the controller: CC.EN first, then the function.
 
+mod victims;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use nvme_spec::Cqe;
 use nvme_spec::feature::NumberOfQueues;
 use nvme_spec::registers::ControllerStatus;
-use nvme_spec::{Cqe, Status};
 
+use self::victims::{Victim, VictimStage};
+use super::action::{Action, AdminStep, End, Place, Scope, Settings, StepId};
 use super::{ControllerState, ResetCause};
 use crate::device::Notice;
 use crate::queue::Lie;
@@ -33,115 +37,8 @@ const MAX_ATTEMPTS: u8 = 3;
 /// Between two looks at CSTS; grows from the first to the last.
 const FIRST_LOOK: Duration = Duration::from_micros(100);
 const LAST_LOOK: Duration = Duration::from_millis(10);
-/// Answers "too many Abort commands" to one victim before that costs its queue pair.
-const MAX_ABORT_REFUSALS: u8 = 3;
 /// How long a controller that is asked for may take to become disabled.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// What the machine goes by.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Settings {
-    /// I/O queue pairs, with the identifiers from 1 on.
-    pub(crate) queues: u16,
-    /// Abort commands that may be outstanding (ACL), at least 1.
-    pub(crate) abort_limit: usize,
-    /// How long an Abort command may take.
-    pub(crate) abort_timeout: Duration,
-    /// How long a command may take after it was aborted.
-    pub(crate) grace: Duration,
-    /// How long any other admin command of a recovery may take.
-    pub(crate) step_timeout: Duration,
-    /// How long the controller may take to become ready or disabled (CAP.TO, CRTO).
-    pub(crate) ready_timeout: Duration,
-    /// So many resets within the window are enough to give up.
-    pub(crate) max_resets: usize,
-    pub(crate) reset_window: Duration,
-    /// Whether the controller is to be told that delays before retries are understood (ACRE).
-    pub(crate) host_behavior: bool,
-}
-
-/// Tells one admin command of a recovery from another.
-pub(crate) type StepId = u32;
-
-/// Which queue pairs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Scope {
-    /// One of them; 0 is the admin queue.
-    Queue(u16),
-    /// All but the admin queue.
-    Io,
-    All,
-}
-
-/// An admin command of a recovery.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AdminStep {
-    Abort {
-        queue: u16,
-        cid: u16,
-    },
-    DeleteSubmissionQueue(u16),
-    DeleteCompletionQueue(u16),
-    /// Identify Controller: it must be the same one.
-    Identify,
-    HostBehavior,
-    QueueCount,
-    CreateCompletionQueue(u16),
-    CreateSubmissionQueue(u16),
-    /// Asynchronous Event Configuration.
-    Events,
-}
-
-/// What is to be done, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
-    /// Read CSTS and say what it is: [`Recovery::status`].
-    ReadStatus,
-    /// Submit a command to the admin queue, and say how it ended: [`Recovery::step_done`].
-    Admin {
-        id: StepId,
-        step: AdminStep,
-    },
-    /// Forbid all doorbells of these queues.
-    Fence(Scope),
-    /// The device has stopped working for these queues: take all commands back, and empty the rings.
-    Release(Scope, ResetCause),
-    /// The device knows these queues: let them work.
-    Resume(Scope),
-    /// Clear CC.EN.
-    Disable,
-    /// Tell the controller of the admin queue, and set CC.EN.
-    Enable,
-    /// Reset the function, and say whether that worked: [`Recovery::function_reset`].
-    ResetFunction,
-    /// The controller is set up: ask for its events, look for what changed meanwhile.
-    Rearm,
-    Announce(ControllerState),
-    /// Cut the device off from memory, fail everything, and give it up.
-    End(End),
-}
-
-/// Why a controller is not used any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
-    Removed,
-    Failed { csts: u32 },
-}
-
-/// Where the machine is, for traces and tests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Place {
-    Live,
-    Aborting,
-    Deleting,
-    Creating,
-    Disabling,
-    ResettingFunction,
-    Enabling,
-    SettingUp,
-    Releasing,
-    Ended,
-}
 
 #[derive(Debug)]
 pub(crate) struct Recovery {
@@ -200,36 +97,6 @@ struct Pending {
     id: StepId,
     step: AdminStep,
     until: Instant,
-}
-
-/// An overdue command.
-#[derive(Debug)]
-struct Victim {
-    queue: u16,
-    cid: u16,
-    refusals: u8,
-    stage: VictimStage,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum VictimStage {
-    /// Its Abort command has not been submitted.
-    Waiting,
-    Aborting {
-        id: StepId,
-        until: Instant,
-    },
-    /// The Abort command is done; this one should be any moment.
-    Grace {
-        until: Instant,
-    },
-}
-
-impl Victim {
-    /// Whether its Abort command is outstanding.
-    fn is_aborting(&self) -> bool {
-        matches!(self.stage, VictimStage::Aborting { .. })
-    }
 }
 
 impl Wait {
@@ -308,23 +175,6 @@ impl Recovery {
                 Stage::ResettingFunction => None,
                 Stage::SettingUp(step) => Some(step.until),
             },
-        }
-    }
-
-    /// A command's deadline has passed.
-    pub(crate) fn overdue(&mut self, queue: u16, cid: u16) {
-        if matches!(self.phase, Phase::Releasing(_) | Phase::Ended) {
-            return;
-        }
-        self.victims.push(Victim {
-            queue,
-            cid,
-            refusals: 0,
-            stage: VictimStage::Waiting,
-        });
-        // Otherwise it is dealt with once the controller is up again.
-        if matches!(self.phase, Phase::Live | Phase::Recreating { .. }) {
-            self.check();
         }
     }
 
@@ -472,18 +322,6 @@ impl Recovery {
         }
     }
 
-    /// Forgets overdue commands that are not outstanding any more.
-    pub(crate) fn settle(&mut self, now: Instant, is_outstanding: impl Fn(u16, u16) -> bool) {
-        let before = self.victims.len();
-        self.victims.retain(|victim| {
-            // Its Abort command has its place until that is done too.
-            victim.is_aborting() || is_outstanding(victim.queue, victim.cid)
-        });
-        if self.victims.len() < before {
-            self.submit_aborts(now);
-        }
-    }
-
     /// Does what is due.
     pub(crate) fn tick(&mut self, now: Instant) {
         let looks = match &mut self.phase {
@@ -526,77 +364,6 @@ impl Recovery {
             step,
             until: now + timeout,
         }
-    }
-
-    /// Aborts overdue commands, as many at a time as the controller allows.
-    fn submit_aborts(&mut self, now: Instant) {
-        // A reset takes all commands back that are overdue by then.
-        if !matches!(self.phase, Phase::Live | Phase::Recreating { .. }) {
-            return;
-        }
-        let aborting = self.victims.iter().filter(|victim| victim.is_aborting());
-        let mut room = self.settings.abort_limit.saturating_sub(aborting.count());
-        for index in 0..self.victims.len() {
-            let Victim {
-                queue, cid, stage, ..
-            } = self.victims[index];
-            if room == 0 {
-                break;
-            }
-            if stage != VictimStage::Waiting {
-                continue;
-            }
-            let abort = AdminStep::Abort { queue, cid };
-            let Pending { id, until, .. } = self.step(now, abort, self.settings.abort_timeout);
-            self.victims[index].stage = VictimStage::Aborting { id, until };
-            room -= 1;
-        }
-    }
-
-    fn abort_done(&mut self, now: Instant, id: StepId, cqe: Option<Cqe>) {
-        let is_it = |victim: &&mut Victim| matches!(victim.stage, VictimStage::Aborting { id: of, .. } if of == id);
-        let Some(victim) = self.victims.iter_mut().find(is_it) else {
-            return;
-        };
-        let Some(cqe) = cqe else {
-            return self.reset(now, ResetCause::Overdue);
-        };
-        let limited = cqe.status().is(Status::ABORT_LIMIT_EXCEEDED);
-        // Whatever else the answer is: the command is done soon, or not at all.
-        victim.stage = if limited && victim.refusals < MAX_ABORT_REFUSALS {
-            victim.refusals += 1;
-            VictimStage::Waiting
-        } else {
-            VictimStage::Grace {
-                until: now + self.settings.grace,
-            }
-        };
-        self.submit_aborts(now);
-    }
-
-    fn check_victims(&mut self, now: Instant) {
-        if !matches!(self.phase, Phase::Live) {
-            return;
-        }
-        let expired = |victim: &&Victim| match victim.stage {
-            VictimStage::Waiting => false,
-            VictimStage::Aborting { until, .. } | VictimStage::Grace { until } => now >= until,
-        };
-        let Some(victim) = self.victims.iter().find(expired) else {
-            return;
-        };
-        let queue = victim.queue;
-        if queue == 0 || victim.is_aborting() {
-            // The admin queue does not work.
-            return self.reset(now, ResetCause::Overdue);
-        }
-        let cause = ResetCause::Overdue;
-        let state = ControllerState::Recovering { cause };
-        self.actions.push_back(Action::Announce(state));
-        self.actions.push_back(Action::Fence(Scope::Queue(queue)));
-        let delete = AdminStep::DeleteSubmissionQueue(queue);
-        let step = self.step(now, delete, self.settings.step_timeout);
-        self.phase = Phase::Recreating { queue, step };
     }
 
     /// Goes on with the re-creation of a queue pair after a step of it.

@@ -4,6 +4,7 @@
 //! plain thread for each controller ([`runner`]) runs the supervisor, so that recovery does not depend
 //! on any runtime, and may block. It sleeps for as long as nothing is amiss.
 
+mod action;
 mod machine;
 mod runner;
 mod supervision;
@@ -14,7 +15,7 @@ mod tests;
 
 use crate::queue::Lie;
 
-pub(crate) use self::machine::Settings;
+pub(crate) use self::action::Settings;
 pub(crate) use self::runner::Retired;
 pub(crate) use self::supervision::Supervision;
 pub(crate) use self::supervisor::{Plant, QueueLayout};

@@ -8,7 +8,8 @@ use nvme_spec::{Cqe, DataPointer, Sqe, admin, feature};
 use tokio::sync::watch;
 
 use super::ControllerState;
-use super::machine::{Action, AdminStep, End, Place, Recovery, Scope, Settings, StepId};
+use super::action::{Action, AdminStep, End, Place, Scope, Settings, StepId};
+use super::machine::Recovery;
 use crate::controller::registers::{AdminRings, Registers};
 use crate::controller::tenure::Tenure;
 use crate::engine::state::{Failure, Look};

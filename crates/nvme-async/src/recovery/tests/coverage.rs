@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::faults::{Fault, FaultSet};
-use crate::recovery::machine::Place;
+use crate::recovery::action::Place;
 
 /// Every way from one place of the machine to another.
 pub(super) const EDGES: &[(Place, Place)] = {

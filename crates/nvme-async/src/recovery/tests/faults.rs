@@ -6,7 +6,7 @@ use fastrand::Rng;
 use nvme_spec::feature;
 use nvme_spec::opcode::AdminOpcode;
 
-use crate::recovery::machine::Place;
+use crate::recovery::action::Place;
 
 macro_rules! faults {
     ($($(#[$doc:meta])* $kind:ident: $place:ident $most:literal,)*) => {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use nvme_spec::feature::NumberOfQueues;
 use nvme_spec::{Cqe, Status};
 
-use crate::recovery::machine::{Action, AdminStep, Place, Recovery, Settings, StepId};
+use crate::recovery::action::{Action, AdminStep, Place, Settings, StepId};
+use crate::recovery::machine::Recovery;
 use crate::recovery::{ControllerState, ResetCause};
 
 const ABORT: u64 = 100;

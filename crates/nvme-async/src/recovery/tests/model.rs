@@ -20,7 +20,7 @@ use super::faults::{Fault, Plan};
 use super::memory::{Clock, Ledger, Mapper, Memory};
 use crate::engine::sync::lock_std;
 use crate::recovery::QueueLayout;
-use crate::recovery::machine::Place;
+use crate::recovery::action::Place;
 
 pub(super) use self::commands::tagged;
 use self::rings::Pair;

@@ -22,7 +22,7 @@ use crate::engine::SharedQueue;
 use crate::engine::sync::lock_std;
 use crate::engine::trouble::{Inbox, Trouble};
 use crate::recovery::ControllerState;
-use crate::recovery::machine::Place;
+use crate::recovery::action::Place;
 use crate::recovery::supervisor::{Next, Supervisor};
 
 /// What is to be done by the host.

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::device::Notice;
 use crate::queue::Lie;
-use crate::recovery::machine::{Action, AdminStep, End, Place, Scope};
+use crate::recovery::action::{Action, AdminStep, End, Place, Scope};
 use crate::recovery::{ControllerState, ResetCause};
 
 const LIE: Lie = Lie::UnknownCommand { cid: 7 };

@@ -4,7 +4,7 @@ use nvme_spec::{Cqe, Status};
 
 use super::{ABORT, FATAL, GONE, GRACE, LIVE, READ_READY, RECOVERING, Rig, STEP, only_step, steps};
 use crate::recovery::ResetCause;
-use crate::recovery::machine::{Action, AdminStep, End, Place, Scope};
+use crate::recovery::action::{Action, AdminStep, End, Place, Scope};
 
 fn abort(queue: u16, cid: u16) -> AdminStep {
     AdminStep::Abort { queue, cid }

@@ -7,7 +7,7 @@ use crate::Fate;
 use crate::engine::state::{Aftermath, Command, Outcome, Refusal};
 use crate::engine::{Failed, Failure};
 use crate::io::{Holdings, Payload};
-use crate::recovery::machine::Place;
+use crate::recovery::action::Place;
 use crate::recovery::tests::disk::Known;
 use crate::recovery::tests::faults::Fault;
 use crate::recovery::tests::host::{Kind, Operation, Sleeper, Stage, waker};
