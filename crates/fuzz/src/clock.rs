@@ -7,7 +7,8 @@
 
 mod sleepers;
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::thread;
 use std::time::Instant;
 
 /// How far each look at the clock moves it at least, in nanoseconds: what polls until a time has come
@@ -16,10 +17,6 @@ const TICK: i64 = 10_000;
 /// And by so much of the time that has passed since [`start`]: also an hour comes after some thousand
 /// looks.
 const FRACTION: i64 = 1024;
-/// Milliseconds. Nothing in the driver that does not wait for a thread sleeps for as long at a time.
-const LONG: libc::c_int = 1000;
-/// How long another thread may take, in milliseconds of real time.
-const OTHER_THREAD: libc::c_int = 5000;
 const SECOND: i64 = 1_000_000_000;
 /// The first time. It is not 0: programs subtract from the time that it is.
 const EPOCH: i64 = 1_000_000 * SECOND;
@@ -38,6 +35,7 @@ static START: AtomicI64 = AtomicI64::new(EPOCH);
 pub fn start() {
     let before = NOW.load(Ordering::Relaxed);
     START.store(before, Ordering::Relaxed);
+    PATIENCE.end();
     sleepers::leave_to_others(false);
     let _ = Instant::now();
     let ticked = NOW.load(Ordering::Relaxed) - before;
@@ -74,11 +72,8 @@ pub unsafe extern "C" fn clock_gettime(
     0
 }
 
-/// epoll_wait(2): the sleep of the thread that runs the program.
-///
-/// With a timeout it ends at once, at that time if nothing is ready, unless another thread has something
-/// to do before. A long timeout is of somebody who waits for a thread that never sleeps here, which is
-/// given real time.
+/// epoll_wait(2): the sleep of the thread that runs the program. With a timeout it ends at once, at that
+/// time if nothing is ready, unless another thread has something to do before.
 ///
 /// # Safety
 ///
@@ -95,34 +90,75 @@ pub unsafe extern "C" fn epoll_wait(
         let ready = unsafe { libc::syscall(libc::SYS_epoll_wait, epoll, events, count, timeout) };
         ready as libc::c_int
     };
-    if timeout == 0 {
-        return wait(0);
-    }
     let end = match timeout {
         ..0 => i64::MAX,
         _ => NOW.load(Ordering::Relaxed) + i64::from(timeout) * (SECOND / 1000),
     };
-    let mut has_waited = false;
     loop {
-        let ready = wait(0);
-        if ready != 0 {
-            return ready;
-        }
-        match sleepers::next(end) {
-            sleepers::Next::Busy => std::thread::yield_now(),
-            sleepers::Next::Ours if timeout < 0 => return wait(timeout),
-            sleepers::Next::Ours if timeout >= LONG && !has_waited => {
-                has_waited = true;
-                let ready = wait(OTHER_THREAD);
-                if ready != 0 {
-                    return ready;
+        let mut ready = wait(0);
+        if ready == 0 {
+            match sleepers::next(end) {
+                sleepers::Next::Ours if timeout < 0 => ready = wait(timeout),
+                sleepers::Next::Ours => {
+                    ready = PATIENCE.grant(end, wait);
+                    if ready == 0 {
+                        NOW.fetch_max(end, Ordering::Relaxed);
+                        return 0;
+                    }
+                }
+                sleepers::Next::Busy => {
+                    PATIENCE.end();
+                    if timeout == 0 {
+                        return 0;
+                    }
+                    thread::yield_now();
+                    continue;
                 }
             }
-            sleepers::Next::Ours => {
-                NOW.fetch_max(end, Ordering::Relaxed);
+        }
+        PATIENCE.end();
+        return ready;
+    }
+}
+
+/// Real time for threads that do not sleep here, and that the program may be waiting for: the more, the
+/// longer nothing happens.
+struct Patience {
+    /// When something happened last.
+    since: AtomicI64,
+    /// After so many seconds, as a power of two, it is granted next.
+    level: AtomicU32,
+}
+
+static PATIENCE: Patience = Patience {
+    since: AtomicI64::new(EPOCH),
+    level: AtomicU32::new(0),
+};
+
+impl Patience {
+    /// The most that is granted at a time, in milliseconds.
+    const MOST: libc::c_int = 250;
+
+    /// Waits as long as is due before the clock gets there; returns what became ready.
+    fn grant(&self, end: i64, wait: impl Fn(libc::c_int) -> libc::c_int) -> libc::c_int {
+        let quiet = end.saturating_sub(self.since.load(Ordering::Relaxed));
+        loop {
+            let level = self.level.load(Ordering::Relaxed);
+            if quiet < SECOND << level {
                 return 0;
             }
+            self.level.store(level + 1, Ordering::Relaxed);
+            let ready = wait((1 << level.min(16)).min(Self::MOST));
+            if ready != 0 {
+                return ready;
+            }
         }
+    }
+
+    fn end(&self) {
+        self.since
+            .store(NOW.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.level.store(0, Ordering::Relaxed);
     }
 }
 
@@ -181,7 +217,7 @@ pub unsafe extern "C" fn clock_nanosleep(
     } else {
         advance(nanoseconds);
     }
-    std::thread::yield_now();
+    thread::yield_now();
     0
 }
 

@@ -2,7 +2,7 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -35,6 +35,9 @@ const MOST_STEPS: usize = 64;
 /// If the driver does what it must not do: it panics, a future does not resolve, memory is still mapped
 /// when the controller is closed, or the device is pointed to memory that is not mapped.
 pub fn run(script: &Script) -> Outcome {
+    // There is one clock.
+    static RUNNING: Mutex<()> = Mutex::new(());
+    let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
     clock::start();
     let (device, remains) = FuzzDevice::new(script);
     let runtime = Builder::new_current_thread()
