@@ -68,17 +68,20 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
     for queue in inner.all_queues().chain([&inner.admin.queue]) {
         queue.with(|state| state.fence());
     }
-    let stopped = match disabled {
+    let disabled = match disabled {
         Ok(()) => true,
         Err(error) => {
             note(Err(error));
             let reset = registers.device.reset();
-            let stopped = reset.is_ok();
+            let disabled = reset.is_ok();
             note(reset.map_err(Error::from));
-            stopped
+            disabled
         }
     };
-    note(registers.device.set_bus_master(false).map_err(Error::from));
+    let cut_off = registers.device.set_bus_master(false);
+    // A controller that goes on can't do so with memory.
+    let stopped = disabled || cut_off.is_ok();
+    note(cut_off.map_err(Error::from));
     let cores: Vec<Core> = inner
         .all_queues()
         .chain([&inner.admin.queue])
@@ -205,11 +208,15 @@ pub(super) fn stop_and_drop(
         }
         let Held { registers, release } = held;
         let disabled = registers.disable_blocking(ready_timeout);
-        let stopped = disabled.is_ok() || registers.device.reset().is_ok();
+        // A recovery that ended just now may have allowed it to access memory again.
+        let stopped = disabled.is_ok()
+            || registers.device.reset().is_ok()
+            || registers.device.set_bus_master(false).is_ok();
         if !stopped {
             tracing::warn!(
                 address = registers.device.address(),
-                "an unused controller could not be stopped; its memory is never freed"
+                "an unused controller could be neither stopped nor cut off from memory, which is \
+                 never freed"
             );
             std::mem::forget(keep);
         } else {
