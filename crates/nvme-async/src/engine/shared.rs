@@ -33,12 +33,13 @@ impl SharedQueue {
         })
     }
 
-    /// Takes the state away; futures that are still polled fail, and the reaper ends.
+    /// Takes the state away; futures that wait are woken and fail, and the reaper ends.
     pub(crate) fn take(&self) -> Option<State> {
         let mut aftermath = Aftermath::default();
         let state = self.state.with(|state| {
             state.take().map(|mut state| {
                 state.dismiss_reapers(&mut aftermath);
+                state.wake_all(&mut aftermath);
                 state
             })
         });

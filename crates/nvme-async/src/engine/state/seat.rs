@@ -149,6 +149,11 @@ impl State {
             return;
         };
         self.seats.remove(index).wake(aftermath);
+        self.wake_all(aftermath);
+    }
+
+    /// Wakes all who wait for an operation or for a drain, so that they look at the queue again.
+    pub(crate) fn wake_all(&mut self, aftermath: &mut Aftermath) {
         for (_, operation) in &mut self.operations {
             if !matches!(operation.stage, Stage::Done(_)) {
                 aftermath.wakers.push(operation.take_waker());
