@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, broadcast};
 
 pub(crate) use self::notices::Notice;
-use self::notices::{State, Step};
+use self::notices::{Attempt, State, Step};
 use self::rescan::{Which, listed};
 use super::admin::Admin;
 use super::event_stream::{ControllerEvent, EventStream};
@@ -329,16 +329,16 @@ impl Worker {
                         // Left to the next runtime.
                         return;
                     }
-                    // Of an event whose log page was not read, no other one of its type comes.
-                    let again = matches!(
-                        result,
-                        Err(Error::Memory(_) | Error::TimedOut { .. } | Error::Recovering { .. })
-                    );
+                    let attempt = match result {
+                        Err(Error::Memory(_)) => Attempt::NoMemory,
+                        Err(Error::TimedOut { .. } | Error::Recovering { .. }) => Attempt::NoAnswer,
+                        _ => Attempt::Done,
+                    };
                     if let Err(error) = result {
                         let address = &*events.logs.admin.address;
                         tracing::warn!(address, %error, "an event could not be dealt with");
                     }
-                    events.lock().end(epoch, again);
+                    events.lock().end(epoch, attempt);
                 }
                 Step::Request(count) => events.request(count),
                 Step::Wait(time) => {

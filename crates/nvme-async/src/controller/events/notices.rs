@@ -7,8 +7,10 @@ use nvme_spec::event::AsyncEvent;
 
 use super::pace::Pace;
 
-/// After this an event is dealt with again for which there was no memory.
+/// After this what could not be dealt with is tried again.
 const RETRY: Duration = Duration::from_millis(250);
+/// How often that is done where the controller does not answer.
+const MAX_UNANSWERED: u32 = 3;
 
 /// What is to be dealt with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +34,24 @@ pub(super) struct State {
     pause_until: Option<Instant>,
     /// Not before this is the first notice dealt with again.
     retry_at: Option<Instant>,
+    /// Attempts to deal with the first notice that the controller did not answer.
+    unanswered: u32,
     /// There is a task for all this.
     pub(super) is_worked_on: bool,
     /// It is at work on the first notice.
     is_dealing: bool,
+}
+
+/// How an attempt to deal with a notice has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Attempt {
+    /// It was dealt with, or never will be.
+    Done,
+    /// There was no memory.
+    NoMemory,
+    /// The controller did not answer in time. Without another attempt it would never report an
+    /// event of this type again; with ever more, others would wait for ever.
+    NoAnswer,
 }
 
 /// What is to be done next.
@@ -81,13 +97,20 @@ impl State {
         self.is_dealing = false;
     }
 
-    /// The end of dealing with the first notice.
-    pub(super) fn end(&mut self, epoch: u64, again: bool) {
+    /// The end of an attempt to deal with the first notice.
+    pub(super) fn end(&mut self, epoch: u64, attempt: Attempt) {
         self.is_dealing = false;
+        self.unanswered += u32::from(attempt == Attempt::NoAnswer);
+        let again = match attempt {
+            Attempt::Done => false,
+            Attempt::NoMemory => true,
+            Attempt::NoAnswer => self.unanswered < MAX_UNANSWERED,
+        };
         if again {
             self.retry_at = Some(Instant::now() + RETRY);
             return;
         }
+        self.unanswered = 0;
         let Some((notice, _)) = self.notices.pop_front() else {
             return;
         };
@@ -144,7 +167,7 @@ mod tests {
         let Step::DealWith(notice, epoch) = state.next() else {
             panic!("nothing to deal with");
         };
-        state.end(epoch, false);
+        state.end(epoch, Attempt::Done);
         notice
     }
 
@@ -170,7 +193,7 @@ mod tests {
             panic!("nothing to deal with");
         };
         state.begin_epoch();
-        state.end(epoch, false);
+        state.end(epoch, Attempt::Done);
         state.note(EVENT, now);
         assert_eq!(deal_with(&mut state), EVENT);
         assert_eq!(deal_with(&mut state), EVENT);
@@ -204,7 +227,7 @@ mod tests {
             panic!("nothing to deal with");
         };
         state.note(Notice::Rescan, now);
-        state.end(epoch, false);
+        state.end(epoch, Attempt::Done);
         assert_eq!(deal_with(&mut state), Notice::Rescan);
         assert!(matches!(state.next(), Step::Rest));
     }
@@ -216,9 +239,29 @@ mod tests {
         let Step::DealWith(_, epoch) = state.next() else {
             panic!("nothing to deal with");
         };
-        state.end(epoch, true);
+        state.end(epoch, Attempt::NoMemory);
         assert!(matches!(state.next(), Step::Wait(wait) if wait <= RETRY));
         state.retry_at = Some(Instant::now());
         assert_eq!(deal_with(&mut state), EVENT);
+    }
+
+    #[test]
+    fn a_controller_that_does_not_answer_is_asked_a_few_times() {
+        let mut state = State::default();
+        state.note(EVENT, Instant::now());
+        state.note(EVENT, Instant::now());
+        for _ in 0..2 {
+            for attempt in 1..=MAX_UNANSWERED {
+                let Step::DealWith(_, epoch) = state.next() else {
+                    panic!("attempt {attempt}");
+                };
+                state.end(epoch, Attempt::NoAnswer);
+                if attempt < MAX_UNANSWERED {
+                    assert!(matches!(state.next(), Step::Wait(wait) if wait <= RETRY));
+                    state.retry_at = Some(Instant::now());
+                }
+            }
+        }
+        assert!(matches!(state.next(), Step::Request(2)));
     }
 }
