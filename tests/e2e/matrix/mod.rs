@@ -24,7 +24,7 @@ use tokio::task::LocalSet;
 
 use self::behaviours::{End, Variant, variants};
 use self::operations::{Disk, Done, Kind};
-use self::oracle::Oracle;
+use self::oracle::{Oracle, Trust};
 use crate::support::bounded::{bounded, comes_true, current_thread, multi_thread};
 use crate::support::full;
 use crate::support::owners::Ledger;
@@ -255,7 +255,16 @@ async fn round<D: Disk>(
         .collect();
     for (layout, done) in layouts.iter().zip(&done) {
         // Later rounds are honest.
-        oracle.note(*kind, layout, done, variant.loses && number == 0);
+        let trust = match variant {
+            _ if number > 0 => Trust::Everything,
+            Variant { loses: true, .. } => Trust::Durable,
+            Variant {
+                lies_about_data: true,
+                ..
+            } => Trust::Nothing,
+            _ => Trust::Everything,
+        };
+        oracle.note(*kind, layout, done, trust);
         if let Some(data) = &done.data
             && !(variant.lies_about_data && number == 0)
         {

@@ -32,10 +32,19 @@ impl Layout {
     }
 }
 
+/// What an acknowledgement is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trust {
+    Everything,
+    /// Only what was made durable is there.
+    Durable,
+    Nothing,
+}
+
 /// The blocks of all operations of a round.
 #[derive(Debug)]
 pub(super) struct Oracle {
-    /// What each block may hold, by its number.
+    /// What each block may hold, by its number; nothing if that is anything.
     allowed: Vec<Vec<u8>>,
 }
 
@@ -61,16 +70,13 @@ impl Oracle {
     /// Where the operation of this index works in this round, and what it writes.
     pub(super) fn layout(&self, kind: Kind, index: u64, round: u8) -> Layout {
         let first = (index * SPACING) as usize / BLOCK;
+        let old = self.allowed[first].first().copied().unwrap_or_default();
         let new = match kind {
             Kind::WriteZeroes | Kind::Discard => 0,
             Kind::Copy => 0x80 + (index % 0x40) as u8,
             _ => 0xc0 + round * 0x10 + (index % 0x10) as u8,
         };
-        Layout {
-            index,
-            old: self.allowed[first][0],
-            new,
-        }
+        Layout { index, old, new }
     }
 
     /// Makes an operation's blocks the same, for compares.
@@ -81,14 +87,16 @@ impl Oracle {
     }
 
     /// Takes note of how an operation ended.
-    pub(super) fn note(&mut self, kind: Kind, layout: &Layout, done: &Done, loses: bool) {
+    pub(super) fn note(&mut self, kind: Kind, layout: &Layout, done: &Done, trust: Trust) {
         if !kind.changes_blocks() {
             return;
         }
         let first = layout.offset() as usize / BLOCK;
         for allowed in &mut self.allowed[first..first + BLOCKS] {
             match &done.result {
-                Ok(()) if loses && !kind.is_durable() => allowed.push(layout.new),
+                // It may have taken its data from memory that was somebody else's by then.
+                _ if trust == Trust::Nothing => allowed.clear(),
+                Ok(()) if trust == Trust::Durable && !kind.is_durable() => allowed.push(layout.new),
                 Ok(()) => *allowed = vec![layout.new],
                 Err(error) if error.fate() == Fate::NotExecuted => {}
                 Err(_) => allowed.push(layout.new),
@@ -102,6 +110,9 @@ impl Oracle {
         for (number, (block, allowed)) in contents.chunks(BLOCK).zip(&mut self.allowed).enumerate()
         {
             let tag = block[0];
+            if allowed.is_empty() {
+                continue;
+            }
             assert!(
                 block.iter().all(|&byte| byte == tag),
                 "block {number} holds a mixture"
