@@ -2,11 +2,12 @@
 //!
 //! The driver measures time by the system's monotonic clock and Tokio sleeps in `epoll_wait`. Threads
 //! of its own sleep in `ppoll` and `nanosleep`. Linked into a program, this module stands in for all of
-//! them: whoever would sleep finds that the time has passed. So a device that never answers costs no time, and the same input takes the same course.
-//! The wall clock, by which libFuzzer measures, is left alone.
+//! them: whoever would sleep finds that the time has passed. So a device that never answers costs no
+//! time. The wall clock, by which libFuzzer measures, is left alone.
 
 mod sleepers;
 
+use std::ptr;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -35,7 +36,7 @@ static START: AtomicI64 = AtomicI64::new(EPOCH);
 pub fn start() {
     let before = NOW.load(Ordering::Relaxed);
     START.store(before, Ordering::Relaxed);
-    PATIENCE.end();
+    PATIENCE.begin();
     sleepers::leave_to_others(false);
     let _ = Instant::now();
     let ticked = NOW.load(Ordering::Relaxed) - before;
@@ -95,36 +96,28 @@ pub unsafe extern "C" fn epoll_wait(
         _ => NOW.load(Ordering::Relaxed) + i64::from(timeout) * (SECOND / 1000),
     };
     loop {
-        let mut ready = wait(0);
-        if ready == 0 {
-            match sleepers::next(end) {
-                sleepers::Next::Ours if timeout < 0 => ready = wait(timeout),
-                sleepers::Next::Ours => {
-                    ready = PATIENCE.grant(end, wait);
-                    if ready == 0 {
-                        NOW.fetch_max(end, Ordering::Relaxed);
-                        return 0;
-                    }
-                }
-                sleepers::Next::Busy => {
-                    PATIENCE.end();
-                    if timeout == 0 {
-                        return 0;
-                    }
-                    thread::yield_now();
-                    continue;
-                }
+        // What is found ready is not found again.
+        let ready = wait(PATIENCE.grant(end));
+        if ready != 0 {
+            return ready;
+        }
+        match sleepers::next(end) {
+            sleepers::Next::Woken => PATIENCE.begin(),
+            sleepers::Next::Ours if timeout < 0 => return wait(timeout),
+            // A program that polls moves the clock while others are at work.
+            sleepers::Next::Busy if timeout > 0 => thread::yield_now(),
+            _ if PATIENCE.is_due(end) => {}
+            _ => {
+                NOW.fetch_max(end, Ordering::Relaxed);
+                return 0;
             }
         }
-        PATIENCE.end();
-        return ready;
     }
 }
 
-/// Real time for threads that do not sleep here, and that the program may be waiting for: the more, the
-/// longer nothing happens.
+/// Real time for other threads, which the program may be waiting for: the more, the later it is.
 struct Patience {
-    /// When something happened last.
+    /// Since when.
     since: AtomicI64,
     /// After so many seconds, as a power of two, it is granted next.
     level: AtomicU32,
@@ -138,27 +131,33 @@ static PATIENCE: Patience = Patience {
 impl Patience {
     /// The most that is granted at a time, in milliseconds.
     const MOST: libc::c_int = 250;
+    /// From this level on it is granted whatever the program could do meanwhile.
+    const LATE: u32 = 10;
 
-    /// Waits as long as is due before the clock gets there; returns what became ready.
-    fn grant(&self, end: i64, wait: impl Fn(libc::c_int) -> libc::c_int) -> libc::c_int {
-        let quiet = end.saturating_sub(self.since.load(Ordering::Relaxed));
-        loop {
-            let level = self.level.load(Ordering::Relaxed);
-            if quiet < SECOND << level {
-                return 0;
-            }
-            self.level.store(level + 1, Ordering::Relaxed);
-            let ready = wait((1 << level.min(16)).min(Self::MOST));
-            if ready != 0 {
-                return ready;
-            }
-        }
-    }
-
-    fn end(&self) {
+    fn begin(&self) {
         self.since
             .store(NOW.load(Ordering::Relaxed), Ordering::Relaxed);
         self.level.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether some is due before the clock gets there.
+    fn is_due(&self, end: i64) -> bool {
+        let passed = end.saturating_sub(self.since.load(Ordering::Relaxed));
+        end != i64::MAX && passed >= SECOND << self.level.load(Ordering::Relaxed)
+    }
+
+    /// For how many milliseconds the program may wait for what is ready, before the clock gets there.
+    fn grant(&self, end: i64) -> libc::c_int {
+        if !self.is_due(end) {
+            return 0;
+        }
+        let level = self.level.fetch_add(1, Ordering::Relaxed);
+        if level < Self::LATE {
+            return (1 << level).min(Self::MOST);
+        }
+        // SAFETY: no entries are read, since there are none.
+        unsafe { libc::syscall(libc::SYS_poll, ptr::null::<libc::pollfd>(), 0, Self::MOST) };
+        0
     }
 }
 

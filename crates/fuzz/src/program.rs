@@ -66,8 +66,7 @@ pub fn run(script: &Script) -> Outcome {
     clock::leave_to_others();
     drop(controller);
     // A controller that was dropped is stopped by a thread. If it does not end, the run does not.
-    let mapper = remains.wait();
-    assert_eq!(mapper.count(), 0, "memory is still mapped");
+    assert_eq!(remains.wait(), 0, "memory is still mapped");
     outcome
 }
 

@@ -33,8 +33,10 @@ enum Place {
 
 /// Who is the next to do something.
 pub(super) enum Next {
-    /// Another thread is at work, or was just woken.
+    /// Another thread is at work.
     Busy,
+    /// Another thread, for which the time has come.
+    Woken,
     /// Whoever asked.
     Ours,
 }
@@ -86,7 +88,7 @@ pub(super) fn next(end: i64) -> Next {
             let sleeper = &mut state.sleepers[index];
             sleeper.place = Place::Awake;
             ring(sleeper.bell);
-            Next::Busy
+            Next::Woken
         }
         _ => Next::Ours,
     }
@@ -96,6 +98,10 @@ pub(super) fn next(end: i64) -> Next {
 pub(super) fn sleep(fds: &mut [libc::pollfd], end: Option<i64>) -> libc::c_int {
     let bell = ENTRY.with(|entry| entry.0.as_raw_fd());
     let end = end.unwrap_or(i64::MAX);
+    if end <= NOW.load(super::Ordering::Relaxed) {
+        is_ready(fds, 0);
+        return ready_ones(fds);
+    }
     let mut all = fds.to_vec();
     state().set(
         bell,
@@ -121,13 +127,17 @@ pub(super) fn sleep(fds: &mut [libc::pollfd], end: Option<i64>) -> libc::c_int {
         if jumps {
             NOW.fetch_max(end, super::Ordering::Relaxed);
         }
-        let is_over = all[..fds.len()].iter().any(|fd| fd.revents != 0);
+        let is_over = ready_ones(&all[..fds.len()]) > 0;
         if was_woken || jumps || is_over {
             state.set(bell, Place::Awake);
             break;
         }
     }
     fds.copy_from_slice(&all[..fds.len()]);
+    ready_ones(fds)
+}
+
+fn ready_ones(fds: &[libc::pollfd]) -> libc::c_int {
     fds.iter().filter(|fd| fd.revents != 0).count() as libc::c_int
 }
 

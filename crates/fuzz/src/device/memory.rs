@@ -1,18 +1,29 @@
 //! Host memory as the device reaches it: through the mappings that the driver made, and no others.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use iova::{Direction, DmaMapper, Geometry, HostMemory, IovaRange, MapError};
 
 const PAGE: u64 = 4096;
 
 /// The IOMMU of the device.
-#[derive(Default)]
-pub struct Mapper {
+pub(super) struct Mapper {
     mappings: Mutex<BTreeMap<u64, Mapping>>,
     limit: Option<u64>,
+    /// Takes the number of mappings that there are when the driver drops this.
+    left: Arc<AtomicUsize>,
+    /// Closed after that.
+    _alive: mpsc::Sender<Infallible>,
+}
+
+impl Drop for Mapper {
+    fn drop(&mut self) {
+        self.left.store(self.table().len(), Ordering::Release);
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -31,16 +42,17 @@ unsafe impl Send for Mapping {}
 pub(super) struct Refused;
 
 impl Mapper {
-    pub(super) fn new(limit: Option<u64>) -> Self {
+    pub(super) fn new(
+        limit: Option<u64>,
+        left: Arc<AtomicUsize>,
+        alive: mpsc::Sender<Infallible>,
+    ) -> Self {
         Self {
             mappings: Mutex::default(),
             limit,
+            left,
+            _alive: alive,
         }
-    }
-
-    /// How many mappings there are.
-    pub fn count(&self) -> usize {
-        self.table().len()
     }
 
     /// Where the mapping with this number, modulo how many there are, begins.

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread;
 
@@ -21,7 +22,7 @@ use nvme_async::device::{Device, DeviceError, Doorbell, DoorbellCall};
 use nvme_spec::Sqe;
 use nvme_spec::registers::{ControllerConfiguration, offset};
 
-pub use self::memory::Mapper;
+use self::memory::Mapper;
 use crate::eventfd;
 use crate::script::{Claims, Move, RegisterMove, Script};
 
@@ -38,14 +39,15 @@ pub struct FuzzDevice {
 /// What remains of a device that was given to the driver.
 pub struct Remains {
     alive: mpsc::Receiver<Infallible>,
-    mapper: Arc<Mapper>,
+    mappings: Arc<AtomicUsize>,
 }
 
 impl Remains {
-    /// Waits until the driver has let go of the device; returns its IOMMU.
-    pub fn wait(self) -> Arc<Mapper> {
+    /// Waits until the driver has let go of the device and its IOMMU; returns how many mappings there
+    /// were then.
+    pub fn wait(self) -> usize {
         let _closed = self.alive.recv();
-        self.mapper
+        self.mappings.load(Ordering::Acquire)
     }
 }
 
@@ -128,11 +130,12 @@ impl FuzzDevice {
         };
         // As few as there can be, and the driver still has room for its queues.
         let mappings = script.claims.mappings.map(|count| u64::from(count) + 1);
-        let mapper = Arc::new(Mapper::new(mappings));
         let (sender, alive) = mpsc::channel();
+        let left = Arc::<AtomicUsize>::default();
+        let mapper = Arc::new(Mapper::new(mappings, left.clone(), sender.clone()));
         let remains = Remains {
             alive,
-            mapper: mapper.clone(),
+            mappings: left,
         };
         let device = Arc::new_cyclic(|this| Self {
             this: this.clone(),
