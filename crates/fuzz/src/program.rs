@@ -161,10 +161,6 @@ async fn take(
         }
         None => operation.as_mut().poll(cx).map(Some),
     });
-    if matches!(step.operation, Operation::Quiesce) {
-        // It waits for commands that missed their deadline for as long as the device takes.
-        return timeout(COMMAND * 2, steps).await.unwrap_or(None);
-    }
     resolves(&name, PATIENCE, steps).await
 }
 

@@ -45,30 +45,51 @@ pub(crate) struct QueueCore<T, M, D> {
     earliest_deadline: Option<Instant>,
 }
 
-enum Slot<T> {
+/// A slot and what is in it, apart from each other: what a command needs is large, and stays where it
+/// is when the state changes.
+struct Slot<T> {
+    state: SlotState,
+    /// Nothing if the slot is free.
+    entry: Option<Entry<T>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SlotState {
     Free,
     /// On its way; somebody waits for it.
-    Submitted(Entry<T>),
+    Submitted,
     /// On its way; nobody waits for it any more.
-    Orphaned(Entry<T>),
+    Orphaned,
     /// Its deadline has passed, and the device is being made to let go of it.
     Aborting {
-        entry: Entry<T>,
         awaited: bool,
     },
     /// Its deadline has passed and its owner was told so. The device may still use its memory.
-    Lost(Entry<T>),
+    Lost,
+}
+
+impl SlotState {
+    /// Whether somebody waits for it.
+    fn is_awaited(self) -> bool {
+        matches!(self, Self::Submitted | Self::Aborting { awaited: true })
+    }
+
+    /// Whether its deadline has passed.
+    fn is_overdue(self) -> bool {
+        matches!(self, Self::Aborting { .. } | Self::Lost)
+    }
 }
 
 impl<T> Slot<T> {
-    fn entry(&self) -> Option<&Entry<T>> {
-        match self {
-            Self::Free => None,
-            Self::Submitted(entry)
-            | Self::Orphaned(entry)
-            | Self::Aborting { entry, .. }
-            | Self::Lost(entry) => Some(entry),
-        }
+    const FREE: Self = Self {
+        state: SlotState::Free,
+        entry: None,
+    };
+
+    /// Leaves it free.
+    fn take(&mut self) -> Option<(Entry<T>, SlotState)> {
+        let state = std::mem::replace(&mut self.state, SlotState::Free);
+        self.entry.take().map(|entry| (entry, state))
     }
 }
 
@@ -116,7 +137,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             id,
             submission,
             completion,
-            slots: (0..capacity).map(|_| Slot::Free).collect(),
+            slots: (0..capacity).map(|_| Slot::FREE).collect(),
             generations: vec![0; capacity.into()],
             index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
             free: (0..capacity).rev().collect(),
@@ -168,7 +189,9 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let deadline = deadline.filter(|_| class == Class::Foreground);
-        self.slots[usize::from(slot)] = Slot::Submitted(Entry {
+        let taken = &mut self.slots[usize::from(slot)];
+        taken.state = SlotState::Submitted;
+        taken.entry = Some(Entry {
             token,
             class,
             sequence,
@@ -207,13 +230,10 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     /// Records that nobody waits for the command in `slot` any more. Its memory stays here.
     pub(crate) fn orphan(&mut self, slot: u16) {
-        let slot = &mut self.slots[usize::from(slot)];
-        *slot = match std::mem::replace(slot, Slot::Free) {
-            Slot::Submitted(entry) => Slot::Orphaned(entry),
-            Slot::Aborting { entry, .. } => Slot::Aborting {
-                entry,
-                awaited: false,
-            },
+        let state = &mut self.slots[usize::from(slot)].state;
+        *state = match *state {
+            SlotState::Submitted => SlotState::Orphaned,
+            SlotState::Aborting { .. } => SlotState::Aborting { awaited: false },
             other => other,
         };
     }
@@ -251,27 +271,19 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
         let mut earliest: Option<Instant> = None;
         for (index, slot) in (0..).zip(&mut self.slots) {
-            let (Slot::Submitted(entry) | Slot::Orphaned(entry)) = &*slot else {
-                continue;
+            let awaited = match slot.state {
+                SlotState::Submitted => true,
+                SlotState::Orphaned => false,
+                _ => continue,
             };
-            let Some(deadline) = entry.deadline else {
+            let Some(deadline) = slot.entry.as_ref().and_then(|entry| entry.deadline) else {
                 continue;
             };
             if now < deadline {
                 earliest = Some(earliest.map_or(deadline, |earliest| earliest.min(deadline)));
                 continue;
             }
-            *slot = match std::mem::replace(slot, Slot::Free) {
-                Slot::Submitted(entry) => Slot::Aborting {
-                    entry,
-                    awaited: true,
-                },
-                Slot::Orphaned(entry) => Slot::Aborting {
-                    entry,
-                    awaited: false,
-                },
-                other => other,
-            };
+            slot.state = SlotState::Aborting { awaited };
             let generation = self.generations[usize::from(index)];
             overdue(index, cid(generation, self.index_bits, index));
         }
@@ -282,25 +294,21 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// slot, and the memory in it, stay taken. Returns its token if somebody waits for it.
     pub(crate) fn give_up(&mut self, slot: u16) -> Option<&T> {
         let slot = &mut self.slots[usize::from(slot)];
-        let awaited = match std::mem::replace(slot, Slot::Free) {
-            Slot::Aborting { entry, awaited } => {
-                self.foreground -= 1;
-                self.lost += 1;
-                *slot = Slot::Lost(entry);
-                awaited
-            }
-            other => {
-                *slot = other;
-                false
-            }
+        let SlotState::Aborting { awaited } = slot.state else {
+            return None;
         };
-        slot.entry().filter(|_| awaited).map(|entry| &entry.token)
+        self.foreground -= 1;
+        self.lost += 1;
+        slot.state = SlotState::Lost;
+        let entry = slot.entry.as_ref().filter(|_| awaited);
+        entry.map(|entry| &entry.token)
     }
 
     /// Whether the command with this identifier is overdue and outstanding.
     pub(crate) fn is_overdue(&self, cid: u16) -> bool {
         self.outstanding(cid)
-            .is_some_and(|slot| matches!(self.slots[usize::from(slot)], Slot::Aborting { .. }))
+            .map(|slot| self.slots[usize::from(slot)].state)
+            .is_some_and(|state| matches!(state, SlotState::Aborting { .. }))
     }
 
     /// Forbids all doorbells from now on.
@@ -328,18 +336,13 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     fn take_back(&mut self, wanted: impl Fn(&Entry<T>) -> bool) -> Vec<Reclaimed<T>> {
         let mut reclaimed = Vec::new();
         for (index, slot) in (0..).zip(&mut self.slots) {
-            if !slot.entry().is_some_and(&wanted) {
+            if !slot.entry.as_ref().is_some_and(&wanted) {
                 continue;
             }
-            let is_lost = matches!(slot, Slot::Lost(_));
-            let (entry, awaited, overdue) = match std::mem::replace(slot, Slot::Free) {
-                Slot::Free => continue,
-                Slot::Submitted(entry) => (entry, true, false),
-                Slot::Orphaned(entry) => (entry, false, false),
-                Slot::Aborting { entry, awaited } => (entry, awaited, true),
-                Slot::Lost(entry) => (entry, false, true),
+            let Some((entry, state)) = slot.take() else {
+                continue;
             };
-            if is_lost {
+            if state == SlotState::Lost {
                 self.lost -= 1;
             } else if entry.class == Class::Foreground {
                 self.foreground -= 1;
@@ -351,8 +354,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 sequence,
                 Reclaimed {
                     token: entry.token,
-                    awaited,
-                    overdue,
+                    awaited: state.is_awaited(),
+                    overdue: state.is_overdue(),
                     told,
                 },
             ));
@@ -382,7 +385,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     pub(crate) fn tokens(&self) -> impl Iterator<Item = &T> {
         self.slots
             .iter()
-            .filter_map(Slot::entry)
+            .filter_map(|slot| slot.entry.as_ref())
             .map(|entry| &entry.token)
     }
 
@@ -405,40 +408,20 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 head: cqe.sq_head(),
             });
         }
-        let (entry, awaited, overdue) =
-            match std::mem::replace(&mut self.slots[usize::from(slot)], Slot::Free) {
-                Slot::Free => return Err(unknown),
-                Slot::Submitted(entry) => {
-                    self.count_out(&entry);
-                    (entry, true, false)
-                }
-                Slot::Orphaned(entry) => {
-                    self.count_out(&entry);
-                    (entry, false, false)
-                }
-                Slot::Aborting { entry, awaited } => {
-                    self.count_out(&entry);
-                    (entry, awaited, true)
-                }
-                Slot::Lost(entry) => {
-                    self.lost -= 1;
-                    (entry, false, true)
-                }
-            };
+        let (entry, state) = self.slots[usize::from(slot)].take().ok_or(unknown)?;
+        if state == SlotState::Lost {
+            self.lost -= 1;
+        } else if entry.class == Class::Foreground {
+            self.foreground -= 1;
+        }
         self.free.push(slot);
         Ok(Finished {
             token: entry.token,
             cqe,
-            awaited,
-            overdue,
+            awaited: state.is_awaited(),
+            overdue: state.is_overdue(),
             submitted: entry.submitted,
         })
-    }
-
-    fn count_out(&mut self, entry: &Entry<T>) {
-        if entry.class == Class::Foreground {
-            self.foreground -= 1;
-        }
     }
 
     fn next_cid(&mut self, slot: u16) -> u16 {
@@ -452,7 +435,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// The slot of the command that has this identifier and that the device was told of.
     fn outstanding(&self, wire: u16) -> Option<u16> {
         let slot = (u32::from(wire) & ((1 << self.index_bits) - 1)) as u16;
-        let entry = self.slots.get(usize::from(slot))?.entry()?;
+        let entry = self.slots.get(usize::from(slot))?.entry.as_ref()?;
         let generation = self.generations[usize::from(slot)];
         let is_current = cid(generation, self.index_bits, slot) == wire;
         (is_current && entry.sequence < self.untold).then_some(slot)
