@@ -66,8 +66,8 @@ pub(crate) struct ControllerInner {
     pub(crate) repeat_writes: bool,
     /// Whether shutdown has begun.
     pub(crate) closing: AtomicBool,
-    /// Held by the shutdown that is under way.
-    pub(crate) ending: tokio::sync::Mutex<()>,
+    /// Held by the shutdown that is under way; whether one has begun to delete the queues.
+    pub(crate) ending: tokio::sync::Mutex<bool>,
     pub(crate) supervision: Supervision,
 }
 

@@ -24,7 +24,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error> {
     // Several tasks may call it, and again after it was dropped half-way.
-    let _ending = inner.ending.lock().await;
+    let mut deleting = inner.ending.lock().await;
     let Some(registers) = inner.tenure.registers() else {
         // The device may have another owner by now.
         return gone(inner);
@@ -55,7 +55,10 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
             first_error.get_or_insert(error);
         }
     };
-    note(delete_queues(inner, &registers).await);
+    // The one before may have got anywhere, and a queue is deleted once.
+    if !std::mem::replace(&mut *deleting, true) {
+        note(delete_queues(inner, &registers).await);
+    }
     inner.admin.queue.with(|state| state.set_refusing(true));
     let timeout = match inner.identify.rtd3e.get() {
         0 => SHUTDOWN_TIMEOUT,
@@ -110,7 +113,11 @@ fn gone(inner: &ControllerInner) -> Result<(), Error> {
             csts,
             fate,
         }),
-        _ => Ok(()),
+        _ => {
+            // The shutdown that did it may have been dropped before it said so.
+            inner.supervision.close();
+            Ok(())
+        }
     }
 }
 
