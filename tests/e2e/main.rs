@@ -18,4 +18,6 @@ mod matrix;
 mod ordering;
 mod planted;
 mod queues;
+mod runtime_ends;
 mod runtimes;
+mod waiters;

@@ -7,8 +7,12 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
 
+use super::slowness;
+
 /// No test takes nearly as long.
-const LIMIT: Duration = Duration::from_secs(120);
+fn limit() -> Duration {
+    Duration::from_secs(120) * slowness()
+}
 
 /// Runs `test` in a thread of its own, so that even a future that spins is noticed.
 ///
@@ -22,8 +26,8 @@ pub(crate) fn bounded<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'stat
         let _until_the_end = sender;
         test()
     });
-    match receiver.recv_timeout(LIMIT) {
-        Err(RecvTimeoutError::Timeout) => panic!("the test hangs: no end after {LIMIT:?}"),
+    match receiver.recv_timeout(limit()) {
+        Err(RecvTimeoutError::Timeout) => panic!("the test hangs: no end after {:?}", limit()),
         Ok(()) | Err(RecvTimeoutError::Disconnected) => match thread.join() {
             Ok(value) => value,
             Err(panic) => resume_unwind(panic),
@@ -70,7 +74,7 @@ pub(crate) fn multi_thread() -> Runtime {
 pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < LIMIT / 2, "never happened: {what}");
+        assert!(start.elapsed() < limit() / 2, "never happened: {what}");
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -79,7 +83,7 @@ pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 pub(crate) async fn comes_true(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < LIMIT / 2, "never happened: {what}");
+        assert!(start.elapsed() < limit() / 2, "never happened: {what}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

@@ -13,3 +13,12 @@ pub(crate) mod tampered;
 pub(crate) fn full() -> bool {
     std::env::var_os("NVME_ASYNC_FULL").is_some_and(|value| value == "1")
 }
+
+/// How many times longer everything takes than it usually does (`NVME_ASYNC_SLOWNESS`), as under a
+/// sanitizer.
+pub(crate) fn slowness() -> u32 {
+    let value = std::env::var("NVME_ASYNC_SLOWNESS").ok();
+    value.map_or(1, |value| {
+        value.parse().expect("NVME_ASYNC_SLOWNESS is a number")
+    })
+}

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use crate::support::bounded::comes_true;
 use crate::support::owners::Ledger;
 use crate::support::rig::{Rig, Setup};
+use crate::support::slowness;
 use crate::support::suite::target::Target;
 
 pub(super) const BLOCK: usize = 512;
@@ -27,7 +28,10 @@ pub(super) const NEW: u8 = 2;
 pub(super) const SOURCE: u8 = 3;
 
 /// How long the commands of the operations may take, and each step of a recovery.
-const TIMEOUT: Duration = Duration::from_millis(200);
+fn timeout() -> Duration {
+    Duration::from_millis(200) * slowness()
+}
+
 /// For commands that are not what is tested.
 const LONG: Duration = Duration::from_secs(60);
 /// What a slow controller takes for each command.
@@ -69,7 +73,7 @@ impl Trouble {
     pub(super) fn pace(self) -> Duration {
         match self {
             Self::Slow => LONG,
-            _ => TIMEOUT / 5,
+            _ => timeout() / 5,
         }
     }
 
@@ -170,7 +174,7 @@ impl<T: Handle> Case<T> {
         let mut rig = Setup::memory(SIZE as u64)
             .config(|config| {
                 config.io_queue_pairs = 2;
-                config.ready_timeout = Duration::from_millis(500);
+                config.ready_timeout = Duration::from_millis(500) * slowness();
                 config.track_unflushed = true;
                 if trouble == Trouble::Slow {
                     config.latency = SLOW;
@@ -181,7 +185,7 @@ impl<T: Handle> Case<T> {
                 let options = options.max_transfer(64 << 10);
                 match trouble {
                     Trouble::Slow => options,
-                    _ => options.timeout(Some(TIMEOUT)),
+                    _ => options.timeout(Some(timeout())),
                 }
             })
             .open()
@@ -245,9 +249,11 @@ impl<T: Handle> Case<T> {
             let has_begun = || self.states.has_changed().expect("the controller is there");
             self.comes_true("recovery begins", has_begun).await;
         }
-        let state = || self.rig.controller().state();
-        self.comes_true("it works again", || state() == ControllerState::Live)
-            .await;
+        self.comes_true("it works again", || {
+            assert!(!self.is_over(), "{label}: it was given up");
+            self.rig.controller().state() == ControllerState::Live
+        })
+        .await;
         self.check_memory(end).await;
         let contents = self.contents(new).await;
         self.check_slots().await;

@@ -2,6 +2,7 @@
 //! slow controller after every number of polls, and on one in trouble at all stages of its recovery.
 
 mod bed;
+mod lifecycle;
 mod operations;
 
 use std::future::Future;
@@ -18,12 +19,12 @@ use tokio::task::LocalSet;
 use self::bed::{Case, End, Handle, Trouble};
 use self::operations::{Operation, of_a_controller, of_a_namespace};
 use crate::support::bounded::{bounded, current_thread, multi_thread};
-use crate::support::full;
+use crate::support::{full, slowness};
 
-/// Controllers that are in trouble at the same time.
+/// Controllers that are in trouble at the same time, on a machine of usual speed.
 const AT_A_TIME: usize = 48;
 /// Nothing takes as long.
-const LIMIT: Duration = Duration::from_secs(50);
+const LIMIT: Duration = Duration::from_secs(80);
 
 /// Polls `future` so many times: at once, whenever it wakes, and after each `pace` without that.
 async fn polled<F: Future + ?Sized>(
@@ -64,7 +65,7 @@ async fn run<T: Handle>(
     case.begin(operation.queue);
     let mut future = (operation.start)(&case);
     let polled = polled(future.as_mut(), polls, trouble.pace());
-    let result = tokio::time::timeout(LIMIT, polled).await;
+    let result = tokio::time::timeout(LIMIT * slowness(), polled).await;
     let result = result.unwrap_or_else(|_| panic!("{label}: it does not resolve"));
     let end = if is_forgotten {
         std::mem::forget(future);
@@ -79,7 +80,7 @@ async fn run<T: Handle>(
         panic!("{label}: {error}");
     }
     let mut check = Box::pin(case.check(operation.queue, operation.new, end));
-    let checked = tokio::time::timeout(LIMIT, &mut check).await;
+    let checked = tokio::time::timeout(LIMIT * slowness(), &mut check).await;
     checked.unwrap_or_else(|_| panic!("{label}: no end"));
     result.is_some()
 }
@@ -112,7 +113,7 @@ async fn late<T: Handle>(
         .flat_map(|operation| points.iter().map(move |&polls| (operation, polls)));
     futures::stream::iter(cases)
         .map(|(operation, polls)| run(operation, trouble, polls, is_forgotten))
-        .buffer_unordered(AT_A_TIME)
+        .buffer_unordered(AT_A_TIME.div_ceil(slowness() as usize))
         .for_each(async |_| ())
         .await;
     let to_the_end = operations.iter();
