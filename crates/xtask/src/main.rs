@@ -1,7 +1,8 @@
 //! Tests of the workspace, those in a virtual machine included.
 //!
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
-//! QEMU's NVMe controllers; `cargo xtask fuzz` runs the fuzz targets. All say `--help`.
+//! QEMU's NVMe controllers; `cargo xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what
+//! does I/O under a sanitizer. All say `--help`.
 
 #![forbid(unsafe_code)]
 
@@ -14,6 +15,7 @@ mod machine;
 mod packages;
 mod relay;
 mod run;
+mod sanitize;
 mod sources;
 mod tally;
 mod test;
@@ -38,6 +40,7 @@ struct Arguments {
 enum Task {
     Fuzz(fuzz::Arguments),
     Test(test::Arguments),
+    Sanitize(sanitize::Arguments),
     Vm(vm::Arguments),
 }
 
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
     let outcome = Workspace::find().and_then(|workspace| match task {
         Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
+        Task::Sanitize(arguments) => sanitize::run(&workspace, &arguments),
         Task::Vm(arguments) => vm::run(&workspace, &arguments),
     });
     outcome.unwrap_or_else(|error| {

@@ -28,7 +28,7 @@ const LOOM: [(&str, &str, &str); 3] = [
 ];
 
 /// Features that nothing in the workspace turns on, and that have tests.
-const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory";
+pub(crate) const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory";
 
 /// How often a machine is booted whose emulator aborts.
 const BOOT_ATTEMPTS: u32 = 3;
@@ -59,7 +59,7 @@ enum Suite {
 
 pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     let wanted = |suite: &Suite| arguments.suite.is_empty() || arguments.suite.contains(suite);
-    let mut report = Report::default();
+    let mut report = Report::new("test");
     if wanted(&Suite::Workspace) {
         report.suite("workspace", || {
             run_cargo(
@@ -67,7 +67,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
                     .cargo()
                     .args(["test", "--workspace", "--no-fail-fast"])
                     .args(["--features", FEATURES]),
-                arguments,
+                arguments.full,
             )
         });
         // Without optimization the full count of histories takes too long.
@@ -78,7 +78,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
                         .cargo()
                         .args(["test", "--release", "--package", "nvme-async", "--lib"])
                         .arg("recovery::tests"),
-                    arguments,
+                    arguments.full,
                 )
             });
         }
@@ -94,7 +94,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
                         .arg("--target-dir")
                         .arg(workspace.target.join(configuration))
                         .env("RUSTFLAGS", format!("--cfg {configuration}")),
-                    arguments,
+                    arguments.full,
                 )
             });
         }
@@ -113,7 +113,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
 
 /// What became of the suites.
 #[derive(Debug)]
-struct Report {
+pub(crate) struct Report {
+    task: &'static str,
     start: Instant,
     rows: Vec<Row>,
 }
@@ -126,18 +127,17 @@ struct Row {
     passed: bool,
 }
 
-impl Default for Report {
-    fn default() -> Self {
+impl Report {
+    pub(crate) fn new(task: &'static str) -> Self {
         Self {
+            task,
             start: Instant::now(),
             rows: Vec::new(),
         }
     }
-}
 
-impl Report {
     /// Runs a suite, which fails also when tests in it are ignored or when it has none.
-    fn suite(&mut self, name: &str, suite: impl FnOnce() -> Result<Tally>) {
+    pub(crate) fn suite(&mut self, name: &str, suite: impl FnOnce() -> Result<Tally>) {
         self.row(name, || {
             let tally = suite()?;
             ensure!(tally.failed == 0, "{} tests failed", tally.failed);
@@ -195,7 +195,7 @@ impl Report {
     }
 
     /// Prints what became of each suite, and a last line that sums it up.
-    fn close(self, left_out: &[String]) -> ExitCode {
+    pub(crate) fn close(self, left_out: &[String]) -> ExitCode {
         println!("\n{:<32} {:>6} {:>10}", "suite", "tests", "time");
         for row in &self.rows {
             let verdict = if row.passed { "passed" } else { "FAILED" };
@@ -220,7 +220,8 @@ impl Report {
             format!("; NOT RUN, as asked: {}", left_out.join(", "))
         };
         println!(
-            "xtask test: {verdict} in {:.0} s{not_run}",
+            "xtask {}: {verdict} in {:.0} s{not_run}",
+            self.task,
             self.start.elapsed().as_secs_f64()
         );
         if failed == 0 {
@@ -232,8 +233,8 @@ impl Report {
 }
 
 /// Runs cargo's tests, shows their output, and counts them.
-fn run_cargo(cargo: &mut Command, arguments: &Arguments) -> Result<Tally> {
-    if arguments.full {
+pub(crate) fn run_cargo(cargo: &mut Command, full: bool) -> Result<Tally> {
+    if full {
         cargo.env(FULL, "1");
     } else {
         cargo.env_remove(FULL);
