@@ -18,6 +18,7 @@ mod matrix;
 mod ordering;
 mod planted;
 mod queues;
+mod recovery;
 mod runtime_ends;
 mod runtimes;
 mod waiters;

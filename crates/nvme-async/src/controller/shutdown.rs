@@ -26,7 +26,9 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
     // Several tasks may call it, and again after it was dropped half-way.
     let mut deleting = inner.ending.lock().await;
     let Some(registers) = inner.tenure.registers() else {
-        // The device may have another owner by now.
+        // The device may have another owner by now. The shutdown that gave it up may have been dropped
+        // before it said so.
+        inner.supervision.close();
         return gone(inner);
     };
     // What follows waits with timers, which panic where there are none.
@@ -113,11 +115,7 @@ fn gone(inner: &ControllerInner) -> Result<(), Error> {
             csts,
             fate,
         }),
-        _ => {
-            // The shutdown that did it may have been dropped before it said so.
-            inner.supervision.close();
-            Ok(())
-        }
+        _ => Ok(()),
     }
 }
 
