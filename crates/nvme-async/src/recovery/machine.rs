@@ -406,8 +406,8 @@ impl Recovery {
         }
         self.resets.push_back(now);
         let state = ControllerState::Recovering { cause };
-        self.actions.push_back(Action::Announce(state));
         self.actions.push_back(Action::Fence(Scope::All));
+        self.actions.push_back(Action::Announce(state));
         self.actions.push_back(Action::Disable);
         self.phase = Phase::Resetting(Reset {
             cause,

@@ -335,11 +335,11 @@ impl Supervisor {
         for queue in self.plant.all_queues() {
             queue.with(|state| state.fence());
         }
+        // Before anybody sees the error, and before the device is closed, which may take long.
+        self.announce(state);
         for queue in self.plant.all_queues() {
             queue.attend(|state, aftermath| state.fail(failure, stopped, aftermath));
         }
-        // Before the device is closed, which may take long.
-        self.announce(state);
         self.plant.tenure.give_up();
     }
 

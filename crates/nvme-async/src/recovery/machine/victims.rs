@@ -135,8 +135,8 @@ impl Recovery {
         }
         let cause = ResetCause::Overdue;
         let state = ControllerState::Recovering { cause };
-        self.actions.push_back(Action::Announce(state));
         self.actions.push_back(Action::Fence(Scope::Queue(queue)));
+        self.actions.push_back(Action::Announce(state));
         let delete = AdminStep::DeleteSubmissionQueue(queue);
         let step = self.step(now, delete, self.settings.step_timeout);
         self.phase = Phase::Recreating { queue, step };

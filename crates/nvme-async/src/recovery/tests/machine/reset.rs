@@ -15,8 +15,8 @@ const LIE: Lie = Lie::UnknownCommand { cid: 7 };
 
 fn begin_of_reset(cause: ResetCause) -> [Action; 4] {
     [
-        Action::Announce(ControllerState::Recovering { cause }),
         Action::Fence(Scope::All),
+        Action::Announce(ControllerState::Recovering { cause }),
         Action::Disable,
         Action::ReadStatus,
     ]
@@ -357,7 +357,7 @@ fn a_reset_forgets_victims() {
         rig.tell(|machine, now| machine.lie(now, 1, LIE)),
         begin_of_reset(lie)
     );
-    assert_ne!(begin_of_reset(lie)[0], RECOVERING);
+    assert_ne!(begin_of_reset(lie)[1], RECOVERING);
     rig.status(DISABLED);
     // The answer to an Abort command from before says nothing.
     assert_eq!(rig.success(abort), []);
