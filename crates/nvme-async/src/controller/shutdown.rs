@@ -146,7 +146,8 @@ async fn give_up(inner: &ControllerInner) {
     let space = inner.dma.space.clone();
     let closing = tokio::task::spawn_blocking(move || {
         space.end_retention();
-        tenure.give_up();
+        // If it has not stopped, what it may use was leaked before.
+        tenure.give_up(true);
     });
     if let Err(error) = closing.await {
         tracing::warn!(%error, "while the device was closed");
@@ -204,8 +205,11 @@ pub(super) fn stop_and_drop(
         tracing::warn!(%error, "an unused controller could not be cut off from memory");
     }
     let Some(held) = tenure.take() else {
-        // It was given up before, stopped and cut off.
-        return drop(keep);
+        // It was given up before.
+        if tenure.runs_on() {
+            std::mem::forget(keep);
+        }
+        return;
     };
     let stop = move || {
         if let Some(supervisor) = supervisor {
@@ -262,10 +266,6 @@ impl Drop for ControllerInner {
         let supervisor = self.supervision.retire();
         let states: Vec<State> = queues.iter().filter_map(|queue| queue.take()).collect();
         let keep = (states, self.admin.pool.clone());
-        if self.tenure.registers().is_none() && keep.0.iter().any(State::may_be_in_use) {
-            // It was given up without having been stopped.
-            return std::mem::forget(keep);
-        }
         stop_and_drop(&self.tenure, self.ready_timeout, keep, Some(supervisor));
         self.supervision.close();
     }

@@ -1,5 +1,6 @@
 //! Having a device, and giving it up.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::registers::Registers;
@@ -10,6 +11,8 @@ use crate::engine::sync::lock_std;
 pub(crate) struct Tenure {
     address: Arc<str>,
     held: Mutex<Option<Held>>,
+    /// Whether it was given up without having been stopped.
+    runs_on: AtomicBool,
 }
 
 /// The device, and what lets those know who wait for it.
@@ -24,6 +27,7 @@ impl Tenure {
         Arc::new(Self {
             address: registers.device.address().into(),
             held: Mutex::new(Some(Held { registers, release })),
+            runs_on: AtomicBool::new(false),
         })
     }
 
@@ -37,13 +41,20 @@ impl Tenure {
         held.as_ref().map(|held| held.registers.clone())
     }
 
+    /// Whether it was given up, and may use memory all the same.
+    pub(crate) fn runs_on(&self) -> bool {
+        self.runs_on.load(Ordering::Acquire)
+    }
+
     /// Takes the device away.
     pub(crate) fn take(&self) -> Option<Held> {
         lock_std(&self.held).take()
     }
 
-    /// Gives the device back to the host, which may take long.
-    pub(crate) fn give_up(&self) {
+    /// Gives the device back to the host, which may take long. If it has not `stopped`, memory that
+    /// it may use is never freed.
+    pub(crate) fn give_up(&self, stopped: bool) {
+        self.runs_on.store(!stopped, Ordering::Release);
         if let Some(Held { registers, release }) = self.take() {
             registers.device.close();
             drop(registers);

@@ -63,8 +63,6 @@ pub(crate) struct State {
     next_ticket: u64,
     /// Why nothing is accepted any more.
     failure: Option<Failure>,
-    /// Whether the device was known to have stopped then.
-    stopped: bool,
     gate: Gate,
     /// Whether the controller is being shut down.
     refusing: bool,
@@ -141,7 +139,6 @@ impl State {
             delayed: Vec::new(),
             next_ticket: 0,
             failure: None,
-            stopped: false,
             gate: Gate::Open,
             refusing: false,
             supervisor: None,

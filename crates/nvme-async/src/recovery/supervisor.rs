@@ -340,7 +340,7 @@ impl Supervisor {
         for queue in self.plant.all_queues() {
             queue.attend(|state, aftermath| state.fail(failure, stopped, aftermath));
         }
-        self.plant.tenure.give_up();
+        self.plant.tenure.give_up(stopped);
     }
 
     fn leave(&self) -> Next {

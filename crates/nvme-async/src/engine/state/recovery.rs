@@ -95,7 +95,6 @@ impl State {
             return;
         }
         self.failure = Some(failure);
-        self.stopped = stopped;
         let reclaimed = if stopped {
             self.core.fence();
             self.core.reclaim()
@@ -140,12 +139,6 @@ impl State {
         }
         self.wake_drains(aftermath);
         self.wake_reapers(aftermath);
-    }
-
-    /// Whether the queue pair has failed, and the device was not stopped: it may still use what the
-    /// slots hold.
-    pub(crate) fn may_be_in_use(&self) -> bool {
-        self.failure.is_some() && !self.stopped
     }
 
     /// Ends the queue pair: fails what is still waited for, and separates the outcomes from what the
