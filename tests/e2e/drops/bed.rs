@@ -250,7 +250,11 @@ impl<T: Handle> Case<T> {
             self.comes_true("recovery begins", has_begun).await;
         }
         self.comes_true("it works again", || {
-            assert!(!self.is_over(), "{label}: it was given up");
+            assert!(
+                !self.is_over(),
+                "{label}: {:?}",
+                self.rig.controller().state()
+            );
             self.rig.controller().state() == ControllerState::Live
         })
         .await;
