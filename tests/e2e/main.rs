@@ -16,6 +16,7 @@ mod local;
 mod mappings;
 mod matrix;
 mod ordering;
+mod panics;
 mod planted;
 mod queues;
 mod recovery;

@@ -51,6 +51,27 @@ fn states_are_told_in_order() {
 }
 
 #[test]
+fn times_that_no_clock_reaches() {
+    on_both_flavours(async || {
+        let rig = Setup::memory(SIZE)
+            .options(|options| {
+                let options = options.timeout(Some(Duration::MAX));
+                options.max_window(Duration::MAX)
+            })
+            .open()
+            .await;
+        let namespace = rig.namespace().await;
+        rig.device.controller().fail();
+        let read = namespace.read(0, 4096).timeout(Duration::MAX);
+        read.await.expect("is sent again");
+        assert_eq!(rig.controller().counters().retries, 1);
+        rig.controller().shutdown().await.expect("shuts down");
+        drop(namespace);
+        rig.abandon().await;
+    });
+}
+
+#[test]
 fn commands_that_do_not_want_to_wait_for_recovery() {
     on_both_flavours(async || {
         let rig = Setup::memory(SIZE)

@@ -27,6 +27,15 @@ pub(crate) struct Tampered {
     mapper: Arc<Mapper>,
     doorbells: Arc<Doorbells>,
     vectors: Vec<Arc<OwnedFd>>,
+    panics: Mutex<Panics>,
+}
+
+/// Whether reading a register panics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Panics {
+    No,
+    Once,
+    Always,
 }
 
 impl Tampered {
@@ -47,6 +56,7 @@ impl Tampered {
             inner,
             mapper,
             doorbells,
+            panics: Mutex::new(Panics::No),
         })
     }
 
@@ -84,6 +94,15 @@ impl Tampered {
         state.tamper_admin = None;
     }
 
+    /// Panics when a register is read, once or from now on.
+    pub(crate) fn panic_when_read(&self, for_ever: bool) {
+        let panics = match for_ever {
+            false => Panics::Once,
+            true => Panics::Always,
+        };
+        *self.panics.lock().expect("no panics") = panics;
+    }
+
     /// Swallows the next rings of I/O submission doorbells.
     pub(crate) fn lose_rings(&self, count: usize) {
         self.doorbells.state.lock().expect("no panics").lose = count;
@@ -96,6 +115,15 @@ impl Device for Tampered {
     }
 
     fn read32(&self, offset: u32) -> Result<u32, DeviceError> {
+        let panics = {
+            let mut panics = self.panics.lock().expect("no panics");
+            let now = *panics;
+            if now == Panics::Once {
+                *panics = Panics::No;
+            }
+            now
+        };
+        assert_eq!(panics, Panics::No, "on purpose: a device");
         self.inner.read32(offset)
     }
 

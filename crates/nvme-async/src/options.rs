@@ -143,9 +143,9 @@ impl OpenOptions {
     /// What takes longer is aborted; if that does not help, its queue pair is created anew, and if
     /// that does not, the controller is reset. So the future of a command resolves, with its buffer,
     /// at the latest after this time and what those take: up to 2 s for the Abort, 0.5 s more for the
-    /// command to end, this time again for each command of the recovery that the device does not
-    /// answer, and for each reset twice what the controller claims that it may take (CAP.TO), at
-    /// most three times.
+    /// command to end, this time again (at most 10 minutes) for each command of the recovery that the
+    /// device does not answer, and for each reset twice what the controller claims that it may take
+    /// (CAP.TO), at most three times.
     pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
         self.timeout = timeout;
         self

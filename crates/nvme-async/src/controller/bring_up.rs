@@ -36,6 +36,8 @@ const LARGEST_TRANSFER: u64 = 16 << 20;
 
 /// How long a command of a recovery may take when nothing says how long a command may take.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+/// However much time commands have: none of those of a recovery takes as long.
+const LONGEST_STEP_TIMEOUT: Duration = Duration::from_secs(600);
 /// An Abort command need not do more than find the command; this is for controllers that are busy.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a command may take after it was aborted.
@@ -346,7 +348,7 @@ impl BringUp<'_> {
             abort_limit: usize::from(identify.acl) + 1,
             abort_timeout: timeout.clamp(LEAST_TIMEOUT, ABORT_TIMEOUT),
             grace: timeout.clamp(LEAST_TIMEOUT, GRACE),
-            step_timeout: timeout.max(LEAST_TIMEOUT),
+            step_timeout: timeout.clamp(LEAST_TIMEOUT, LONGEST_STEP_TIMEOUT),
             ready_timeout,
             max_resets: MAX_RESETS,
             reset_window: RESET_WINDOW,

@@ -133,7 +133,7 @@ async fn delete_queues(inner: &ControllerInner, registers: &Registers) -> Result
         Ok(())
     };
     // A command has its own deadline, but only once it has its place in the queue.
-    let timeout = inner.timeout.unwrap_or(DRAIN_TIMEOUT) * 2;
+    let timeout = inner.timeout.unwrap_or(DRAIN_TIMEOUT).saturating_mul(2);
     match tokio::time::timeout(timeout, deletion).await {
         Ok(deleted) => deleted,
         Err(_) => Err(registers.not_ready("delete its queues", timeout)),

@@ -106,6 +106,7 @@ impl SharedQueue {
     }
 
     /// Runs `f` on the state, if it is there, and then what follows from it.
+    #[cfg(test)]
     pub(crate) fn attend<R>(&self, f: impl FnOnce(&mut State, &mut Aftermath) -> R) -> Option<R> {
         let mut aftermath = Aftermath::default();
         let result = self

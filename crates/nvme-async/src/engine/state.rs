@@ -418,7 +418,6 @@ impl State {
             awaited,
             overdue,
             submitted,
-            ..
         } = finished;
         match token {
             InFlight::AsyncEvent => {

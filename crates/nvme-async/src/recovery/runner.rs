@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -56,10 +57,12 @@ impl Retired {
 
 fn run(mut supervisor: Supervisor, inbox: &Inbox, mut notices: Vec<(Notice, Arc<OwnedFd>)>) {
     loop {
-        let timeout = match supervisor.step(&Instant::now) {
-            Next::Over => return,
-            Next::Never => None,
-            Next::At(at) => {
+        let step = catch_unwind(AssertUnwindSafe(|| supervisor.step(&Instant::now)));
+        let timeout = match step {
+            Err(_) => return supervisor.break_down(),
+            Ok(Next::Over) => return,
+            Ok(Next::Never) => None,
+            Ok(Next::At(at)) => {
                 let timeout = at.saturating_duration_since(Instant::now());
                 // Within an i64 for any time that a recovery waits.
                 Timespec::try_from(timeout).ok()

@@ -1,5 +1,6 @@
 //! Does what the recovery machine says, to real queue pairs and registers. It never waits.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use super::action::{Action, AdminStep, End, Place, Scope, Settings, StepId};
 use super::machine::Recovery;
 use crate::controller::registers::{AdminRings, Registers};
 use crate::controller::tenure::Tenure;
-use crate::engine::state::{Failure, Look};
+use crate::engine::state::{Aftermath, Failure, Look};
 use crate::engine::trouble::{Inbox, Trouble};
 use crate::engine::{SharedQueue, State};
 use crate::memory::DmaBuf;
@@ -69,7 +70,7 @@ pub(crate) struct Supervisor {
     plant: Plant,
     inbox: Arc<Inbox>,
     state: Arc<watch::Sender<ControllerState>>,
-    /// Admin commands that were not answered yet whose answer is looked at here.
+    /// The Identify command that was not answered yet.
     identifying: Option<StepId>,
     pause: Duration,
     retiring: bool,
@@ -128,11 +129,10 @@ impl Supervisor {
         if self.recovery.place() != Place::Live {
             // Nobody else may be there to take the completions.
             let now = clock();
-            let reap = |state: &mut State, aftermath: &mut _| {
+            attend(&self.plant.admin, |state, aftermath| {
                 state.reap(Look::Polled, now, aftermath);
                 state.ring_deferred();
-            };
-            self.plant.admin.attend(reap);
+            });
         }
         for trouble in self.inbox.take() {
             self.pause = FIRST_PAUSE;
@@ -148,8 +148,7 @@ impl Supervisor {
         self.perform_all(clock);
         match self.recovery.place() {
             Place::Ended => self.leave(),
-            Place::Live if self.retiring => self.leave(),
-            Place::Aborting if self.retiring => self.leave(),
+            Place::Live | Place::Aborting if self.retiring => self.leave(),
             Place::Live => Next::Never,
             _ => {
                 let look = clock() + self.pause;
@@ -220,12 +219,14 @@ impl Supervisor {
             }
             Action::Release(scope, cause) => {
                 for queue in self.plant.scope(scope) {
-                    queue.attend(|state, aftermath| state.release(cause, now, aftermath));
+                    attend(queue, |state, aftermath| {
+                        state.release(cause, now, aftermath)
+                    });
                 }
             }
             Action::Resume(scope) => {
                 for queue in self.plant.scope(scope) {
-                    queue.attend(|state, aftermath| state.resume(now, aftermath));
+                    attend(queue, |state, aftermath| state.resume(now, aftermath));
                 }
             }
             // Whether these had an effect is seen in CSTS.
@@ -250,7 +251,10 @@ impl Supervisor {
                 });
             }
             Action::Announce(state) => self.announce(state),
-            Action::End(end) => self.end(end),
+            Action::End(end) => {
+                let stopped = self.cut_off();
+                self.end(end, stopped);
+            }
         }
     }
 
@@ -312,12 +316,29 @@ impl Supervisor {
         self.state.send_replace(state);
     }
 
-    /// Fails everything and gives the device up.
-    fn end(&mut self, end: End) {
-        let stopped = self.registers().is_none_or(|registers| {
+    /// Ends after a panic, of the device's code or of this: nobody knows what is still to be done, but
+    /// nobody may wait for it for ever.
+    pub(super) fn break_down(&mut self) {
+        let address = self.plant.tenure.address();
+        tracing::error!(address, "recovery has panicked");
+        // It may panic again.
+        let status = || self.registers()?.live_status();
+        let csts = catch_unwind(AssertUnwindSafe(status)).ok().flatten();
+        let stopped = catch_unwind(AssertUnwindSafe(|| self.cut_off())).unwrap_or(false);
+        let csts = csts.unwrap_or(u32::MAX);
+        self.end(End::Failed { csts }, stopped);
+    }
+
+    /// Keeps the device from memory; returns whether that is certain.
+    fn cut_off(&self) -> bool {
+        self.registers().is_none_or(|registers| {
             let cut_off = registers.device.set_bus_master(false);
             cut_off.is_ok() || registers.is_disabled()
-        });
+        })
+    }
+
+    /// Fails everything and gives the device up.
+    fn end(&self, end: End, stopped: bool) {
         if !stopped {
             let address = self.plant.tenure.address();
             tracing::warn!(
@@ -338,14 +359,16 @@ impl Supervisor {
         // Before anybody sees the error, and before the device is closed, which may take long.
         self.announce(state);
         for queue in self.plant.all_queues() {
-            queue.attend(|state, aftermath| state.fail(failure, stopped, aftermath));
+            attend(queue, |state, aftermath| {
+                state.fail(failure, stopped, aftermath)
+            });
         }
         self.plant.tenure.give_up(stopped);
     }
 
     fn leave(&self) -> Next {
         for queue in self.plant.all_queues() {
-            queue.attend(|state, aftermath| state.forsake(aftermath));
+            attend(queue, |state, aftermath| state.forsake(aftermath));
         }
         Next::Over
     }
@@ -360,6 +383,16 @@ impl Supervisor {
         {
             tracing::debug!(%error, "in recovery");
         }
+    }
+}
+
+/// Runs `f` on a queue pair's state, and then what follows from it. That is the code of others, and
+/// recovery goes on if it panics.
+fn attend<R>(queue: &SharedQueue, f: impl FnOnce(&mut State, &mut Aftermath) -> R) {
+    let mut aftermath = Aftermath::default();
+    queue.with(|state| f(state, &mut aftermath));
+    if catch_unwind(AssertUnwindSafe(|| aftermath.run())).is_err() {
+        tracing::error!("a waker, or the owner of memory, has panicked");
     }
 }
 

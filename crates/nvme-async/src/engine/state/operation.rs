@@ -1,5 +1,6 @@
 //! Operations: commands that somebody may wait for, and what became of them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -185,9 +186,22 @@ pub(crate) struct Aftermath {
 }
 
 impl Aftermath {
+    /// Whoever is to be woken is, also if the waker of another panics.
     pub(crate) fn run(self) {
-        for waker in self.wakers {
+        let mut wakers = Wakers(self.wakers.into_iter());
+        for waker in &mut wakers.0 {
             waker.wake();
+        }
+    }
+}
+
+struct Wakers(smallvec::IntoIter<[Waker; REAP_BATCH]>);
+
+impl Drop for Wakers {
+    fn drop(&mut self) {
+        // Some are left only if one has panicked; a second panic would end the process.
+        for waker in &mut self.0 {
+            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
     }
 }

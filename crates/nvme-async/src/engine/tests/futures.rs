@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -38,6 +39,31 @@ fn failure(polled: Poll<Outcome>) -> Failure {
         Poll::Ready((Ok(_), _)) => panic!("it succeeded"),
         Poll::Pending => panic!("it waits"),
     }
+}
+
+struct Panics;
+
+impl Wake for Panics {
+    fn wake(self: Arc<Self>) {
+        panic!("on purpose");
+    }
+}
+
+#[test]
+fn wakers_that_panic_do_not_keep_others_from_being_woken() {
+    let (queue, mut device) = shared(8);
+    let panics = Waker::from(Arc::new(Panics));
+    let (wakes, waker) = Wakes::new();
+    let mut first = pin!(Submission::new(&queue, command(0).0));
+    let mut second = pin!(Submission::new(&queue, command(1).0));
+    let mut third = pin!(Submission::new(&queue, command(2).0));
+    assert!(poll(first.as_mut(), &panics).is_pending());
+    assert!(poll(second.as_mut(), &panics).is_pending());
+    assert!(poll(third.as_mut(), &waker).is_pending());
+    queue.with(State::ring_deferred);
+    device.work();
+    assert!(catch_unwind(AssertUnwindSafe(|| reap(&queue))).is_err());
+    assert_eq!(wakes.count(), 1);
 }
 
 #[test]
