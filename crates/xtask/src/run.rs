@@ -26,8 +26,9 @@ pub(crate) const HARNESS_FAILURE: u8 = 125;
 const KERNEL_PARAMETERS: &str =
     "console=ttyS0 intel_iommu=on oops=panic panic=-1 no_timer_check tsc=unstable";
 
-/// The signal by which a failed assertion ends a process.
-const SIGABRT: i32 = 6;
+/// The signals that end a process which has made a mistake: SIGABRT, of assertions, SIGBUS and
+/// SIGSEGV.
+const CRASHES: [i32; 3] = [6, 7, 11];
 
 /// A command, the machine it runs in, and who gets its output.
 pub(crate) struct Job<'a> {
@@ -50,9 +51,9 @@ pub(crate) enum Outcome {
     Exited(u8),
     /// The command did not end in time.
     TimedOut,
-    /// The emulator failed an assertion of its own. QEMU's software emulation of two processors
-    /// with an IOMMU does so now and then (`iotlb_to_section`), often before the guest is up.
-    EmulatorAborted,
+    /// The emulator crashed. QEMU's software emulation of two processors does so now and then when
+    /// memory-mapped registers come, move or go (`iotlb_to_section`), often before the guest is up.
+    EmulatorCrashed,
 }
 
 impl Job<'_> {
@@ -188,8 +189,9 @@ fn wait(
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 if let Some(end) = emulator.ended()? {
                     log.show();
-                    if end.signal() == Some(SIGABRT) {
-                        return Ok(Outcome::EmulatorAborted);
+                    if end.signal().is_some_and(|signal| CRASHES.contains(&signal)) {
+                        eprintln!("xtask: {QEMU} has crashed ({end})");
+                        return Ok(Outcome::EmulatorCrashed);
                     }
                     bail!("the virtual machine ended before the command did ({QEMU}: {end})");
                 }

@@ -30,7 +30,7 @@ const LOOM: [(&str, &str, &str); 3] = [
 /// Features that nothing in the workspace turns on, and that have tests.
 pub(crate) const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory";
 
-/// How often a machine is booted whose emulator aborts.
+/// How often a machine is booted whose emulator crashes.
 const BOOT_ATTEMPTS: u32 = 3;
 
 /// Runs every test: those of the workspace, the loom models, and those in virtual machines.
@@ -311,12 +311,12 @@ fn run_boot(
         if let Some(tally) = try_boot(workspace, arguments, boot, bed, binary)? {
             return Ok(tally);
         }
-        eprintln!("xtask: QEMU aborted by itself (attempt {attempt} of {BOOT_ATTEMPTS})");
+        eprintln!("xtask: that was attempt {attempt} of {BOOT_ATTEMPTS}");
     }
-    bail!("QEMU aborted {BOOT_ATTEMPTS} times");
+    bail!("QEMU crashed {BOOT_ATTEMPTS} times");
 }
 
-/// Runs the tests of one boot; nothing if the emulator aborted. The tests share controllers, so one
+/// Runs the tests of one boot; nothing if the emulator crashed. The tests share controllers, so one
 /// runs at a time.
 fn try_boot(
     workspace: &Workspace,
@@ -358,7 +358,7 @@ fn try_boot(
             let failed = counts(&tally).failed;
             bail!("{failed} tests failed, exit status {status}");
         }
-        Outcome::EmulatorAborted => Ok(None),
+        Outcome::EmulatorCrashed => Ok(None),
         Outcome::TimedOut => bail!("the tests did not end within {minutes} min"),
     }
 }

@@ -122,8 +122,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
             );
             TIMED_OUT
         }
-        Outcome::EmulatorAborted => {
-            eprintln!("error: QEMU aborted before the command ended; try again, or --cpus 1");
+        Outcome::EmulatorCrashed => {
+            eprintln!("error: QEMU crashed before the command ended; try again, or --cpus 1");
             HARNESS_FAILURE
         }
     }))
