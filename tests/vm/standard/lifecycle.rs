@@ -1,6 +1,9 @@
 //! The ends of controllers, and new beginnings.
 
+use std::fs;
 use std::sync::Mutex;
+use std::thread;
+use std::time::Duration;
 
 use futures::FutureExt;
 use nvme_async::{Error, Namespace};
@@ -29,6 +32,23 @@ fn opens_again_after_a_shutdown() {
             }
             leave_mark(&namespace, mark).await;
             harness::close(namespace).await;
+        }
+    });
+}
+
+/// The kernel refuses it for that long.
+#[test]
+fn opens_while_somebody_resets_the_function() {
+    run(120, async || {
+        let reset = format!("/sys/bus/pci/devices/{}/reset", harness::address("plain"));
+        for _ in 0..3 {
+            let path = reset.clone();
+            let resetting = thread::spawn(move || fs::write(path, "1"));
+            // A reset of a function takes 100 ms (PCI Express base specification 6.0, section 6.6.2).
+            thread::sleep(Duration::from_millis(20));
+            harness::close(harness::open("plain").await).await;
+            let reset = resetting.join().expect("does not panic");
+            reset.expect("root may reset it");
         }
     });
 }

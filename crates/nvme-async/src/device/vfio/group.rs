@@ -6,6 +6,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use iova::DmaMapper;
 use iova::vfio::Type1Container;
@@ -18,6 +20,11 @@ use super::lease::Unleased;
 use super::pci::{self, PciAddress, Roots};
 use super::registry::{Entry, Opened, Registry};
 use super::sys::{self, Container};
+
+/// Others reset a function, bind it or plug it in, and for that long, at most, it is waited until
+/// they are done with it.
+const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The groups that this process has open: the kernel gives a group to one opener at a time, so a
 /// second function of it must find the first one's descriptor.
@@ -103,13 +110,22 @@ impl Group {
         self.id
     }
 
-    /// Opens a function of this group; the kernel resets it on the way if it can.
+    /// Opens a function of this group; the kernel resets it on the way if it can, for which it does
+    /// not wait until others are done with the function.
     pub(super) fn device(&self, address: PciAddress) -> io::Result<File> {
         let name = CString::new(address.to_string()).map_err(io::Error::other)?;
-        self.open.with(|open| {
-            let open = open.ok_or_else(gone)?;
-            sys::group_device(open.file.as_fd(), &name).map(File::from)
-        })
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let opened = self.open.with(|open| {
+                let open = open.ok_or_else(gone)?;
+                sys::group_device(open.file.as_fd(), &name).map(File::from)
+            });
+            let is_locked = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+            if !opened.as_ref().is_err_and(is_locked) || Instant::now() >= end {
+                return opened;
+            }
+            thread::sleep(PAUSE);
+        }
     }
 
     /// Does something with the container, which maps memory for all functions of the group. Their

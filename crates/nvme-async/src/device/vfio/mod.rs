@@ -76,7 +76,8 @@ impl VfioDevice {
     /// this value and everything that [`Device::doorbell`] has given are dropped. An opening
     /// meanwhile fails; one while another thread is dropping the last of it waits.
     ///
-    /// This blocks, for a tenth of a second or more where the function is reset.
+    /// This blocks, for a tenth of a second or more where the function is reset, and for 2 s at most
+    /// while somebody else resets, binds or plugs it.
     ///
     /// # Errors
     ///
