@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
 //! QEMU's NVMe controllers; `cargo xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what
-//! does I/O under a sanitizer. All say `--help`.
+//! does I/O under a sanitizer; `cargo xtask poll-sim` compares polling policies. All say `--help`.
 
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ mod initramfs;
 mod kernel;
 mod machine;
 mod packages;
+mod poll_sim;
 mod relay;
 mod run;
 mod sanitize;
@@ -39,6 +40,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     Fuzz(fuzz::Arguments),
+    PollSim(poll_sim::Arguments),
     Test(test::Arguments),
     Sanitize(sanitize::Arguments),
     Vm(vm::Arguments),
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
     let task = Arguments::parse().task;
     let outcome = Workspace::find().and_then(|workspace| match task {
         Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
+        Task::PollSim(arguments) => poll_sim::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Sanitize(arguments) => sanitize::run(&workspace, &arguments),
         Task::Vm(arguments) => vm::run(&workspace, &arguments),

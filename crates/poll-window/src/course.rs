@@ -1,0 +1,99 @@
+//! The cheapest way to wait, from every moment on.
+
+use crate::bins::{BINS, bin, start};
+use crate::history::History;
+use crate::{Costs, Plan};
+
+/// A pause must be cheaper by so much than what else there is.
+const PAUSE_GAIN: f32 = 0.9;
+
+/// What to do at each age of a wait, in steps.
+#[derive(Clone, Debug)]
+pub(crate) struct Course {
+    steps: [Step; BINS],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Sleep,
+    /// Until the beginning of a step.
+    Poll(u8),
+    Pause(u8),
+}
+
+impl Course {
+    /// The cheapest on average, if waits go as they went.
+    ///
+    /// From the last moment to the first: what is cheapest later is known then.
+    pub(crate) fn through(history: &History, costs: &Costs, crowd: f32) -> Self {
+        let hazards = history.hazards();
+        // How likely it is that a wait comes so far.
+        let mut reached = [1.0; BINS];
+        for step in 1..BINS {
+            reached[step] = reached[step - 1] * (1.0 - hazards[step - 1]);
+        }
+        let sleep = costs.sleep(crowd);
+        let pause_gain = sleep - costs.wake_cpu as f32;
+        // Going to sleep and waking up take that long already.
+        let least_pause = costs.wake_cpu.saturating_add(costs.wake_latency);
+        let mut steps = [Step::Sleep; BINS];
+        // What it costs to wait from a step on, times how likely that is. Nothing is polled for in the
+        // last step, which has no end.
+        let mut cheapest = reached.map(|reached| reached * sleep);
+        // Where to wake up from a pause does not depend on where it begins: where most is gained
+        // against the interrupt, of the steps that are far enough away.
+        let mut targets = (0..BINS).rev().peekable();
+        let mut best_target = None;
+        for step in (0..BINS - 1).rev() {
+            let width = (start(step + 1) - start(step)) as f32;
+            let ends_here = reached[step] - reached[step + 1];
+            let poll = ends_here * width / 2.0 + reached[step + 1] * width + cheapest[step + 1];
+            if poll < cheapest[step] {
+                cheapest[step] = poll;
+                steps[step] = match steps[step + 1] {
+                    Step::Poll(end) => Step::Poll(end),
+                    _ => Step::Poll(step as u8 + 1),
+                };
+            }
+            let awake = start(step).saturating_add(least_pause);
+            let is_far = |&target: &usize| target > step && start(target) > awake;
+            while let Some(target) = targets.next_if(is_far) {
+                let gain = reached[target] * pause_gain - cheapest[target];
+                let is_better = best_target.is_none_or(|(most, _)| gain > most);
+                if is_better && matches!(steps[target], Step::Poll(_)) {
+                    best_target = Some((gain, target));
+                }
+            }
+            if let Some((gain, target)) = best_target {
+                let pause = sleep * reached[step] - gain;
+                // A timer is less certain than an interrupt.
+                if pause < PAUSE_GAIN * cheapest[step] {
+                    cheapest[step] = pause;
+                    steps[step] = Step::Pause(target as u8);
+                }
+            }
+        }
+        Self { steps }
+    }
+
+    pub(crate) fn at(&self, age: u64, costs: &Costs) -> Plan {
+        match self.steps[bin(age)] {
+            Step::Sleep => Plan::Sleep,
+            Step::Poll(end) => {
+                let longest = age.saturating_add(costs.longest_poll);
+                Plan::Poll {
+                    until: start(usize::from(end)).min(longest),
+                }
+            }
+            Step::Pause(target) => {
+                let timer = start(usize::from(target)).saturating_sub(costs.wake_latency);
+                if timer > age {
+                    Plan::Pause { until: timer }
+                } else {
+                    // Not far enough away for a sleep.
+                    self.at(start(usize::from(target)), costs)
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! How waits have gone of late.
+
+use crate::bins::{BINS, bin};
+
+/// The weight of one wait, before it ages.
+const WEIGHT: u16 = 32;
+/// With this weight in all, everything counts half from then on: about the last thousand waits tell.
+const FULL: u32 = 512 * WEIGHT as u32;
+
+/// For each step, how many waits were under way in it, and how many of them ended there with a
+/// completion. What is older counts less.
+#[derive(Clone, Debug)]
+pub(crate) struct History {
+    completed: [u16; BINS],
+    /// Those that began in a step, less those that were broken off in it.
+    joined: [i16; BINS],
+    total: u32,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self {
+            completed: [0; BINS],
+            joined: [0; BINS],
+            total: 0,
+        }
+    }
+}
+
+impl History {
+    /// Adds a wait that ended with a completion; returns whether there was none like it of late.
+    pub(crate) fn add_completed(&mut self, from: u64, to: u64) -> bool {
+        let completed = &mut self.completed[bin(to)];
+        let is_new = *completed < WEIGHT;
+        *completed += WEIGHT;
+        self.joined[bin(from)] += WEIGHT as i16;
+        self.age();
+        is_new
+    }
+
+    /// Adds a wait that something else ended.
+    pub(crate) fn add_broken_off(&mut self, from: u64, to: u64) {
+        let (from, to) = (bin(from), bin(to));
+        if from != to {
+            self.joined[from] += WEIGHT as i16;
+            self.joined[to] -= WEIGHT as i16;
+            self.age();
+        }
+    }
+
+    /// How likely it is, for each step, that a wait ends in it which has come that far.
+    ///
+    /// Such a probability is known from those waits alone that were under way in the step (Kaplan and
+    /// Meier's estimate, with late entry), so that neither a wait that something else ended nor one
+    /// that began late says anything of what it did not see. Where none was under way, one that has
+    /// lasted long is believed to go on for long.
+    pub(crate) fn hazards(&self) -> [f32; BINS] {
+        let mut under_way = 0i32;
+        std::array::from_fn(|step| {
+            under_way += i32::from(self.joined[step]);
+            let completed = i32::from(self.completed[step]);
+            // Halves are rounded.
+            let watched = under_way.max(completed);
+            under_way -= completed;
+            let belief = f32::from(WEIGHT);
+            (completed as f32 + BELIEF * belief) / (watched as f32 + belief)
+        })
+    }
+
+    fn age(&mut self) {
+        self.total += u32::from(WEIGHT);
+        if self.total >= FULL {
+            self.completed.iter_mut().for_each(|weight| *weight /= 2);
+            self.joined.iter_mut().for_each(|weight| *weight /= 2);
+            self.total /= 2;
+        }
+    }
+}
+
+/// How likely a wait is believed to end in a step of which nothing is known: one that has lasted for
+/// some time goes on for half of it, on average.
+const BELIEF: f32 = 1.0 / 8.0;

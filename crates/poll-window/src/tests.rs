@@ -1,0 +1,201 @@
+//! What it says of devices of several kinds.
+
+use crate::*;
+
+const COSTS: Costs = Costs {
+    wake_cpu: 5_000,
+    wake_latency: 5_000,
+    latency_price: 100,
+    longest_poll: 50_000,
+};
+
+fn taught(gaps: impl IntoIterator<Item = u64>) -> Policy {
+    let mut policy = Policy::new(COSTS);
+    for gap in gaps {
+        policy.observe(READ, 0, gap, End::Polled);
+    }
+    policy
+}
+
+const READ: Situation = Situation(Kind::Read as u8);
+
+#[test]
+fn untaught_it_polls_until_nobody_would() {
+    let policy = Policy::new(COSTS);
+    let Plan::Poll { until } = policy.plan(READ, 0) else {
+        panic!("it does not poll");
+    };
+    // A sleep costs 10 µs. What has taken 30 µs is believed to take a third of that more.
+    assert!((25_000..35_000).contains(&until), "{until}");
+    assert_eq!(policy.plan(READ, until + 1_000), Plan::Sleep);
+}
+
+#[test]
+fn a_fast_device_is_polled_until_it_answers() {
+    let policy = taught((0..200).map(|index| 5_000 + index % 7 * 100));
+    for age in [0, 2_000, 5_500] {
+        let plan = policy.plan(READ, age);
+        assert!(
+            matches!(plan, Plan::Poll { until } if until > 5_600),
+            "{plan:?}"
+        );
+    }
+    assert_eq!(policy.plan(READ, 40_000), Plan::Sleep);
+}
+
+#[test]
+fn what_was_broken_off_says_nothing_of_what_would_have_come() {
+    let mut policy = taught((0..200).map(|_| 9_000));
+    for _ in 0..400 {
+        // Something else always comes before the completion.
+        policy.observe(READ, 0, 2_000, End::BrokenOff);
+    }
+    policy.observe(READ, 0, 9_000, End::Polled);
+    let plan = policy.plan(READ, 0);
+    assert!(
+        matches!(plan, Plan::Poll { until } if until > 9_000),
+        "{plan:?}"
+    );
+}
+
+#[test]
+fn waits_that_begin_late_say_nothing_of_before() {
+    let mut policy = Policy::new(COSTS);
+    for _ in 0..300 {
+        // While one command after another is completed, the next is soon there ...
+        policy.observe(READ, 200, 700, End::Polled);
+        // ... and after the last one it takes long, which is seen from 60 µs on only.
+        policy.observe(READ, 60_000, 80_000, End::Interrupted { completions: 1 });
+    }
+    // One that has lasted for 700 ns and a bit is not one of those that take long.
+    let plan = policy.plan(READ, 700);
+    assert!(matches!(plan, Plan::Poll { .. }), "{plan:?}");
+    let plan = policy.plan(READ, 61_000);
+    assert!(!matches!(plan, Plan::Poll { .. }), "{plan:?}");
+}
+
+#[test]
+fn a_sleep_that_makes_many_late_is_dear() {
+    let teach = |completions| {
+        let mut policy = Policy::new(COSTS);
+        for index in 0..300 {
+            policy.observe(
+                READ,
+                0,
+                37_000 + index % 9 * 4_000,
+                End::Interrupted { completions },
+            );
+        }
+        policy.plan(READ, 9_000)
+    };
+    assert_eq!(teach(1), Plan::Sleep);
+    assert!(matches!(teach(30), Plan::Poll { .. }));
+}
+
+#[test]
+fn a_device_that_is_slow_now_and_then_does_not_change_the_window() {
+    let policy = taught((0..1000).map(|index| if index % 100 == 50 { 2_000_000 } else { 7_000 }));
+    let Plan::Poll { until } = policy.plan(READ, 0) else {
+        panic!("it does not poll");
+    };
+    assert!((7_000..9_000).contains(&until), "{until}");
+    assert_eq!(policy.plan(READ, 10_000), Plan::Sleep);
+}
+
+#[test]
+fn before_a_slow_device_it_sleeps_and_then_polls() {
+    let policy = taught((0..200).map(|index| 80_000 + index % 5 * 500));
+    let Plan::Pause { until } = policy.plan(READ, 0) else {
+        panic!("{:?}", policy.plan(READ, 0));
+    };
+    assert!((70_000..75_000).contains(&until), "{until}");
+    let Plan::Poll { until } = policy.plan(READ, 78_000) else {
+        panic!("{:?}", policy.plan(READ, 78_000));
+    };
+    assert!((82_000..90_000).contains(&until), "{until}");
+}
+
+#[test]
+fn for_a_device_that_nobody_can_predict_it_sleeps() {
+    let policy = taught((0..500).map(|index| 20_000 + index * 7919 % 1_000_000));
+    assert_eq!(policy.plan(READ, 0), Plan::Sleep);
+}
+
+#[test]
+fn what_is_seen_by_interrupts_alone_is_enough_to_begin_polling() {
+    let mut policy = taught([3_000_000; 100]);
+    assert_eq!(policy.plan(READ, 0), Plan::Sleep);
+    for _ in 0..2_000 {
+        policy.observe(
+            READ,
+            0,
+            8_000 + COSTS.wake_latency,
+            End::Interrupted { completions: 1 },
+        );
+    }
+    assert!(matches!(policy.plan(READ, 0), Plan::Poll { .. }));
+}
+
+#[test]
+fn situations_do_not_disturb_each_other() {
+    let mut policy = Policy::new(COSTS);
+    for _ in 0..100 {
+        policy.observe(READ, 0, 3_000_000, End::Polled);
+        policy.observe(Situation::new(1, Kind::Write), 0, 4_000, End::Polled);
+        policy.observe(Situation::new(32, Kind::Read), 0, 500, End::Polled);
+    }
+    assert_eq!(policy.plan(READ, 0), Plan::Sleep);
+    assert_eq!(Situation::new(0, Kind::Read), READ);
+    for (outstanding, kind) in [(1, Kind::Write), (16, Kind::Read), (128, Kind::Other)] {
+        let plan = policy.plan(Situation::new(outstanding, kind), 0);
+        assert!(matches!(plan, Plan::Poll { .. }), "{outstanding} {kind:?}");
+    }
+}
+
+#[test]
+fn no_poll_is_longer_than_allowed() {
+    let costs = Costs {
+        longest_poll: 2_000,
+        ..COSTS
+    };
+    let mut policy = Policy::new(costs);
+    assert_eq!(policy.plan(READ, 100), Plan::Poll { until: 2_100 });
+    for _ in 0..100 {
+        policy.observe(READ, 0, 6_000, End::Polled);
+    }
+    assert_eq!(policy.plan(READ, 100), Plan::Poll { until: 2_100 });
+}
+
+#[test]
+fn times_of_any_size_are_fine() {
+    let costs = Costs {
+        wake_cpu: u64::MAX,
+        wake_latency: u64::MAX,
+        latency_price: u64::MAX,
+        longest_poll: u64::MAX,
+    };
+    for costs in [
+        costs,
+        COSTS,
+        Costs {
+            wake_cpu: 0,
+            wake_latency: 0,
+            latency_price: 0,
+            longest_poll: 0,
+        },
+    ] {
+        let mut policy = Policy::new(costs);
+        for gap in [0, 1, 255, 256, u64::MAX / 2, u64::MAX] {
+            for end in [
+                End::Polled,
+                End::Interrupted { completions: 1 },
+                End::BrokenOff,
+            ] {
+                policy.observe(READ, gap / 2, gap, end);
+                for age in [0, 1, 1 << 20, u64::MAX] {
+                    let _ = policy.plan(READ, age);
+                }
+            }
+        }
+    }
+}
