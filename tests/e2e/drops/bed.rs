@@ -30,7 +30,7 @@ pub(super) const SOURCE: u8 = 3;
 
 /// How long the commands of the operations may take, and each step of a recovery.
 fn timeout() -> Duration {
-    Duration::from_millis(200) * slowness()
+    Duration::from_millis(300) * slowness()
 }
 
 /// For commands that are not what is tested.
