@@ -12,7 +12,7 @@ use super::registers::Registers;
 use super::tenure::{Held, Tenure};
 use super::{Controller, ControllerInner};
 use crate::engine::State;
-use crate::engine::state::Core;
+use crate::engine::state::Remains;
 use crate::engine::submission::Drain;
 use crate::recovery::{ControllerState, Retired};
 use crate::{Error, Fate};
@@ -87,16 +87,16 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
     // A controller that goes on can't do so with memory.
     let stopped = disabled || cut_off.is_ok();
     note(cut_off.map_err(Error::from));
-    let cores: Vec<Core> = inner
+    let remains: Vec<Remains> = inner
         .all_queues()
         .chain([&inner.admin.queue])
         .filter_map(|queue| queue.end(stopped))
         .collect();
     if stopped {
-        drop(cores);
+        drop(remains);
     } else {
         // The device may still write there.
-        std::mem::forget(cores);
+        std::mem::forget(remains);
     }
     drop(registers);
     give_up(inner).await;

@@ -9,7 +9,7 @@ use super::Notification;
 use super::access::Access;
 use super::biased::{Biased, Owner};
 use super::reaper::{Reaper, check_spawned, vacate};
-use super::state::{Aftermath, Core, Failure, Outcome, Outcomes, QueueCounters, State};
+use super::state::{Aftermath, Failure, Outcome, Outcomes, QueueCounters, Remains, State};
 
 /// A queue pair behind a lock, which is held for the time of one submission or one batch of
 /// completions and never while anything else runs. A [`LocalQueue`](super::LocalQueue) can own it
@@ -69,17 +69,17 @@ impl SharedQueue {
 
     /// Ends the queue pair and returns what the device may still use, which is nothing if it has
     /// `stopped`. Futures get the outcomes that there are, and the others fail.
-    pub(crate) fn end(&self, stopped: bool) -> Option<Core> {
+    pub(crate) fn end(&self, stopped: bool) -> Option<Remains> {
         let mut aftermath = Aftermath::default();
-        let core = self.state.with(|home| {
+        let remains = self.state.with(|home| {
             home.take().map(|state| {
-                let (outcomes, core) = state.end(stopped, &mut aftermath);
+                let (outcomes, remains) = state.end(stopped, &mut aftermath);
                 *super::sync::lock_std(&self.outcomes) = outcomes;
-                core
+                remains
             })
         });
         aftermath.run();
-        core
+        remains
     }
 
     /// Sees to it that outstanding commands are reaped after its owner has given it up.

@@ -18,11 +18,10 @@ use smallvec::SmallVec;
 
 use self::drain::Draining;
 pub(crate) use self::operation::{
-    Aftermath, Command, Failed, Failure, Flight, InFlight, Outcome, Outcomes,
+    Aftermath, Command, Failed, Failure, Outcome, Outcomes, Remains, Token,
 };
 use self::operation::{Operation, Stage};
 pub(crate) use self::seat::{Place, Seat, Term};
-use self::waiting::submit;
 use super::trouble::{Inbox, Trouble};
 use super::window::Window;
 use super::{PollMode, QueueSettings};
@@ -37,7 +36,7 @@ const REAP_BATCH: usize = 32;
 const STALL: Duration = Duration::from_secs(1);
 
 /// The protocol core of a queue pair on a device.
-pub(crate) type Core = QueueCore<InFlight, DmaWords, Doorbell>;
+pub(crate) type Core = QueueCore<Token, DmaWords, Doorbell>;
 
 /// How far [`State::start`] got with a command.
 pub(crate) enum Progress {
@@ -45,21 +44,23 @@ pub(crate) enum Progress {
     Waiting { key: usize },
 }
 
-/// Why [`State::start`] did not take a command.
+/// Why a command is not accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    Failed(Failure, Command),
+    Failed(Failure),
     /// Nobody drives the queue.
-    NoReaper(Command),
+    NoReaper,
 }
 
 /// The state of one queue pair.
 pub(crate) struct State {
     core: Core,
+    /// All commands that were accepted; their keys are everywhere else.
     operations: Slab<Operation>,
-    /// Commands that wait for a slot, in the order in which they get one.
-    backlog: VecDeque<Flight>,
-    /// Commands that are to be sent again, and when.
-    delayed: Vec<(Instant, Flight)>,
+    /// Those that wait for a slot, in the order in which they get one.
+    backlog: VecDeque<usize>,
+    /// Those that are to be sent again, and when.
+    delayed: Vec<(Instant, usize)>,
     next_ticket: u64,
     /// Why nothing is accepted any more.
     failure: Option<Failure>,
@@ -154,112 +155,58 @@ impl State {
         }
     }
 
-    /// Submits a command for an operation, or queues it behind those that wait for a slot.
+    /// Why no command is accepted, if so.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        let recovering = self.gate != Gate::Open && self.settings.fails_fast;
+        if let Some(failure) = self.failure {
+            Some(Refusal::Failed(failure))
+        } else if self.refusing {
+            Some(Refusal::Failed(Failure::Closed))
+        } else if recovering {
+            Some(Refusal::Failed(Failure::Recovering))
+        } else {
+            (!self.has_reaper()).then_some(Refusal::NoReaper)
+        }
+    }
+
+    /// Accepts a command, of which there is no [`refusal`](Self::refusal): submits it, or queues it
+    /// behind those that wait for a slot.
     pub(crate) fn start(
         &mut self,
         command: Command,
         waker: Waker,
         now: Instant,
         aftermath: &mut Aftermath,
-    ) -> Result<Progress, Refusal> {
-        if let Some(failure) = self.refusal() {
-            aftermath.unused.push(waker);
-            return Err(Refusal::Failed(failure, command));
-        }
-        if !self.has_reaper() {
-            aftermath.unused.push(waker);
-            return Err(Refusal::NoReaper(command));
-        }
+    ) -> Progress {
+        debug_assert!(self.refusal().is_none());
         let was_idle = self.core.in_flight() == 0;
-        let entry = self.operations.vacant_entry();
-        let key = entry.key();
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        let flight = Flight {
-            key,
-            ticket,
+        let key = self.operations.insert(Operation {
             command,
+            ticket,
             since: None,
             attempts: 0,
-        };
-        let submitted = if self.backlog.is_empty() {
-            submit(&mut self.core, flight, now, &mut self.counters)
-        } else {
-            Err(flight)
-        };
-        let stage = match submitted {
-            Ok(slot) => Stage::Submitted { slot },
-            Err(flight) => {
-                self.backlog.push_back(flight);
-                Stage::Queued
-            }
-        };
-        entry.insert(Operation { waker, stage });
+            stage: Stage::Queued,
+            waker: Waker::noop().clone(),
+        });
+        if !self.backlog.is_empty() || !self.submit(key, now) {
+            self.backlog.push_back(key);
+        }
         if was_idle {
             self.last_progress = now;
         }
         self.reap(Look::Polled, now, aftermath);
         self.rouse_reaper(was_idle, aftermath);
-        Ok(match self.take_outcome(key) {
-            Some(outcome) => Progress::Done(outcome),
-            None => Progress::Waiting { key },
-        })
-    }
-
-    /// The outcome of an operation, which is over then, if it has one.
-    pub(crate) fn take_outcome(&mut self, key: usize) -> Option<Outcome> {
-        if !matches!(self.operations[key].stage, Stage::Done(_)) {
-            return None;
-        }
-        match self.operations.remove(key).stage {
-            Stage::Done(outcome) => Some(outcome),
-            Stage::Queued | Stage::Submitted { .. } => None,
-        }
-    }
-
-    /// Whether the task of `waker` is woken when the operation has an outcome. If it is not, it
-    /// will be from the next call on with a clone of it in `fresh`, where the old one is left.
-    pub(crate) fn will_wake(
-        &mut self,
-        key: usize,
-        waker: &Waker,
-        fresh: &mut Option<Waker>,
-    ) -> bool {
-        let operation = &mut self.operations[key];
-        if operation.waker.will_wake(waker) {
-            return true;
-        }
-        match fresh {
-            Some(fresh) => {
-                std::mem::swap(&mut operation.waker, fresh);
-                true
+        match self.take_outcome(key) {
+            Some(outcome) => {
+                aftermath.unused.push(waker);
+                Progress::Done(outcome)
             }
-            None => false,
-        }
-    }
-
-    /// Forgets an operation whose future was dropped. What the device may still use stays with
-    /// its slot.
-    pub(crate) fn abandon(&mut self, key: usize, aftermath: &mut Aftermath) {
-        let Operation { waker, stage } = self.operations.remove(key);
-        aftermath.unused.push(waker);
-        match stage {
-            Stage::Queued => {
-                let is_it = |flight: &Flight| flight.key == key;
-                let flight = match self.backlog.iter().position(is_it) {
-                    Some(index) => self.backlog.remove(index),
-                    None => {
-                        let index = self.delayed.iter().position(|(_, flight)| is_it(flight));
-                        index.map(|index| self.delayed.swap_remove(index).1)
-                    }
-                };
-                aftermath
-                    .garbage
-                    .extend(flight.map(|flight| flight.command.holdings));
-                self.wake_drains(aftermath);
+            None => {
+                self.operations[key].waker = waker;
+                Progress::Waiting { key }
             }
-            Stage::Submitted { slot } => self.core.orphan(slot),
-            Stage::Done((_, holdings)) => aftermath.garbage.extend(holdings),
         }
     }
 
@@ -344,8 +291,8 @@ impl State {
         // With all slots taken there is one event request less until the next one completes.
         let submitted = self
             .core
-            .submit(sqe, InFlight::AsyncEvent, Class::Background, now, None)
-            .is_ok();
+            .submit(sqe, Token::AsyncEvent, Class::Background, now, None)
+            .is_some();
         if submitted {
             self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
         }
@@ -386,23 +333,15 @@ impl State {
     /// Operations whose outcome was not taken.
     #[cfg(test)]
     pub(crate) fn operations(&self) -> usize {
-        self.operations.len()
+        let orphaned = |operation: &Operation| matches!(operation.stage, Stage::Orphaned);
+        let operations = self.operations.iter();
+        operations
+            .filter(|(_, operation)| !orphaned(operation))
+            .count()
     }
 
     pub(crate) fn mode(&self) -> PollMode {
         self.settings.mode
-    }
-
-    /// Why no command is accepted, if so.
-    fn refusal(&self) -> Option<Failure> {
-        if self.failure.is_some() {
-            self.failure
-        } else if self.refusing {
-            Some(Failure::Closed)
-        } else {
-            let recovering = self.gate != Gate::Open && self.settings.fails_fast;
-            recovering.then_some(Failure::Recovering)
-        }
     }
 
     /// Whether completions are taken.
@@ -410,17 +349,16 @@ impl State {
         self.failure.is_none() && matches!(self.gate, Gate::Open | Gate::Fenced)
     }
 
-    fn finish(&mut self, finished: Finished<InFlight>, now: Instant, aftermath: &mut Aftermath) {
+    fn finish(&mut self, finished: Finished<Token>, now: Instant, aftermath: &mut Aftermath) {
         self.counters.completions += 1;
         let Finished {
             token,
             cqe,
-            awaited,
             overdue,
             submitted,
         } = finished;
         match token {
-            InFlight::AsyncEvent => {
+            Token::AsyncEvent => {
                 if cqe.status().is_success() {
                     let event = AsyncEvent::from_bits(cqe.result());
                     self.events.push(Notification::Event(event));
@@ -428,48 +366,44 @@ impl State {
                     tracing::debug!(status = %cqe.status(), "event request refused");
                 }
             }
-            InFlight::Step(id) => {
+            Token::Step(id) => {
                 if let Some(supervisor) = &self.supervisor {
                     supervisor.report(Trouble::Step { id, cqe });
                 }
             }
-            InFlight::Operation(flight) => {
+            Token::Operation(key) => {
                 self.window
                     .observe(now.saturating_duration_since(submitted));
-                if awaited {
-                    self.finish_operation(flight, cqe, overdue, now, aftermath);
-                } else {
-                    aftermath.garbage.push(flight.command.holdings);
-                }
+                self.finish_operation(key, cqe, overdue, now, aftermath);
             }
         }
     }
 
     fn finish_operation(
         &mut self,
-        mut flight: Flight,
+        key: usize,
         cqe: Cqe,
         overdue: bool,
         now: Instant,
         aftermath: &mut Aftermath,
     ) {
         let status = cqe.status();
-        let due = now + self.settings.retry_delay(status.crd());
-        if !status.is_success()
-            && !overdue
-            && is_worth_repeating(status)
-            && flight.may_repeat(self.settings.retries, due)
+        let operation = &mut self.operations[key];
+        if !status.is_success() && !overdue && operation.is_awaited() && is_worth_repeating(status)
         {
-            flight.attempts += 1;
-            self.counters.retries += 1;
-            self.operations[flight.key].stage = Stage::Queued;
-            return self.delayed.push((due, flight));
+            let due = now + self.settings.retry_delay(status.crd());
+            if operation.may_repeat(self.settings.retries, due) {
+                operation.attempts += 1;
+                self.counters.retries += 1;
+                operation.stage = Stage::Queued;
+                return self.delayed.push((due, key));
+            }
         }
         // What recovery or a shutdown does to the queue is no answer to the command.
         let deleted =
             status.is(Status::ABORTED_SQ_DELETION) && (self.refusing || self.gate != Gate::Open);
         let result = if overdue && (deleted || status.is(Status::ABORT_REQUESTED)) {
-            let after = flight.age(now);
+            let after = operation.age(now);
             Err(Failure::TimedOut { after }.told(true))
         } else if deleted && self.refusing {
             Err(Failure::Closed.told(true))
@@ -478,17 +412,7 @@ impl State {
         } else {
             Ok(cqe)
         };
-        let outcome = (result, Some(flight.command.holdings));
-        self.operations[flight.key].resolve(outcome, aftermath);
-    }
-
-    /// Resolves an overdue operation that nobody can do anything about. Its slot stays taken.
-    fn give_up(&mut self, slot: u16, now: Instant, aftermath: &mut Aftermath) {
-        if let Some(InFlight::Operation(flight)) = self.core.give_up(slot) {
-            let after = flight.age(now);
-            let failed = Failure::TimedOut { after }.told(true);
-            self.operations[flight.key].resolve((Err(failed), None), aftermath);
-        }
+        self.settle(key, result, aftermath);
     }
 
     fn count(&mut self, look: Look, taken: usize) {

@@ -19,13 +19,10 @@ use super::state::{Aftermath, Command, Failed, Failure, Outcome, Progress, Refus
 #[must_use = "futures do nothing unless polled"]
 pub(crate) struct Submission<'a, Q: Access> {
     queue: &'a Q,
-    step: Step,
-}
-
-enum Step {
-    Start(Command),
-    Waiting { key: usize },
-    Over,
+    /// Until it is submitted.
+    command: Option<Command>,
+    /// Of the operation, from then on until it is over.
+    key: Option<usize>,
 }
 
 /// What a look at an operation found.
@@ -39,41 +36,51 @@ impl<'a, Q: Access> Submission<'a, Q> {
     pub(crate) fn new(queue: &'a Q, command: Command) -> Self {
         Self {
             queue,
-            step: Step::Start(command),
+            command: Some(command),
+            key: None,
         }
     }
 
-    fn start(&mut self, mut command: Command, cx: &Context<'_>) -> Poll<Outcome> {
+    fn start(&mut self, cx: &Context<'_>) -> Poll<Outcome> {
         loop {
             let mut aftermath = Aftermath::default();
             // Cloned here, since that too may run arbitrary code.
-            let mut unsubmitted = Some((command, cx.waker().clone()));
-            let started = self.queue.with(|state| {
-                let (command, waker) = unsubmitted.take()?;
-                Some(state.start(command, waker, Instant::now(), &mut aftermath))
+            let mut waker = Some(cx.waker().clone());
+            let command = &mut self.command;
+            let started = self.queue.with(|state| match state.refusal() {
+                Some(refusal) => Some(Err(refusal)),
+                None => {
+                    let (command, waker) = (command.take()?, waker.take()?);
+                    Some(Ok(state.start(
+                        command,
+                        waker,
+                        Instant::now(),
+                        &mut aftermath,
+                    )))
+                }
             });
             aftermath.run();
             match started.flatten() {
                 Some(Ok(Progress::Done(outcome))) => return Poll::Ready(outcome),
                 Some(Ok(Progress::Waiting { key })) => {
-                    self.step = Step::Waiting { key };
+                    self.key = Some(key);
                     return Poll::Pending;
                 }
-                Some(Err(Refusal::Failed(failure, command))) => {
-                    return Poll::Ready((Err(failure.into()), Some(command.holdings)));
-                }
-                Some(Err(Refusal::NoReaper(refused))) => {
+                Some(Err(Refusal::Failed(failure))) => return self.fail(failure),
+                Some(Err(Refusal::NoReaper)) => {
                     if let Err(failure) = self.queue.spawn_reaper() {
-                        return Poll::Ready((Err(failure.into()), Some(refused.holdings)));
+                        return self.fail(failure);
                     }
-                    command = refused;
                 }
-                None => {
-                    let holdings = unsubmitted.map(|(command, _)| command.holdings);
-                    return Poll::Ready((Err(Failure::Closed.into()), holdings));
-                }
+                None => return self.fail(Failure::Closed),
             }
         }
+    }
+
+    /// The outcome of a command that is not submitted.
+    fn fail(&mut self, failure: Failure) -> Poll<Outcome> {
+        let holdings = self.command.take().map(|command| command.holdings);
+        Poll::Ready((Err(failure.into()), holdings))
     }
 
     fn wait(&mut self, key: usize, cx: &Context<'_>) -> Poll<Outcome> {
@@ -100,7 +107,7 @@ impl<'a, Q: Access> Submission<'a, Q> {
             abandon(self.queue, key);
             return Poll::Ready((Err(failure.told(true)), None));
         }
-        self.step = Step::Waiting { key };
+        self.key = Some(key);
         Poll::Pending
     }
 }
@@ -111,11 +118,11 @@ impl<Q: Access> Future for Submission<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
         let budget = ready!(poll_proceed(cx));
         let this = self.get_mut();
-        let polled = match std::mem::replace(&mut this.step, Step::Over) {
-            Step::Start(command) => this.start(command, cx),
-            Step::Waiting { key } => this.wait(key, cx),
+        let polled = match this.key.take() {
+            Some(key) => this.wait(key, cx),
+            None if this.command.is_some() => this.start(cx),
             // As with most futures, polling it again after it resolved never resolves.
-            Step::Over => Poll::Pending,
+            None => Poll::Pending,
         };
         if polled.is_ready() {
             budget.made_progress();
@@ -126,7 +133,7 @@ impl<Q: Access> Future for Submission<'_, Q> {
 
 impl<Q: Access> Drop for Submission<'_, Q> {
     fn drop(&mut self) {
-        if let Step::Waiting { key } = self.step {
+        if let Some(key) = self.key {
             abandon(self.queue, key);
         }
     }

@@ -1,4 +1,4 @@
-//! Slots: which commands are outstanding, and who holds what they use.
+//! Slots: which commands are outstanding.
 
 use std::time::Instant;
 
@@ -21,14 +21,15 @@ pub(crate) enum Class {
 
 /// One queue pair's slots and rings.
 ///
-/// `T` is what a command needs until the device is done with it: the memory it uses above all.
-/// From [`submit`](Self::submit) until [`next_completion`](Self::next_completion) returns it, the
-/// slot owns it, whatever happens to those who wait for the result.
+/// `T` says whose a command is, and is small: it moves. From [`submit`](Self::submit) until it comes
+/// back, once, by [`next_completion`](Self::next_completion) or [`reclaim`](Self::reclaim), the slot
+/// has it, and what it refers to may be in use by the device.
 pub(crate) struct QueueCore<T, M, D> {
     id: u16,
     submission: SubmissionRing<M, D>,
     completion: CompletionRing<M, D>,
-    slots: Vec<Slot<T>>,
+    /// Nothing in those that are free.
+    slots: Vec<Option<Entry<T>>>,
     /// Parts of the command identifier above the slot index, so that a stale or repeated
     /// completion of an earlier command in the same slot is told from a new one.
     generations: Vec<u16>,
@@ -45,68 +46,36 @@ pub(crate) struct QueueCore<T, M, D> {
     earliest_deadline: Option<Instant>,
 }
 
-/// A slot and what is in it, apart from each other: what a command needs is large, and stays where it
-/// is when the state changes.
-struct Slot<T> {
-    state: SlotState,
-    /// Nothing if the slot is free.
-    entry: Option<Entry<T>>,
+/// A command in its slot.
+struct Entry<T> {
+    token: T,
+    class: Class,
+    state: EntryState,
+    sequence: u64,
+    submitted: Instant,
+    deadline: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum SlotState {
-    Free,
-    /// On its way; somebody waits for it.
+enum EntryState {
     Submitted,
-    /// On its way; nobody waits for it any more.
-    Orphaned,
     /// Its deadline has passed, and the device is being made to let go of it.
-    Aborting {
-        awaited: bool,
-    },
+    Aborting,
     /// Its deadline has passed and its owner was told so. The device may still use its memory.
     Lost,
 }
 
-impl SlotState {
-    /// Whether somebody waits for it.
-    fn is_awaited(self) -> bool {
-        matches!(self, Self::Submitted | Self::Aborting { awaited: true })
-    }
-
+impl EntryState {
     /// Whether its deadline has passed.
     fn is_overdue(self) -> bool {
-        matches!(self, Self::Aborting { .. } | Self::Lost)
+        matches!(self, Self::Aborting | Self::Lost)
     }
-}
-
-impl<T> Slot<T> {
-    const FREE: Self = Self {
-        state: SlotState::Free,
-        entry: None,
-    };
-
-    /// Leaves it free.
-    fn take(&mut self) -> Option<(Entry<T>, SlotState)> {
-        let state = std::mem::replace(&mut self.state, SlotState::Free);
-        self.entry.take().map(|entry| (entry, state))
-    }
-}
-
-struct Entry<T> {
-    token: T,
-    class: Class,
-    sequence: u64,
-    submitted: Instant,
-    deadline: Option<Instant>,
 }
 
 /// A command that the device is done with.
 pub(crate) struct Finished<T> {
     pub(crate) token: T,
     pub(crate) cqe: Cqe,
-    /// Whether somebody waits for it.
-    pub(crate) awaited: bool,
     /// Whether its deadline had passed.
     pub(crate) overdue: bool,
     pub(crate) submitted: Instant,
@@ -115,8 +84,6 @@ pub(crate) struct Finished<T> {
 /// A command that was taken back from a device that is known to have stopped.
 pub(crate) struct Reclaimed<T> {
     pub(crate) token: T,
-    /// Whether somebody waits for it.
-    pub(crate) awaited: bool,
     /// Whether its deadline had passed.
     pub(crate) overdue: bool,
     /// Whether the device was told of it, so that it may have executed it.
@@ -137,7 +104,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             id,
             submission,
             completion,
-            slots: (0..capacity).map(|_| Slot::FREE).collect(),
+            slots: (0..capacity).map(|_| None).collect(),
             generations: vec![0; capacity.into()],
             index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
             free: (0..capacity).rev().collect(),
@@ -165,8 +132,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.lost
     }
 
-    /// Puts a command into the ring and returns its slot, or gives `token` back if all are taken or
-    /// the queue pair is fenced.
+    /// Puts a command into the ring and returns its slot, or nothing if all are taken or the queue
+    /// pair is fenced.
     ///
     /// The doorbell is rung at once when nothing else is outstanding; otherwise it may be left to
     /// [`ring_deferred`](Self::ring_deferred). Background commands have no deadline.
@@ -177,23 +144,20 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         class: Class,
         now: Instant,
         deadline: Option<Instant>,
-    ) -> Result<u16, T> {
+    ) -> Option<u16> {
         if self.fenced {
-            return Err(token);
+            return None;
         }
-        let Some(slot) = self.free.pop() else {
-            return Err(token);
-        };
+        let slot = self.free.pop()?;
         let cid = self.next_cid(slot);
         self.submission.push(&sqe.with_cid(cid));
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let deadline = deadline.filter(|_| class == Class::Foreground);
-        let taken = &mut self.slots[usize::from(slot)];
-        taken.state = SlotState::Submitted;
-        taken.entry = Some(Entry {
+        self.slots[usize::from(slot)] = Some(Entry {
             token,
             class,
+            state: EntryState::Submitted,
             sequence,
             submitted: now,
             deadline,
@@ -211,7 +175,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         if alone || self.submission.deferred() >= MAX_DEFERRED {
             self.ring_deferred();
         }
-        Ok(slot)
+        Some(slot)
     }
 
     /// Tells the device of commands that [`submit`](Self::submit) did not tell it of.
@@ -226,16 +190,6 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// Whether there are commands that the device has not been told of, and may be.
     pub(crate) fn has_deferred(&self) -> bool {
         !self.fenced && self.submission.deferred() > 0
-    }
-
-    /// Records that nobody waits for the command in `slot` any more. Its memory stays here.
-    pub(crate) fn orphan(&mut self, slot: u16) {
-        let state = &mut self.slots[usize::from(slot)].state;
-        *state = match *state {
-            SlotState::Submitted => SlotState::Orphaned,
-            SlotState::Aborting { .. } => SlotState::Aborting { awaited: false },
-            other => other,
-        };
     }
 
     /// Whether the device has completed something that was not taken yet.
@@ -271,19 +225,17 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
         let mut earliest: Option<Instant> = None;
         for (index, slot) in (0..).zip(&mut self.slots) {
-            let awaited = match slot.state {
-                SlotState::Submitted => true,
-                SlotState::Orphaned => false,
-                _ => continue,
+            let Some(entry) = slot.as_mut().filter(|entry| !entry.state.is_overdue()) else {
+                continue;
             };
-            let Some(deadline) = slot.entry.as_ref().and_then(|entry| entry.deadline) else {
+            let Some(deadline) = entry.deadline else {
                 continue;
             };
             if now < deadline {
                 earliest = Some(earliest.map_or(deadline, |earliest| earliest.min(deadline)));
                 continue;
             }
-            slot.state = SlotState::Aborting { awaited };
+            entry.state = EntryState::Aborting;
             let generation = self.generations[usize::from(index)];
             overdue(index, cid(generation, self.index_bits, index));
         }
@@ -291,24 +243,23 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     }
 
     /// Gives up an overdue command, for lack of anybody who could make the device let go of it. Its
-    /// slot, and the memory in it, stay taken. Returns its token if somebody waits for it.
+    /// slot stays taken.
     pub(crate) fn give_up(&mut self, slot: u16) -> Option<&T> {
-        let slot = &mut self.slots[usize::from(slot)];
-        let SlotState::Aborting { awaited } = slot.state else {
+        let entry = self.slots[usize::from(slot)].as_mut()?;
+        if entry.state != EntryState::Aborting {
             return None;
-        };
+        }
         self.foreground -= 1;
         self.lost += 1;
-        slot.state = SlotState::Lost;
-        let entry = slot.entry.as_ref().filter(|_| awaited);
-        entry.map(|entry| &entry.token)
+        entry.state = EntryState::Lost;
+        Some(&entry.token)
     }
 
     /// Whether the command with this identifier is overdue and outstanding.
     pub(crate) fn is_overdue(&self, cid: u16) -> bool {
         self.outstanding(cid)
-            .map(|slot| self.slots[usize::from(slot)].state)
-            .is_some_and(|state| matches!(state, SlotState::Aborting { .. }))
+            .and_then(|slot| self.slots[usize::from(slot)].as_ref())
+            .is_some_and(|entry| entry.state == EntryState::Aborting)
     }
 
     /// Forbids all doorbells from now on.
@@ -336,13 +287,10 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     fn take_back(&mut self, wanted: impl Fn(&Entry<T>) -> bool) -> Vec<Reclaimed<T>> {
         let mut reclaimed = Vec::new();
         for (index, slot) in (0..).zip(&mut self.slots) {
-            if !slot.entry.as_ref().is_some_and(&wanted) {
-                continue;
-            }
-            let Some((entry, state)) = slot.take() else {
+            let Some(entry) = slot.take_if(|entry| wanted(entry)) else {
                 continue;
             };
-            if state == SlotState::Lost {
+            if entry.state == EntryState::Lost {
                 self.lost -= 1;
             } else if entry.class == Class::Foreground {
                 self.foreground -= 1;
@@ -354,8 +302,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 sequence,
                 Reclaimed {
                     token: entry.token,
-                    awaited: state.is_awaited(),
-                    overdue: state.is_overdue(),
+                    overdue: entry.state.is_overdue(),
                     told,
                 },
             ));
@@ -381,12 +328,10 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.fenced = false;
     }
 
-    /// What the commands hold that are outstanding, those that were given up included.
+    /// The tokens of what is outstanding, of commands that were given up too.
+    #[cfg(test)]
     pub(crate) fn tokens(&self) -> impl Iterator<Item = &T> {
-        self.slots
-            .iter()
-            .filter_map(|slot| slot.entry.as_ref())
-            .map(|entry| &entry.token)
+        self.slots.iter().flatten().map(|entry| &entry.token)
     }
 
     /// The identifier of the queue pair.
@@ -408,8 +353,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 head: cqe.sq_head(),
             });
         }
-        let (entry, state) = self.slots[usize::from(slot)].take().ok_or(unknown)?;
-        if state == SlotState::Lost {
+        let entry = self.slots[usize::from(slot)].take().ok_or(unknown)?;
+        if entry.state == EntryState::Lost {
             self.lost -= 1;
         } else if entry.class == Class::Foreground {
             self.foreground -= 1;
@@ -418,8 +363,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         Ok(Finished {
             token: entry.token,
             cqe,
-            awaited: state.is_awaited(),
-            overdue: state.is_overdue(),
+            overdue: entry.state.is_overdue(),
             submitted: entry.submitted,
         })
     }
@@ -435,7 +379,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// The slot of the command that has this identifier and that the device was told of.
     fn outstanding(&self, wire: u16) -> Option<u16> {
         let slot = (u32::from(wire) & ((1 << self.index_bits) - 1)) as u16;
-        let entry = self.slots.get(usize::from(slot))?.entry.as_ref()?;
+        let entry = self.slots.get(usize::from(slot))?.as_ref()?;
         let generation = self.generations[usize::from(slot)];
         let is_current = cid(generation, self.index_bits, slot) == wire;
         (is_current && entry.sequence < self.untold).then_some(slot)

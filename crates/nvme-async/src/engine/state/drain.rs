@@ -2,7 +2,7 @@
 
 use std::task::Waker;
 
-use super::{Aftermath, Failed, InFlight, State};
+use super::{Aftermath, Failed, Stage, State};
 
 /// Somebody who waits until all commands with lower tickets are done.
 pub(super) struct Draining {
@@ -42,6 +42,9 @@ impl State {
     }
 
     pub(super) fn wake_drains(&mut self, aftermath: &mut Aftermath) {
+        if self.drains.is_empty() {
+            return;
+        }
         let mut drains = std::mem::take(&mut self.drains);
         for (_, draining) in &mut drains {
             if self.failure.is_some() || !self.is_unfinished_before(draining.mark) {
@@ -58,12 +61,8 @@ impl State {
     }
 
     fn is_unfinished_before(&self, mark: u64) -> bool {
-        let outstanding = self.core.tokens().any(|token| match token {
-            InFlight::Operation(flight) => flight.ticket < mark,
-            InFlight::AsyncEvent | InFlight::Step(_) => false,
-        });
-        let waiting = || self.backlog.iter().any(|flight| flight.ticket < mark);
-        let delayed = || self.delayed.iter().any(|(_, flight)| flight.ticket < mark);
-        outstanding || waiting() || delayed()
+        self.operations.iter().any(|(_, operation)| {
+            operation.ticket < mark && !matches!(operation.stage, Stage::Done(_))
+        })
     }
 }

@@ -9,7 +9,7 @@ use nvme_spec::{Cqe, Sqe};
 use slab::Slab;
 use smallvec::SmallVec;
 
-use super::REAP_BATCH;
+use super::{Core, REAP_BATCH, State};
 use crate::Fate;
 use crate::io::Holdings;
 use crate::queue::Lie;
@@ -84,19 +84,40 @@ pub(crate) struct Command {
     pub(crate) repeatable: bool,
 }
 
-/// A command that was accepted, with what it takes to send it, or to send it again.
-pub(crate) struct Flight {
-    pub(super) key: usize,
+/// A command that was accepted. It stays in its place, with what it takes to send it again and with
+/// the memory that the device uses, until its outcome was taken and no slot refers to it.
+pub(super) struct Operation {
+    pub(super) command: Command,
     /// The order in which commands were accepted.
     pub(super) ticket: u64,
-    pub(super) command: Command,
     /// When it was first submitted.
     pub(super) since: Option<Instant>,
     /// How often the device was told of it and did not do it.
     pub(super) attempts: u32,
+    pub(super) stage: Stage,
+    /// Does nothing where nobody is to be woken.
+    pub(super) waker: Waker,
 }
 
-impl Flight {
+#[derive(Clone, Copy)]
+pub(super) enum Stage {
+    /// It waits for a slot, for the end of a recovery, or for its next attempt.
+    Queued,
+    /// A slot refers to it, and its future waits.
+    Submitted,
+    /// A slot refers to it, and its future is to be told that it failed. The device may still use its
+    /// memory.
+    GivenUp(Failed),
+    /// A slot refers to it, and its future is gone.
+    Orphaned,
+    /// The device is done with it, or never had it.
+    Done(Result<Cqe, Failed>),
+}
+
+/// What became of a command. The holdings are missing where the device may still be working on it.
+pub(crate) type Outcome = (Result<Cqe, Failed>, Option<Holdings>);
+
+impl Operation {
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let timeout = self.command.timeout?;
         self.since.unwrap_or(now).checked_add(timeout)
@@ -113,42 +134,31 @@ impl Flight {
             && self.attempts < retries
             && self.deadline(now).is_none_or(|deadline| now < deadline)
     }
-}
 
-/// What a slot holds.
-pub(crate) enum InFlight {
-    Operation(Flight),
-    AsyncEvent,
-    /// An admin command of a recovery.
-    Step(u32),
-}
+    /// Whether its future waits for what becomes of it.
+    pub(super) fn is_awaited(&self) -> bool {
+        matches!(self.stage, Stage::Queued | Stage::Submitted)
+    }
 
-/// What became of a command. The holdings are gone with a command that the device may still be
-/// working on.
-pub(crate) type Outcome = (Result<Cqe, Failed>, Option<Holdings>);
-
-pub(super) struct Operation {
-    pub(super) waker: Waker,
-    pub(super) stage: Stage,
-}
-
-pub(super) enum Stage {
-    /// It waits for a slot, for the end of a recovery, or for its next attempt.
-    Queued,
-    Submitted {
-        slot: u16,
-    },
-    Done(Outcome),
-}
-
-impl Operation {
-    pub(super) fn resolve(&mut self, mut outcome: Outcome, aftermath: &mut Aftermath) {
-        if let Some(holdings) = &mut outcome.1
-            && !holdings.mapped.is_empty()
-        {
-            aftermath.mapped.extend(holdings.mapped.drain(..));
+    /// Records what became of it, and that the device does not have it.
+    pub(super) fn resolve(&mut self, result: Result<Cqe, Failed>, aftermath: &mut Aftermath) {
+        let mapped = &mut self.command.holdings.mapped;
+        if !mapped.is_empty() {
+            aftermath.mapped.extend(mapped.drain(..));
         }
-        self.stage = Stage::Done(outcome);
+        self.stage = Stage::Done(result);
+        self.wake(aftermath);
+    }
+
+    /// Tells its future, if that still waits, that it failed. The device may go on with it.
+    pub(super) fn give_up(&mut self, failed: Failed, aftermath: &mut Aftermath) {
+        if self.is_awaited() {
+            self.stage = Stage::GivenUp(failed);
+            self.wake(aftermath);
+        }
+    }
+
+    pub(super) fn wake(&mut self, aftermath: &mut Aftermath) {
         aftermath.wakers.push(self.take_waker());
     }
 
@@ -157,20 +167,121 @@ impl Operation {
     }
 }
 
-/// What is left of a queue pair after its end: outcomes that their futures have not taken yet.
-#[derive(Default)]
-pub(crate) struct Outcomes {
-    pub(super) operations: Slab<Operation>,
+impl State {
+    /// The outcome of an operation, which is over then, if it has one.
+    pub(crate) fn take_outcome(&mut self, key: usize) -> Option<Outcome> {
+        let operation = &mut self.operations[key];
+        match operation.stage {
+            Stage::Done(result) => {
+                let holdings = self.operations.remove(key).command.holdings;
+                Some((result, Some(holdings)))
+            }
+            Stage::GivenUp(failed) => {
+                operation.stage = Stage::Orphaned;
+                Some((Err(failed), None))
+            }
+            Stage::Queued | Stage::Submitted | Stage::Orphaned => None,
+        }
+    }
+
+    /// Whether the task of `waker` is woken when the operation has an outcome. If it is not, it
+    /// will be from the next call on with a clone of it in `fresh`, where the old one is left.
+    pub(crate) fn will_wake(
+        &mut self,
+        key: usize,
+        waker: &Waker,
+        fresh: &mut Option<Waker>,
+    ) -> bool {
+        let operation = &mut self.operations[key];
+        if operation.waker.will_wake(waker) {
+            return true;
+        }
+        match fresh {
+            Some(fresh) => {
+                std::mem::swap(&mut operation.waker, fresh);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Forgets an operation whose future was dropped, once no slot refers to it any more.
+    pub(crate) fn abandon(&mut self, key: usize, aftermath: &mut Aftermath) {
+        let operation = &mut self.operations[key];
+        aftermath.unused.push(operation.take_waker());
+        match operation.stage {
+            Stage::Submitted | Stage::GivenUp(_) | Stage::Orphaned => {
+                operation.stage = Stage::Orphaned;
+                return;
+            }
+            Stage::Queued => {
+                self.backlog.retain(|&queued| queued != key);
+                self.delayed.retain(|&(_, delayed)| delayed != key);
+            }
+            Stage::Done(_) => {}
+        }
+        let operation = self.operations.remove(key);
+        aftermath.garbage.push(operation.command.holdings);
+        self.wake_drains(aftermath);
+    }
+
+    /// Ends an operation that no slot refers to any more, with `result` if its future waits for one.
+    pub(super) fn settle(
+        &mut self,
+        key: usize,
+        result: Result<Cqe, Failed>,
+        aftermath: &mut Aftermath,
+    ) {
+        let operation = &mut self.operations[key];
+        match operation.stage {
+            Stage::Orphaned => {
+                let operation = self.operations.remove(key);
+                aftermath.garbage.push(operation.command.holdings);
+            }
+            // Its future is to be told what it was woken for, but gets its memory back after all.
+            Stage::GivenUp(failed) => operation.resolve(Err(failed), aftermath),
+            Stage::Queued | Stage::Submitted | Stage::Done(_) => {
+                operation.resolve(result, aftermath);
+            }
+        }
+    }
+
+    /// Resolves an overdue operation that nobody can do anything about. Its slot stays taken.
+    pub(super) fn give_up(&mut self, slot: u16, now: Instant, aftermath: &mut Aftermath) {
+        if let Some(&Token::Operation(key)) = self.core.give_up(slot) {
+            let operation = &mut self.operations[key];
+            let after = operation.age(now);
+            operation.give_up(Failure::TimedOut { after }.told(true), aftermath);
+        }
+    }
 }
+
+/// Whose a command in a slot is.
+#[derive(Clone, Copy)]
+pub(crate) enum Token {
+    /// The operation with this key.
+    Operation(usize),
+    AsyncEvent,
+    /// An admin command of a recovery.
+    Step(u32),
+}
+
+/// What is left of a queue pair after its end, for futures: the outcomes that they have not taken yet.
+#[derive(Default)]
+pub(crate) struct Outcomes(pub(super) Slab<Outcome>);
 
 impl Outcomes {
     /// The outcome of an operation that has not taken it yet.
     pub(crate) fn take(&mut self, key: usize) -> Option<Outcome> {
-        match self.operations.try_remove(key)?.stage {
-            Stage::Done(outcome) => Some(outcome),
-            Stage::Queued | Stage::Submitted { .. } => None,
-        }
+        self.0.try_remove(key)
     }
+}
+
+/// What is left of a queue pair after its end, for the device, if that has not stopped: what it may
+/// still use.
+pub(crate) struct Remains {
+    pub(super) _rings: Core,
+    pub(super) _holdings: Vec<Holdings>,
 }
 
 /// What is to be done once the state is not borrowed any more: wakers run arbitrary code, and so

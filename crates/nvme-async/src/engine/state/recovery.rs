@@ -5,9 +5,7 @@ use std::time::Instant;
 
 use nvme_spec::Sqe;
 
-use super::{
-    Aftermath, Core, Failure, Flight, Gate, InFlight, Look, Outcomes, Stage, State, Trouble,
-};
+use super::{Aftermath, Failure, Gate, Look, Outcomes, Remains, Stage, State, Token, Trouble};
 use crate::engine::trouble::Inbox;
 use crate::queue::{Class, Lie, Reclaimed};
 use crate::recovery::ResetCause;
@@ -37,8 +35,8 @@ impl State {
         let class = Class::Foreground;
         let submitted = self
             .core
-            .submit(sqe, InFlight::Step(id), class, now, None)
-            .is_ok();
+            .submit(sqe, Token::Step(id), class, now, None)
+            .is_some();
         if submitted {
             self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
         }
@@ -66,9 +64,9 @@ impl State {
         for reclaimed in self.core.reclaim() {
             again.extend(self.take_back(reclaimed, cause, now, aftermath));
         }
-        for flight in again.into_iter().rev() {
-            self.operations[flight.key].stage = Stage::Queued;
-            self.backlog.push_front(flight);
+        for key in again.into_iter().rev() {
+            self.operations[key].stage = Stage::Queued;
+            self.backlog.push_front(key);
         }
         self.core.restart();
         self.wake_drains(aftermath);
@@ -89,7 +87,7 @@ impl State {
     /// Fails everything that is waited for, and everything that comes.
     ///
     /// With the device known to have `stopped`, memory comes back with the outcomes; otherwise that
-    /// which it may still use stays in its slots.
+    /// which it may still use stays where it is.
     pub(crate) fn fail(&mut self, failure: Failure, stopped: bool, aftermath: &mut Aftermath) {
         if self.failure.is_some() {
             return;
@@ -101,55 +99,51 @@ impl State {
         } else {
             self.core.reclaim_untold()
         };
-        for Reclaimed {
-            token,
-            awaited,
-            told,
-            ..
-        } in reclaimed
-        {
-            let InFlight::Operation(flight) = token else {
-                continue;
-            };
-            let (key, told) = (flight.key, told || flight.attempts > 0);
-            let holdings = flight.command.holdings;
-            if awaited {
-                let outcome = (Err(failure.told(told)), Some(holdings));
-                self.operations[key].resolve(outcome, aftermath);
-            } else {
-                aftermath.garbage.push(holdings);
+        for Reclaimed { token, told, .. } in reclaimed {
+            if let Token::Operation(key) = token {
+                let told = told || self.operations[key].attempts > 0;
+                self.settle(key, Err(failure.told(told)), aftermath);
             }
         }
-        // There are some only if the device has not stopped.
         for (_, operation) in &mut self.operations {
-            if let Stage::Submitted { slot } = operation.stage {
-                self.core.orphan(slot);
-                operation.resolve((Err(failure.told(true)), None), aftermath);
+            match operation.stage {
+                Stage::Queued => {
+                    let told = operation.attempts > 0;
+                    operation.resolve(Err(failure.told(told)), aftermath);
+                }
+                // There are some only if the device has not stopped.
+                Stage::Submitted => operation.give_up(failure.told(true), aftermath),
+                Stage::GivenUp(_) | Stage::Orphaned | Stage::Done(_) => {}
             }
         }
-        let delayed = std::mem::take(&mut self.delayed);
-        let waiting = std::mem::take(&mut self.backlog);
-        for flight in waiting
-            .into_iter()
-            .chain(delayed.into_iter().map(|(_, flight)| flight))
-        {
-            let outcome = Err(failure.told(flight.attempts > 0));
-            let holdings = Some(flight.command.holdings);
-            self.operations[flight.key].resolve((outcome, holdings), aftermath);
-        }
+        self.backlog.clear();
+        self.delayed.clear();
         self.wake_drains(aftermath);
         self.wake_reapers(aftermath);
     }
 
     /// Ends the queue pair: fails what is still waited for, and separates the outcomes from what the
     /// device may still use.
-    pub(crate) fn end(mut self, stopped: bool, aftermath: &mut Aftermath) -> (Outcomes, Core) {
+    pub(crate) fn end(mut self, stopped: bool, aftermath: &mut Aftermath) -> (Outcomes, Remains) {
         self.fail(Failure::Closed, stopped, aftermath);
         self.dismiss_reapers(aftermath);
-        let outcomes = Outcomes {
-            operations: self.operations,
+        let mut in_use = Vec::new();
+        let outcomes = self.operations.into_iter().filter_map(|(key, operation)| {
+            let holdings = operation.command.holdings;
+            let outcome = match operation.stage {
+                Stage::Done(result) => return Some((key, (result, Some(holdings)))),
+                Stage::GivenUp(failed) => Some((key, (Err(failed), None))),
+                Stage::Queued | Stage::Submitted | Stage::Orphaned => None,
+            };
+            in_use.push(holdings);
+            outcome
+        });
+        let outcomes = Outcomes(outcomes.collect());
+        let remains = Remains {
+            _rings: self.core,
+            _holdings: in_use,
         };
-        (outcomes, self.core)
+        (outcomes, remains)
     }
 
     /// The device broke the protocol: believes nothing any more.
@@ -165,43 +159,42 @@ impl State {
         }
     }
 
-    /// What becomes of a command that was taken back: it, if it is to be sent again.
+    /// What becomes of a command that was taken back: the key of its operation, if it is to be sent
+    /// again.
     fn take_back(
         &mut self,
-        reclaimed: Reclaimed<InFlight>,
+        reclaimed: Reclaimed<Token>,
         cause: ResetCause,
         now: Instant,
         aftermath: &mut Aftermath,
-    ) -> Option<Flight> {
+    ) -> Option<usize> {
         let Reclaimed {
             token,
-            awaited,
             overdue,
             told,
-            ..
         } = reclaimed;
-        let InFlight::Operation(mut flight) = token else {
+        let Token::Operation(key) = token else {
             return None;
         };
-        if !awaited {
-            aftermath.garbage.push(flight.command.holdings);
-            return None;
+        let operation = &mut self.operations[key];
+        if operation.is_awaited() && !overdue {
+            if !told {
+                return Some(key);
+            }
+            if operation.may_repeat(self.settings.retries, now) {
+                operation.attempts += 1;
+                self.counters.retries += 1;
+                return Some(key);
+            }
         }
-        let failure = if overdue {
-            let after = flight.age(now);
-            Failure::TimedOut { after }
-        } else if !told {
-            return Some(flight);
-        } else if flight.may_repeat(self.settings.retries, now) {
-            flight.attempts += 1;
-            self.counters.retries += 1;
-            return Some(flight);
-        } else {
-            Failure::Reset(cause)
+        let failure = match overdue {
+            true => Failure::TimedOut {
+                after: operation.age(now),
+            },
+            false => Failure::Reset(cause),
         };
-        let outcome = Err(failure.told(told || flight.attempts > 0));
-        let holdings = Some(flight.command.holdings);
-        self.operations[flight.key].resolve((outcome, holdings), aftermath);
+        let told = told || operation.attempts > 0;
+        self.settle(key, Err(failure.told(told)), aftermath);
         None
     }
 }

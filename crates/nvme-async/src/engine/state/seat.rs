@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::{self, Handle};
 
-use super::{Aftermath, Stage, State};
+use super::{Aftermath, State};
 use crate::engine::PollMode;
 
 /// How often a sleeping queue with commands outstanding is looked at without an interrupt.
@@ -79,7 +79,7 @@ impl State {
                 .min(LAST_CHECK);
         let delayed = self.delayed.iter().map(|(due, _)| *due);
         let waiting = self.waiting_again();
-        let waiting = waiting.filter_map(|flight| flight.deadline(now));
+        let waiting = waiting.filter_map(|operation| operation.deadline(now));
         self.core
             .earliest_deadline()
             .into_iter()
@@ -155,8 +155,8 @@ impl State {
     /// Wakes all who wait for an operation or for a drain, so that they look at the queue again.
     pub(crate) fn wake_all(&mut self, aftermath: &mut Aftermath) {
         for (_, operation) in &mut self.operations {
-            if !matches!(operation.stage, Stage::Done(_)) {
-                aftermath.wakers.push(operation.take_waker());
+            if operation.is_awaited() {
+                operation.wake(aftermath);
             }
         }
         self.wake_all_drains(aftermath);

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 
-use super::rig::{Rig, TIMEOUT, Wakes, command};
+use super::rig::{Rig, Started, TIMEOUT, Wakes, command};
 use crate::Fate;
-use crate::engine::state::{Failure, Progress, Refusal};
+use crate::engine::state::{Aftermath, Failure, Progress, Refusal};
 use crate::engine::{Notification, PollMode};
 use crate::queue::Lie;
 
@@ -159,6 +159,27 @@ fn keys_are_used_again() {
 }
 
 #[test]
+fn a_key_is_not_used_again_while_a_slot_refers_to_it() {
+    let mut rig = rig(8);
+    let (orphan, late) = (rig.start(), rig.start());
+    rig.abandon(&orphan);
+    rig.expire(TIMEOUT + MOMENT);
+    assert!(rig.outcome(&late).unwrap().1.is_none());
+    rig.timeout = TIMEOUT * 10;
+    let others = [rig.start(), rig.start(), rig.start()];
+    let keys = [orphan.key, late.key];
+    assert!(others.iter().all(|other| !keys.contains(&other.key)));
+    assert_eq!(rig.work(), 5);
+    for other in &others {
+        rig.success(other);
+    }
+    assert!(!orphan.memory.is_alive() && !late.memory.is_alive());
+    let mut again: Vec<usize> = (0..5).map(|_| rig.start().key).collect();
+    again.sort_unstable();
+    assert_eq!(again, [0, 1, 2, 3, 4], "all of them are, afterwards");
+}
+
+#[test]
 fn a_failure_ends_everything_and_frees_nothing_in_use() {
     let mut rig = rig(3);
     let submitted = [rig.start(), rig.start()];
@@ -177,10 +198,8 @@ fn a_failure_ends_everything_and_frees_nothing_in_use() {
     assert_eq!(result.unwrap_err(), Failure::Closed.told(false));
     assert!(holdings.is_some(), "the device never heard of it");
 
-    match rig.try_start() {
-        Err(Refusal::Failed(Failure::Closed, _)) => {}
-        _ => panic!("accepted after a failure"),
-    }
+    let refusal = Some(Refusal::Failed(Failure::Closed));
+    assert_eq!(rig.try_start().err(), refusal);
     // Nothing is believed, rung or waited for any more.
     let rung = rig.device.submission_tail.writes();
     rig.device.work();
@@ -207,8 +226,8 @@ fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
     let (wakes, waker) = Wakes::new();
     let key = rig.after(|state, aftermath| {
         match state.start(command, waker, Instant::now(), aftermath) {
-            Ok(Progress::Waiting { key }) => key,
-            _ => panic!("done or refused at once"),
+            Progress::Waiting { key } => key,
+            Progress::Done(_) => panic!("done at once"),
         }
     });
     rig.device.fetch(1);
@@ -254,10 +273,7 @@ fn only_the_first_failure_counts() {
         rig.outcome(&started).unwrap().0.unwrap_err(),
         lie.told(true)
     );
-    match rig.try_start() {
-        Err(Refusal::Failed(failure, _)) => assert_eq!(failure, lie),
-        _ => panic!("accepted after a lie"),
-    }
+    assert_eq!(rig.try_start().err(), Some(Refusal::Failed(lie)));
 }
 
 #[test]
@@ -280,10 +296,8 @@ fn refusing_lets_go_on_what_was_accepted() {
     let mut rig = rig(2);
     let (submitted, queued) = (rig.start(), rig.start());
     rig.state.set_refusing(true);
-    assert!(matches!(
-        rig.try_start(),
-        Err(Refusal::Failed(Failure::Closed, _))
-    ));
+    let refusal = Some(Refusal::Failed(Failure::Closed));
+    assert_eq!(rig.try_start().err(), refusal);
     rig.work();
     rig.success(&submitted);
     rig.work();
@@ -317,6 +331,55 @@ fn a_deadline_passes() {
     rig.work();
     rig.success(&next);
     assert!(!rig.state.is_watched());
+}
+
+#[test]
+fn a_late_completion_gives_memory_back_but_no_success() {
+    let mut rig = rig(4);
+    let (late, abandoned) = (rig.start(), rig.start());
+    rig.expire(TIMEOUT + MOMENT);
+    rig.abandon(&abandoned);
+    assert!(abandoned.memory.is_alive(), "the device may use it");
+    assert_eq!(rig.work(), 2);
+    assert!(!abandoned.memory.is_alive());
+    let (result, holdings) = rig.outcome(&late).unwrap();
+    assert!(matches!(
+        result.unwrap_err().failure,
+        Failure::TimedOut { .. }
+    ));
+    assert!(holdings.is_some() && late.memory.is_alive());
+    assert_eq!(late.wakes.count(), 1);
+}
+
+#[test]
+fn an_end_leaves_outcomes_to_futures_and_memory_to_the_device() {
+    let mut rig = rig(8);
+    let [done, told, taken, orphan] = [rig.start(), rig.start(), rig.start(), rig.start()];
+    rig.fetched();
+    rig.device.complete(0).unwrap();
+    rig.reap();
+    let untold = rig.start();
+    rig.abandon(&orphan);
+    rig.fail();
+    assert!(rig.outcome(&taken).unwrap().1.is_none());
+    let Rig { state, .. } = rig;
+    let mut aftermath = Aftermath::default();
+    let (mut outcomes, remains) = state.end(false, &mut aftermath);
+    aftermath.run();
+    let mut take = |started: &Started| {
+        let (result, holdings) = outcomes.take(started.key)?;
+        assert!(started.memory.is_alive());
+        Some((result.is_ok(), holdings.is_some()))
+    };
+    assert_eq!(take(&done), Some((true, true)));
+    assert_eq!(take(&untold), Some((false, true)));
+    assert_eq!(take(&told), Some((false, false)));
+    assert_eq!((take(&taken), take(&orphan)), (None, None));
+    assert!(!done.memory.is_alive() && !untold.memory.is_alive());
+    let in_use = [told, taken, orphan];
+    assert!(in_use.iter().all(|started| started.memory.is_alive()));
+    drop(remains);
+    assert!(in_use.iter().all(|started| !started.memory.is_alive()));
 }
 
 #[test]

@@ -219,6 +219,9 @@ impl Rig {
     }
 
     pub(super) fn try_start(&mut self) -> Result<Started, Refusal> {
+        if let Some(refusal) = self.state.refusal() {
+            return Err(refusal);
+        }
         let (mut command, memory) = command(self.next_number);
         command.timeout = Some(self.timeout);
         command.repeatable = self.repeatable;
@@ -228,7 +231,7 @@ impl Rig {
             .state
             .start(command, waker, Instant::now(), &mut aftermath);
         aftermath.run();
-        let Progress::Waiting { key } = started? else {
+        let Progress::Waiting { key } = started else {
             panic!("done at once");
         };
         self.next_number += 1;

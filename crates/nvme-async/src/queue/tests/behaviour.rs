@@ -176,11 +176,9 @@ fn a_head_is_told_once_for_a_batch() {
 }
 
 #[test]
-fn an_orphan_keeps_its_memory_until_it_completes() {
+fn a_slot_keeps_its_token_until_it_completes() {
     let mut pair = Pair::new(2);
-    let (number, slot) = pair.start();
-    pair.host.orphan(slot);
-    pair.host.orphan(slot);
+    let (number, _) = pair.start();
     assert_eq!((pair.alive(), pair.host.in_flight()), (1, 1));
     assert_eq!(
         pair.submit(Class::Foreground, None),
@@ -191,7 +189,6 @@ fn an_orphan_keeps_its_memory_until_it_completes() {
     pair.device.work();
     let finished = pair.next().unwrap().unwrap();
     assert_eq!(finished.token.number, number);
-    assert!(!finished.awaited);
     assert_eq!((pair.alive(), pair.host.in_flight()), (1, 0));
     drop(finished);
     assert_eq!(pair.alive(), 0);
@@ -199,13 +196,12 @@ fn an_orphan_keeps_its_memory_until_it_completes() {
 }
 
 #[test]
-fn what_a_late_command_uses_stays_until_it_completes() {
+fn a_late_command_keeps_its_slot_until_it_completes() {
     let mut pair = Pair::new(4);
     let second = Duration::from_secs(1);
     let start = pair.now;
     let (late, _) = pair.submit(Class::Foreground, Some(second)).unwrap();
-    let (orphan, slot) = pair.submit(Class::Foreground, Some(second)).unwrap();
-    pair.host.orphan(slot);
+    let (later, _) = pair.submit(Class::Foreground, Some(second)).unwrap();
     let (slow, _) = pair.submit(Class::Foreground, Some(3 * second)).unwrap();
     pair.host.ring_deferred();
     assert_eq!(pair.host.earliest_deadline(), Some(start + second));
@@ -217,7 +213,7 @@ fn what_a_late_command_uses_stays_until_it_completes() {
     assert_eq!((pair.host.in_flight(), pair.host.lost()), (3, 0));
 
     let expired = pair.give_up_late(start + second);
-    assert_eq!(expired, [late], "nobody waits for the orphan");
+    assert_eq!(expired, [late, later]);
     assert_eq!((pair.host.in_flight(), pair.host.lost()), (1, 2));
     assert_eq!(pair.host.earliest_deadline(), Some(start + 3 * second));
     assert_eq!(pair.alive(), 3);
@@ -229,9 +225,9 @@ fn what_a_late_command_uses_stays_until_it_completes() {
     pair.host.expire(start + second, |_, _| panic!("only once"));
 
     pair.device.work();
-    for (number, awaited) in [(late, false), (orphan, false), (slow, true)] {
+    for (number, overdue) in [(late, true), (later, true), (slow, false)] {
         let finished = pair.next().unwrap().unwrap();
-        assert_eq!((finished.token.number, finished.awaited), (number, awaited));
+        assert_eq!((finished.token.number, finished.overdue), (number, overdue));
     }
     assert_eq!(
         (pair.host.in_flight(), pair.host.lost(), pair.alive()),

@@ -40,7 +40,7 @@ impl Words for Shared {
     }
 }
 
-/// Stands for the memory of a command: `alive` holds the numbers of those that were not dropped.
+/// Stands for a command: `alive` holds the numbers of those whose token was not dropped.
 #[derive(Debug)]
 pub(super) struct Token {
     pub(super) number: u32,
@@ -98,16 +98,9 @@ impl Pair {
         let submitted = self
             .host
             .submit(Self::command(number), token, class, self.now, deadline);
-        match submitted {
-            Ok(slot) => {
-                self.next_number += 1;
-                Some((number, slot))
-            }
-            Err(token) => {
-                assert_eq!(token.number, number, "the token that was given comes back");
-                None
-            }
-        }
+        let slot = submitted?;
+        self.next_number += 1;
+        Some((number, slot))
     }
 
     /// As [`submit`](Self::submit), for work without a deadline when there is a free slot.
@@ -138,7 +131,7 @@ impl Pair {
         }
     }
 
-    /// Gives up what is late at `now`; returns the numbers of those that somebody waits for.
+    /// Gives up what is late at `now`; returns the numbers.
     pub(super) fn give_up_late(&mut self, now: Instant) -> Vec<u32> {
         let mut late = Vec::new();
         self.host.expire(now, |slot, _| late.push(slot));

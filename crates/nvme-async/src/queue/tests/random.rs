@@ -19,7 +19,6 @@ enum Step {
     Complete(prop::sample::Index),
     /// The host takes at most so many completions and acknowledges them.
     Reap(u8),
-    Orphan(prop::sample::Index),
     /// Time passes, in milliseconds, and what is late is given up.
     Pass(u8),
 }
@@ -32,7 +31,6 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (1u8..20).prop_map(Step::Fetch),
         5 => any::<prop::sample::Index>().prop_map(Step::Complete),
         3 => (1u8..10).prop_map(Step::Reap),
-        1 => any::<prop::sample::Index>().prop_map(Step::Orphan),
         1 => (0u8..20).prop_map(Step::Pass),
     ]
 }
@@ -45,7 +43,6 @@ struct Known {
     class: Class,
     submitted: Instant,
     deadline: Option<Instant>,
-    awaited: bool,
     lost: bool,
 }
 
@@ -98,19 +95,6 @@ impl Model {
                 }
             }
             Step::Reap(limit) => self.reap(limit.into()),
-            Step::Orphan(index) => {
-                let waited: Vec<_> = self
-                    .outstanding
-                    .iter_mut()
-                    .filter(|known| known.awaited)
-                    .collect();
-                if !waited.is_empty() {
-                    let index = index.index(waited.len());
-                    let known = waited.into_iter().nth(index).unwrap();
-                    known.awaited = false;
-                    self.pair.host.orphan(known.slot);
-                }
-            }
             Step::Pass(milliseconds) => {
                 self.pair.now += Duration::from_millis(milliseconds.into());
                 self.expire();
@@ -147,7 +131,6 @@ impl Model {
             deadline: timeout
                 .filter(|_| !background)
                 .map(|timeout| self.pair.now + timeout),
-            awaited: true,
             lost: false,
         });
     }
@@ -167,7 +150,6 @@ impl Model {
             let known = self.outstanding.remove(index.expect("it is outstanding"));
             assert_eq!(finished.token.number, number);
             assert_eq!(finished.submitted, known.submitted);
-            assert_eq!(finished.awaited, known.awaited && !known.lost);
             assert_eq!(finished.overdue, known.lost);
             assert!(finished.cqe.status().is_success());
         }
@@ -188,9 +170,7 @@ impl Model {
                     .is_some_and(|deadline| deadline <= self.pair.now)
             {
                 known.lost = true;
-                if known.awaited {
-                    expected.push(known.number);
-                }
+                expected.push(known.number);
             }
         }
         expired.sort_unstable();
@@ -216,7 +196,7 @@ impl Model {
         numbers.sort_unstable();
         assert_eq!(
             alive, numbers,
-            "memory lives exactly as long as its command"
+            "a token stays exactly as long as its command"
         );
 
         let live = self.outstanding.iter().filter(|known| !known.lost);

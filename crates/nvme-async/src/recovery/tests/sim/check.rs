@@ -4,13 +4,13 @@ use nvme_spec::{Cqe, Status};
 
 use super::{Phase, Simulation};
 use crate::Fate;
-use crate::engine::state::{Aftermath, Command, Outcome, Refusal};
+use crate::engine::state::{Outcome, Refusal};
 use crate::engine::{Failed, Failure};
-use crate::io::{Holdings, Payload};
+use crate::io::Payload;
 use crate::recovery::action::Place;
 use crate::recovery::tests::disk::Known;
 use crate::recovery::tests::faults::Fault;
-use crate::recovery::tests::host::{Kind, Operation, Sleeper, Stage, waker};
+use crate::recovery::tests::host::{Kind, Operation, Stage};
 use crate::recovery::tests::model::BLOCKS;
 use crate::recovery::{ControllerState, ResetCause};
 
@@ -339,20 +339,8 @@ impl Simulation {
 
     /// A controller that has ended takes nothing.
     fn check_refusal(&self) -> Result<(), String> {
-        let mut aftermath = Aftermath::default();
-        let command = Command {
-            sqe: nvme_spec::nvm::flush(1),
-            holdings: Holdings::default(),
-            timeout: None,
-            repeatable: false,
-        };
-        let waker = waker(Sleeper::Operation(0), &self.woken);
-        let now = self.clock.now();
-        let started = self.queues[1].with(|state| state.start(command, waker, now, &mut aftermath));
-        match started {
-            Some(Err(Refusal::Failed(Failure::Removed | Failure::ControllerFailed { .. }, _))) => {
-                Ok(())
-            }
+        match self.queues[1].with(|state| state.refusal()).flatten() {
+            Some(Refusal::Failed(Failure::Removed | Failure::ControllerFailed { .. })) => Ok(()),
             _ => Err("a controller that has ended takes commands".to_owned()),
         }
     }

@@ -122,7 +122,7 @@ impl Simulation {
             }
         };
         let repeats = self.sabotage == Some(Sabotage::RepeatsWrites);
-        let mut command = Command {
+        let command = Command {
             sqe: tagged(sqe, number, operation.may_repeat),
             holdings,
             timeout: Some(super::micros(operation.timeout)),
@@ -134,22 +134,27 @@ impl Simulation {
         self.operations.push(operation);
         let now = self.clock.now();
         loop {
-            let waker = waker(Sleeper::Operation(number), &self.woken);
-            let started = self.queues[usize::from(queue)]
-                .attend(|state, aftermath| state.start(command, waker, now, aftermath));
-            match started.ok_or("a queue was taken away")? {
-                Ok(Progress::Done(outcome)) => self.resolve(number, outcome)?,
-                Ok(Progress::Waiting { key }) => {
-                    self.operations[number as usize - 1].stage = Stage::Waiting { key };
-                }
-                Err(Refusal::Failed(failure, command)) => {
+            let shared = &self.queues[usize::from(queue)];
+            let refusal = shared.with(|state| state.refusal());
+            match refusal.ok_or("a queue was taken away")? {
+                Some(Refusal::Failed(failure)) => {
                     let outcome = (Err(failure.into()), Some(command.holdings));
                     self.resolve(number, outcome)?;
+                    return Ok(number);
                 }
-                Err(Refusal::NoReaper(refused)) => {
+                Some(Refusal::NoReaper) => {
                     self.claim(queue);
-                    command = refused;
                     continue;
+                }
+                None => {}
+            }
+            let waker = waker(Sleeper::Operation(number), &self.woken);
+            let started =
+                shared.attend(|state, aftermath| state.start(command, waker, now, aftermath));
+            match started.ok_or("a queue was taken away")? {
+                Progress::Done(outcome) => self.resolve(number, outcome)?,
+                Progress::Waiting { key } => {
+                    self.operations[number as usize - 1].stage = Stage::Waiting { key };
                 }
             }
             return Ok(number);
