@@ -296,7 +296,7 @@ impl DmaContext {
             return Err((AllocError::LimitReached { limit }.into(), payload));
         };
         self.count_bounce(range.len());
-        let bounce = Some(Bounce::Reserve(block));
+        let bounce = Some(Bounce::Reserve(Box::new(block)));
         Ok((
             pointer,
             Holdings {

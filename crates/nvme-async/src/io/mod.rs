@@ -38,5 +38,6 @@ pub(crate) struct Holdings {
 /// A bounce buffer.
 pub(crate) enum Bounce {
     Pool(DmaBuf),
-    Reserve(ReserveBlock),
+    /// Boxed, since it is larger than all else and rare.
+    Reserve(Box<ReserveBlock>),
 }

@@ -298,17 +298,18 @@ pub(crate) struct Aftermath {
 
 impl Aftermath {
     /// Whoever is to be woken is, also if the waker of another panics.
-    pub(crate) fn run(self) {
-        let mut wakers = Wakers(self.wakers.into_iter());
+    pub(crate) fn run(mut self) {
+        // Where they are: there is room for many.
+        let mut wakers = Wakers(self.wakers.drain(..));
         for waker in &mut wakers.0 {
             waker.wake();
         }
     }
 }
 
-struct Wakers(smallvec::IntoIter<[Waker; REAP_BATCH]>);
+struct Wakers<'a>(smallvec::Drain<'a, [Waker; REAP_BATCH]>);
 
-impl Drop for Wakers {
+impl Drop for Wakers<'_> {
     fn drop(&mut self) {
         // Some are left only if one has panicked; a second panic would end the process.
         for waker in &mut self.0 {

@@ -179,8 +179,7 @@ impl State {
         let watched = self.is_watched();
         let deadline = self.core.earliest_deadline();
         let needed = polls || self.core.has_deferred();
-        let runtime = current_runtime();
-        for seat in self.seats.iter_mut().filter(|seat| seat.serves(runtime)) {
+        for seat in &mut self.seats {
             let Place::Asleep { next_look, .. } = seat.place else {
                 continue;
             };
@@ -189,7 +188,7 @@ impl State {
                 (Some(next_look), Some(deadline)) => next_look <= deadline,
                 (Some(_), None) => true,
             };
-            if needed || !looks_in_time {
+            if (needed || !looks_in_time) && seat.serves(current_runtime()) {
                 seat.wake(aftermath);
             }
         }
