@@ -129,15 +129,15 @@ impl QueuePair {
             timeout: inner.timeout,
             repeatable: false,
         };
-        let (result, holdings) = Submission::new(&self.queue, command).await;
-        let data = holdings.and_then(|mut holdings| {
-            if let (Ok(cqe), Some(range)) = (&result, collect)
-                && cqe.status().is_success()
-            {
-                inner.dma.collect(&mut holdings, range);
-            }
-            DmaBuf::from_payload(holdings.payload)
-        });
+        let mut submission = Submission::new(&self.queue, command);
+        let result = (&mut submission).await;
+        let mut holdings = submission.take_holdings();
+        if let (Ok(cqe), Some(range)) = (&result, collect)
+            && cqe.status().is_success()
+        {
+            inner.dma.collect(&mut holdings, range);
+        }
+        let data = DmaBuf::from_payload(holdings.payload);
         match result {
             Ok(cqe) => Ok(Completion { cqe, data }),
             Err(failure) => {

@@ -157,8 +157,10 @@ impl Admin {
             timeout: self.timeout,
             repeatable: is_repeatable(&sqe),
         };
-        let (result, holdings) = Submission::new(&self.queue, command).await;
-        let cqe = result.map_err(|failure| failure.into_error(self.name(&sqe)))?;
+        let mut submission = Submission::new(&self.queue, command);
+        let cqe = (&mut submission)
+            .await
+            .map_err(|failure| failure.into_error(self.name(&sqe)))?;
         let status = cqe.status();
         if !status.is_success() {
             return Err(Box::new(CommandError {
@@ -167,7 +169,7 @@ impl Admin {
             })
             .into());
         }
-        Ok((cqe, holdings.unwrap_or_default()))
+        Ok((cqe, submission.take_holdings()))
     }
 
     /// Sets a feature whose value is the data of the command, in `buffer`.

@@ -10,6 +10,7 @@ use super::biased::Owner;
 use super::reaper::{Reaper, check_spawned, vacate};
 use super::state::{Aftermath, Failure, Outcome, State};
 use super::{Notification, SharedQueue};
+use crate::io::Holdings;
 
 /// A [`SharedQueue`] that this thread owns, and uses without its lock.
 pub struct LocalQueue {
@@ -64,8 +65,8 @@ impl Access for Rc<LocalQueue> {
         }
     }
 
-    fn late_outcome(&self, key: usize) -> Option<Outcome> {
-        self.home.late_outcome(key)
+    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+        self.home.late_outcome(key, holdings)
     }
 
     fn report(&self, event: Notification) {

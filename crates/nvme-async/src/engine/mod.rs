@@ -77,6 +77,7 @@ impl QueueAccess for std::rc::Rc<LocalQueue> {}
 pub(crate) mod access {
     use super::state::Outcome;
     use super::{Failure, Notification, State};
+    use crate::io::Holdings;
 
     /// Access to the state of a queue pair, and a reaper for it.
     pub(crate) trait Access: Clone + Unpin + 'static {
@@ -86,8 +87,9 @@ pub(crate) mod access {
         /// Spawns a reaper on the current runtime, if the queue has none.
         fn spawn_reaper(&self) -> Result<(), Failure>;
 
-        /// The outcome of an operation of a queue pair that has ended.
-        fn late_outcome(&self, key: usize) -> Option<Outcome>;
+        /// The outcome of an operation of a queue pair that has ended, and in `holdings` what it
+        /// held, unless the device may still use it.
+        fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome>;
 
         /// Passes on what the controller reported by itself.
         fn report(&self, event: Notification);

@@ -16,8 +16,9 @@ use loom::thread;
 use super::access::Access;
 use super::biased::Biased;
 use super::state::{Aftermath, Failure, Look, Outcome};
-use super::tests::rig::{Device, Memory, Wakes, command, state, vector};
+use super::tests::rig::{Device, Memory, Wakes, command, returned, state, vector};
 use super::{LocalQueue, PollMode, SharedQueue, Submission};
+use crate::io::Holdings;
 use crate::recovery::ResetCause;
 
 fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
@@ -141,12 +142,15 @@ fn poll<F: Future>(future: Pin<&mut F>, wakes: &Arc<Wakes>) -> Poll<F::Output> {
 
 /// Polls as a task does: again only when it was woken since the last time. `more` makes the rest of
 /// the world go on.
-fn run<F: Future<Output = Outcome>>(mut future: Pin<&mut F>, mut more: impl FnMut()) -> Outcome {
+fn run<Q: Access>(
+    mut submission: Submission<'_, Q>,
+    mut more: impl FnMut(),
+) -> (Outcome, Option<Holdings>) {
     let wakes = Arc::new(Wakes::default());
     let mut seen = 0;
     loop {
-        if let Poll::Ready(outcome) = poll(future.as_mut(), &wakes) {
-            return outcome;
+        if let Poll::Ready(outcome) = poll(Pin::new(&mut submission), &wakes) {
+            return (outcome, returned(submission.take_holdings()));
         }
         let mut patience = 3;
         while wakes.count() == seen {
@@ -166,7 +170,7 @@ fn a_completion_and_the_task_that_waits_for_it() {
         let reaper = thread::spawn(move || Bench::reap(&queue, &device));
         let (command, memory) = command(0);
         let outcome = {
-            let submission = pin!(Submission::new(&bench.queue, command));
+            let submission = Submission::new(&bench.queue, command);
             run(submission, || {
                 thread::yield_now();
                 Bench::reap(&bench.queue, &bench.device);
@@ -213,7 +217,7 @@ fn recovery_and_the_task_that_waits() {
         let (command, memory) = command(0);
         let mut recovery = Some(recovery);
         let outcome = {
-            let submission = pin!(Submission::new(&bench.queue, command));
+            let submission = Submission::new(&bench.queue, command);
             run(submission, || {
                 // What is sent again after the end of recovery takes another look.
                 if let Some(recovery) = recovery.take() {
@@ -272,7 +276,7 @@ fn the_end_of_a_queue_pair_and_the_task_that_waits() {
         let (command, memory) = command(0);
         let mut end = Some(end);
         let outcome = {
-            let submission = pin!(Submission::new(&bench.queue, command));
+            let submission = Submission::new(&bench.queue, command);
             run(submission, || {
                 if let Some(end) = end.take() {
                     end.join().expect("no panics");

@@ -10,6 +10,7 @@ use super::access::Access;
 use super::biased::{Biased, Owner};
 use super::reaper::{Reaper, check_spawned, vacate};
 use super::state::{Aftermath, Failure, Outcome, Outcomes, QueueCounters, Remains, State};
+use crate::io::Holdings;
 
 /// A queue pair behind a lock, which is held for the time of one submission or one batch of
 /// completions and never while anything else runs. A [`LocalQueue`](super::LocalQueue) can own it
@@ -144,8 +145,8 @@ impl Access for Arc<SharedQueue> {
         }
     }
 
-    fn late_outcome(&self, key: usize) -> Option<Outcome> {
-        super::sync::lock_std(&self.outcomes).take(key)
+    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+        super::sync::lock_std(&self.outcomes).take(key, holdings)
     }
 
     fn report(&self, event: Notification) {

@@ -20,7 +20,7 @@ use self::drain::Draining;
 pub(crate) use self::operation::{
     Aftermath, Command, Failed, Failure, Outcome, Outcomes, Remains, Token,
 };
-use self::operation::{Operation, Stage};
+use self::operation::{Operations, Stage};
 pub(crate) use self::seat::{Place, Seat, Term};
 use super::trouble::{Inbox, Trouble};
 use super::window::Window;
@@ -56,7 +56,7 @@ pub(crate) enum Refusal {
 pub(crate) struct State {
     core: Core,
     /// All commands that were accepted; their keys are everywhere else.
-    operations: Slab<Operation>,
+    operations: Operations,
     /// Those that wait for a slot, in the order in which they get one.
     backlog: VecDeque<usize>,
     /// Those that are to be sent again, and when.
@@ -135,7 +135,7 @@ impl State {
         let capacity = core.capacity();
         Self {
             core,
-            operations: Slab::with_capacity(capacity),
+            operations: Operations::with_capacity(capacity),
             backlog: VecDeque::new(),
             delayed: Vec::new(),
             next_ticket: 0,
@@ -170,26 +170,25 @@ impl State {
     }
 
     /// Accepts a command, of which there is no [`refusal`](Self::refusal): submits it, or queues it
-    /// behind those that wait for a slot.
+    /// behind those that wait for a slot. What it holds comes back in it if it is done at once;
+    /// otherwise it is left empty, and `waker` one that does nothing.
     pub(crate) fn start(
         &mut self,
-        command: Command,
-        waker: Waker,
+        command: &mut Command,
+        waker: &mut Waker,
         now: Instant,
         aftermath: &mut Aftermath,
     ) -> Progress {
         debug_assert!(self.refusal().is_none());
         let was_idle = self.core.in_flight() == 0;
-        let ticket = self.next_ticket;
+        let key = self.operations.claim();
+        let operation = &mut self.operations[key];
+        std::mem::swap(&mut operation.command, command);
+        operation.ticket = self.next_ticket;
+        operation.since = None;
+        operation.attempts = 0;
+        operation.stage = Stage::Queued;
         self.next_ticket += 1;
-        let key = self.operations.insert(Operation {
-            command,
-            ticket,
-            since: None,
-            attempts: 0,
-            stage: Stage::Queued,
-            waker: Waker::noop().clone(),
-        });
         if !self.backlog.is_empty() || !self.submit(key, now) {
             self.backlog.push_back(key);
         }
@@ -198,13 +197,10 @@ impl State {
         }
         self.reap(Look::Polled, now, aftermath);
         self.rouse_reaper(was_idle, aftermath);
-        match self.take_outcome(key) {
-            Some(outcome) => {
-                aftermath.unused.push(waker);
-                Progress::Done(outcome)
-            }
+        match self.take_outcome(key, &mut command.holdings) {
+            Some(outcome) => Progress::Done(outcome),
             None => {
-                self.operations[key].waker = waker;
+                std::mem::swap(&mut self.operations[key].waker, waker);
                 Progress::Waiting { key }
             }
         }
@@ -333,10 +329,10 @@ impl State {
     /// Operations whose outcome was not taken.
     #[cfg(test)]
     pub(crate) fn operations(&self) -> usize {
-        let orphaned = |operation: &Operation| matches!(operation.stage, Stage::Orphaned);
         let operations = self.operations.iter();
+        let over = |stage| matches!(stage, Stage::Orphaned | Stage::Over);
         operations
-            .filter(|(_, operation)| !orphaned(operation))
+            .filter(|operation| !over(operation.stage))
             .count()
     }
 

@@ -9,8 +9,10 @@ use tokio::task::coop::poll_proceed;
 
 use super::access::Access;
 use super::state::{Aftermath, Command, Failed, Failure, Outcome, Progress, Refusal};
+use crate::io::Holdings;
 
-/// Submits a command when first polled, and resolves when it is done.
+/// Submits a command when first polled, and resolves when it is done. What the command holds is with
+/// the queue meanwhile, and [comes back](Self::take_holdings).
 ///
 /// # Cancel safety
 ///
@@ -19,10 +21,16 @@ use super::state::{Aftermath, Command, Failed, Failure, Outcome, Progress, Refus
 #[must_use = "futures do nothing unless polled"]
 pub(crate) struct Submission<'a, Q: Access> {
     queue: &'a Q,
-    /// Until it is submitted.
-    command: Option<Command>,
-    /// Of the operation, from then on until it is over.
-    key: Option<usize>,
+    /// Empty while the queue has it.
+    pub(crate) command: Command,
+    step: Step,
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    Start,
+    Waiting { key: usize },
+    Over,
 }
 
 /// What a look at an operation found.
@@ -36,67 +44,62 @@ impl<'a, Q: Access> Submission<'a, Q> {
     pub(crate) fn new(queue: &'a Q, command: Command) -> Self {
         Self {
             queue,
-            command: Some(command),
-            key: None,
+            command,
+            step: Step::Start,
         }
+    }
+
+    /// What the command holds, when it is done; nothing if the device may still use it.
+    pub(crate) fn take_holdings(&mut self) -> Holdings {
+        std::mem::take(&mut self.command.holdings)
     }
 
     fn start(&mut self, cx: &Context<'_>) -> Poll<Outcome> {
         loop {
             let mut aftermath = Aftermath::default();
             // Cloned here, since that too may run arbitrary code.
-            let mut waker = Some(cx.waker().clone());
+            let mut waker = cx.waker().clone();
             let command = &mut self.command;
             let started = self.queue.with(|state| match state.refusal() {
-                Some(refusal) => Some(Err(refusal)),
-                None => {
-                    let (command, waker) = (command.take()?, waker.take()?);
-                    Some(Ok(state.start(
-                        command,
-                        waker,
-                        Instant::now(),
-                        &mut aftermath,
-                    )))
-                }
+                Some(refusal) => Err(refusal),
+                None => Ok(state.start(command, &mut waker, Instant::now(), &mut aftermath)),
             });
             aftermath.run();
-            match started.flatten() {
+            match started {
                 Some(Ok(Progress::Done(outcome))) => return Poll::Ready(outcome),
                 Some(Ok(Progress::Waiting { key })) => {
-                    self.key = Some(key);
+                    self.step = Step::Waiting { key };
                     return Poll::Pending;
                 }
-                Some(Err(Refusal::Failed(failure))) => return self.fail(failure),
+                Some(Err(Refusal::Failed(failure))) => return Poll::Ready(Err(failure.into())),
                 Some(Err(Refusal::NoReaper)) => {
                     if let Err(failure) = self.queue.spawn_reaper() {
-                        return self.fail(failure);
+                        return Poll::Ready(Err(failure.into()));
                     }
                 }
-                None => return self.fail(Failure::Closed),
+                None => return Poll::Ready(Err(Failure::Closed.into())),
             }
         }
-    }
-
-    /// The outcome of a command that is not submitted.
-    fn fail(&mut self, failure: Failure) -> Poll<Outcome> {
-        let holdings = self.command.take().map(|command| command.holdings);
-        Poll::Ready((Err(failure.into()), holdings))
     }
 
     fn wait(&mut self, key: usize, cx: &Context<'_>) -> Poll<Outcome> {
         let mut fresh = None;
         let driven = loop {
-            let polled = self.queue.with(|state| match state.take_outcome(key) {
-                Some(outcome) => Polled::Done(outcome),
-                None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting {
-                    driven: state.has_reaper(),
-                },
-                None => Polled::WakesAnother,
-            });
+            let holdings = &mut self.command.holdings;
+            let polled = self
+                .queue
+                .with(|state| match state.take_outcome(key, holdings) {
+                    Some(outcome) => Polled::Done(outcome),
+                    None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting {
+                        driven: state.has_reaper(),
+                    },
+                    None => Polled::WakesAnother,
+                });
             match polled {
                 None => {
-                    let late = self.queue.late_outcome(key);
-                    return Poll::Ready(late.unwrap_or((Err(Failure::Closed.told(true)), None)));
+                    let late = self.queue.late_outcome(key, &mut self.command.holdings);
+                    let closed = || Err(Failure::Closed.told(true));
+                    return Poll::Ready(late.unwrap_or_else(closed));
                 }
                 Some(Polled::Done(outcome)) => return Poll::Ready(outcome),
                 Some(Polled::Waiting { driven }) => break driven,
@@ -105,9 +108,9 @@ impl<'a, Q: Access> Submission<'a, Q> {
         };
         if !driven && let Err(failure) = self.queue.spawn_reaper() {
             abandon(self.queue, key);
-            return Poll::Ready((Err(failure.told(true)), None));
+            return Poll::Ready(Err(failure.told(true)));
         }
-        self.key = Some(key);
+        self.step = Step::Waiting { key };
         Poll::Pending
     }
 }
@@ -118,11 +121,11 @@ impl<Q: Access> Future for Submission<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
         let budget = ready!(poll_proceed(cx));
         let this = self.get_mut();
-        let polled = match this.key.take() {
-            Some(key) => this.wait(key, cx),
-            None if this.command.is_some() => this.start(cx),
+        let polled = match std::mem::replace(&mut this.step, Step::Over) {
+            Step::Start => this.start(cx),
+            Step::Waiting { key } => this.wait(key, cx),
             // As with most futures, polling it again after it resolved never resolves.
-            None => Poll::Pending,
+            Step::Over => Poll::Pending,
         };
         if polled.is_ready() {
             budget.made_progress();
@@ -133,7 +136,7 @@ impl<Q: Access> Future for Submission<'_, Q> {
 
 impl<Q: Access> Drop for Submission<'_, Q> {
     fn drop(&mut self) {
-        if let Some(key) = self.key {
+        if let Step::Waiting { key } = self.step {
             abandon(self.queue, key);
         }
     }
@@ -144,7 +147,7 @@ fn abandon<Q: Access>(queue: &Q, key: usize) {
     let lives = queue.with(|state| state.abandon(key, &mut aftermath));
     aftermath.run();
     if lives.is_none() {
-        drop(queue.late_outcome(key));
+        let _ = queue.late_outcome(key, &mut Holdings::default());
     }
 }
 

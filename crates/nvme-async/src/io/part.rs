@@ -37,8 +37,8 @@ pub(crate) enum End {
 }
 
 /// Makes the data of one command reachable, submits it, and takes the data from the bounce buffer
-/// if there was one. It resolves to how the command ended, and the payload unless the device may
-/// still use it.
+/// if there was one. It resolves to how the command ended, and the payload, which is none if the
+/// device may still use it.
 ///
 /// # Cancel safety
 ///
@@ -82,33 +82,30 @@ impl<'a, Q: QueueAccess> Part<'a, Q> {
     fn finish(
         &self,
         result: Result<nvme_spec::Cqe, Failed>,
-        holdings: Option<Holdings>,
-    ) -> (End, Option<Payload>) {
+        mut holdings: Holdings,
+    ) -> (End, Payload) {
         let end = match result {
             Ok(cqe) if cqe.status().is_success() => End::Success,
             Ok(cqe) => End::Status(cqe.status()),
             Err(failed) => End::Failed(failed),
         };
-        let payload = holdings.map(|mut holdings| {
-            if self.order.flow == Flow::Read && matches!(end, End::Success) {
-                self.dma.collect(&mut holdings, self.order.range.clone());
-            }
-            let Holdings {
-                mapped,
-                list,
-                bounce,
-                payload,
-            } = holdings;
-            // Mappings of the payload go before the payload goes to the caller.
-            drop((mapped, list, bounce));
-            payload
-        });
+        if self.order.flow == Flow::Read && matches!(end, End::Success) {
+            self.dma.collect(&mut holdings, self.order.range.clone());
+        }
+        let Holdings {
+            mapped,
+            list,
+            bounce,
+            payload,
+        } = holdings;
+        // Mappings of the payload go before the payload goes to the caller.
+        drop((mapped, list, bounce));
         (end, payload)
     }
 }
 
 impl<Q: QueueAccess> Future for Part<'_, Q> {
-    type Output = (End, Option<Payload>);
+    type Output = (End, Payload);
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
@@ -130,11 +127,12 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
                     Ok(ready) => this.submit(ready),
                     Err((error, payload)) => {
                         this.step = Step::Over;
-                        return Poll::Ready((End::Unsubmitted(error), Some(payload)));
+                        return Poll::Ready((End::Unsubmitted(error), payload));
                     }
                 },
                 Step::Submit(submission) => {
-                    let (result, holdings) = ready!(Pin::new(submission).poll(cx));
+                    let result = ready!(Pin::new(&mut *submission).poll(cx));
+                    let holdings = submission.take_holdings();
                     this.step = Step::Over;
                     return Poll::Ready(this.finish(result, holdings));
                 }

@@ -260,11 +260,8 @@ fn set_timeout<Q: QueueAccess>(transfer: &mut Transfer<'_, Q>, timeout: Option<D
     }
 }
 
-fn give_back<B: Convert>(
-    (result, payload): (Result<(), Error>, Option<Payload>),
-) -> Result<B, IoError<B>> {
-    let buffer = payload.and_then(B::from_payload);
-    match (result, buffer) {
+fn give_back<B: Convert>((result, payload): (Result<(), Error>, Payload)) -> Result<B, IoError<B>> {
+    match (result, B::from_payload(payload)) {
         (Ok(()), Some(buffer)) => Ok(buffer),
         (Err(error), buffer) => Err(IoError { error, buffer }),
         // A success returns the payload that the request was made with.

@@ -178,7 +178,7 @@ impl<Q> Request<'_, Q> {
 }
 
 impl<Q: QueueAccess> Future for Transfer<'_, Q> {
-    type Output = (Result<(), Error>, Option<Payload>);
+    type Output = (Result<(), Error>, Payload);
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
@@ -191,7 +191,7 @@ impl<Q: QueueAccess> Future for Transfer<'_, Q> {
                     };
                     match Self::begin(request) {
                         Ok(stage) => this.stage = stage,
-                        Err((error, payload)) => return Poll::Ready((Err(error), Some(payload))),
+                        Err((error, payload)) => return Poll::Ready((Err(error), payload)),
                     }
                 }
                 Stage::One {
@@ -248,7 +248,7 @@ impl<Q: QueueAccess> Future for Numbered<'_, Q> {
 }
 
 impl<Q: QueueAccess> Parts<'_, Q> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(Result<(), Error>, Option<Payload>)> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(Result<(), Error>, Payload)> {
         loop {
             while self.running.len() < MAX_PARTS_IN_FLIGHT
                 && let Some(range) = self.ranges.get(self.next)
@@ -278,10 +278,10 @@ impl<Q: QueueAccess> Parts<'_, Q> {
         }
     }
 
-    fn finish(&mut self) -> (Result<(), Error>, Option<Payload>) {
+    fn finish(&mut self) -> (Result<(), Error>, Payload) {
         let payload = std::mem::replace(&mut self.payload, Arc::new(Payload::None));
         // Not the only reference if the device may still use the memory for one of the parts.
-        let payload = Arc::try_unwrap(payload).ok();
+        let payload = Arc::try_unwrap(payload).unwrap_or_default();
         let parts: Vec<_> = std::mem::take(&mut self.ranges)
             .into_iter()
             .zip(std::mem::take(&mut self.results))

@@ -204,7 +204,7 @@ impl NamespaceInner {
             timeout: self.timeout(),
             repeatable: self.may_repeat(&sqe),
         };
-        let (result, _) = crate::engine::Submission::new(queue, command).await;
+        let result = crate::engine::Submission::new(queue, command).await;
         let end = match result {
             Ok(cqe) if cqe.status().is_success() => End::Success,
             Ok(cqe) => End::Status(cqe.status()),

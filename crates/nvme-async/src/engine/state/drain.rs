@@ -61,8 +61,8 @@ impl State {
     }
 
     fn is_unfinished_before(&self, mark: u64) -> bool {
-        self.operations.iter().any(|(_, operation)| {
-            operation.ticket < mark && !matches!(operation.stage, Stage::Done(_))
+        self.operations.iter().any(|operation| {
+            operation.ticket < mark && !matches!(operation.stage, Stage::Done(_) | Stage::Over)
         })
     }
 }

@@ -1,12 +1,12 @@
 //! Operations: commands that somebody may wait for, and what became of them.
 
+use std::ops::{Index, IndexMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use iova::Mapped;
 use nvme_spec::{Cqe, Sqe};
-use slab::Slab;
 use smallvec::SmallVec;
 
 use super::{Core, REAP_BATCH, State};
@@ -75,6 +75,7 @@ impl Failure {
 }
 
 /// A command that is to be submitted, and what it needs until it is done.
+#[derive(Default)]
 pub(crate) struct Command {
     pub(crate) sqe: Sqe,
     pub(crate) holdings: Holdings,
@@ -84,8 +85,8 @@ pub(crate) struct Command {
     pub(crate) repeatable: bool,
 }
 
-/// A command that was accepted. It stays in its place, with what it takes to send it again and with
-/// the memory that the device uses, until its outcome was taken and no slot refers to it.
+/// A command that was accepted, with what it takes to send it again and with the memory that the
+/// device uses, until its outcome was taken and no slot refers to it.
 pub(super) struct Operation {
     pub(super) command: Command,
     /// The order in which commands were accepted.
@@ -101,6 +102,8 @@ pub(super) struct Operation {
 
 #[derive(Clone, Copy)]
 pub(super) enum Stage {
+    /// There is none: its place is free. It holds nothing.
+    Over,
     /// It waits for a slot, for the end of a recovery, or for its next attempt.
     Queued,
     /// A slot refers to it, and its future waits.
@@ -111,13 +114,24 @@ pub(super) enum Stage {
     /// A slot refers to it, and its future is gone.
     Orphaned,
     /// The device is done with it, or never had it.
-    Done(Result<Cqe, Failed>),
+    Done(Outcome),
 }
 
-/// What became of a command. The holdings are missing where the device may still be working on it.
-pub(crate) type Outcome = (Result<Cqe, Failed>, Option<Holdings>);
+/// What became of a command.
+pub(crate) type Outcome = Result<Cqe, Failed>;
 
 impl Operation {
+    fn new() -> Self {
+        Self {
+            command: Command::default(),
+            ticket: 0,
+            since: None,
+            attempts: 0,
+            stage: Stage::Over,
+            waker: Waker::noop().clone(),
+        }
+    }
+
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let timeout = self.command.timeout?;
         self.since.unwrap_or(now).checked_add(timeout)
@@ -141,12 +155,12 @@ impl Operation {
     }
 
     /// Records what became of it, and that the device does not have it.
-    pub(super) fn resolve(&mut self, result: Result<Cqe, Failed>, aftermath: &mut Aftermath) {
+    pub(super) fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
         let mapped = &mut self.command.holdings.mapped;
         if !mapped.is_empty() {
             aftermath.mapped.extend(mapped.drain(..));
         }
-        self.stage = Stage::Done(result);
+        self.stage = Stage::Done(outcome);
         self.wake(aftermath);
     }
 
@@ -167,21 +181,88 @@ impl Operation {
     }
 }
 
-impl State {
-    /// The outcome of an operation, which is over then, if it has one.
-    pub(crate) fn take_outcome(&mut self, key: usize) -> Option<Outcome> {
-        let operation = &mut self.operations[key];
+/// Operations by key. Each stays in its place, and what goes in or out is swapped with what is there:
+/// a command is large, and its moves would cost more than all else that is done for it here.
+#[derive(Default)]
+pub(super) struct Operations {
+    places: Vec<Operation>,
+    /// Keys of those that are over.
+    free: Vec<usize>,
+}
+
+impl Operations {
+    pub(super) fn with_capacity(capacity: usize) -> Self {
+        Self {
+            places: Vec::with_capacity(capacity),
+            free: Vec::with_capacity(capacity),
+        }
+    }
+
+    /// The key of a free place.
+    pub(super) fn claim(&mut self) -> usize {
+        self.free.pop().unwrap_or_else(|| {
+            self.places.push(Operation::new());
+            self.places.len() - 1
+        })
+    }
+
+    /// Ends an operation, whose key may be used again then; returns what it still holds.
+    pub(super) fn end(&mut self, key: usize) -> Holdings {
+        let operation = &mut self.places[key];
+        operation.stage = Stage::Over;
+        self.free.push(key);
+        std::mem::take(&mut operation.command.holdings)
+    }
+
+    /// The outcome of an operation, if it has one. What it held is swapped with `holdings`, which are
+    /// empty, unless the device may still use it.
+    pub(super) fn take_outcome(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+        let operation = &mut self.places[key];
         match operation.stage {
-            Stage::Done(result) => {
-                let holdings = self.operations.remove(key).command.holdings;
-                Some((result, Some(holdings)))
+            Stage::Done(outcome) => {
+                std::mem::swap(&mut operation.command.holdings, holdings);
+                operation.stage = Stage::Over;
+                self.free.push(key);
+                Some(outcome)
             }
             Stage::GivenUp(failed) => {
                 operation.stage = Stage::Orphaned;
-                Some((Err(failed), None))
+                Some(Err(failed))
             }
-            Stage::Queued | Stage::Submitted | Stage::Orphaned => None,
+            Stage::Over | Stage::Queued | Stage::Submitted | Stage::Orphaned => None,
         }
+    }
+
+    /// All places, those that are free too.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Operation> {
+        self.places.iter()
+    }
+
+    /// All places, those that are free too.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Operation> {
+        self.places.iter_mut()
+    }
+}
+
+impl Index<usize> for Operations {
+    type Output = Operation;
+
+    fn index(&self, key: usize) -> &Operation {
+        &self.places[key]
+    }
+}
+
+impl IndexMut<usize> for Operations {
+    fn index_mut(&mut self, key: usize) -> &mut Operation {
+        &mut self.places[key]
+    }
+}
+
+impl State {
+    /// The outcome of an operation, which is over then, if it has one. What it held comes back in
+    /// `holdings`, which are empty, unless the device may still use it.
+    pub(crate) fn take_outcome(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+        self.operations.take_outcome(key, holdings)
     }
 
     /// Whether the task of `waker` is woken when the operation has an outcome. If it is not, it
@@ -219,30 +300,21 @@ impl State {
                 self.delayed.retain(|&(_, delayed)| delayed != key);
             }
             Stage::Done(_) => {}
+            Stage::Over => return,
         }
-        let operation = self.operations.remove(key);
-        aftermath.garbage.push(operation.command.holdings);
+        aftermath.garbage.push(self.operations.end(key));
         self.wake_drains(aftermath);
     }
 
-    /// Ends an operation that no slot refers to any more, with `result` if its future waits for one.
-    pub(super) fn settle(
-        &mut self,
-        key: usize,
-        result: Result<Cqe, Failed>,
-        aftermath: &mut Aftermath,
-    ) {
+    /// Ends an operation that no slot refers to any more, with `outcome` if its future waits for one.
+    pub(super) fn settle(&mut self, key: usize, outcome: Outcome, aftermath: &mut Aftermath) {
         let operation = &mut self.operations[key];
         match operation.stage {
-            Stage::Orphaned => {
-                let operation = self.operations.remove(key);
-                aftermath.garbage.push(operation.command.holdings);
-            }
+            Stage::Orphaned => aftermath.garbage.push(self.operations.end(key)),
             // Its future is to be told what it was woken for, but gets its memory back after all.
             Stage::GivenUp(failed) => operation.resolve(Err(failed), aftermath),
-            Stage::Queued | Stage::Submitted | Stage::Done(_) => {
-                operation.resolve(result, aftermath);
-            }
+            Stage::Queued | Stage::Submitted => operation.resolve(outcome, aftermath),
+            Stage::Done(_) | Stage::Over => debug_assert!(false, "no slot refers to it"),
         }
     }
 
@@ -268,12 +340,15 @@ pub(crate) enum Token {
 
 /// What is left of a queue pair after its end, for futures: the outcomes that they have not taken yet.
 #[derive(Default)]
-pub(crate) struct Outcomes(pub(super) Slab<Outcome>);
+pub(crate) struct Outcomes(pub(super) Operations);
 
 impl Outcomes {
-    /// The outcome of an operation that has not taken it yet.
-    pub(crate) fn take(&mut self, key: usize) -> Option<Outcome> {
-        self.0.try_remove(key)
+    /// The outcome of an operation, and in `holdings` what it held, unless the device may still use
+    /// it.
+    pub(crate) fn take(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+        // There are none if the queue pair was not ended, but taken away.
+        let exists = key < self.0.places.len();
+        exists.then(|| self.0.take_outcome(key, holdings)).flatten()
     }
 }
 

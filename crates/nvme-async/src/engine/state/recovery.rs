@@ -105,7 +105,7 @@ impl State {
                 self.settle(key, Err(failure.told(told)), aftermath);
             }
         }
-        for (_, operation) in &mut self.operations {
+        for operation in self.operations.iter_mut() {
             match operation.stage {
                 Stage::Queued => {
                     let told = operation.attempts > 0;
@@ -113,7 +113,7 @@ impl State {
                 }
                 // There are some only if the device has not stopped.
                 Stage::Submitted => operation.give_up(failure.told(true), aftermath),
-                Stage::GivenUp(_) | Stage::Orphaned | Stage::Done(_) => {}
+                Stage::GivenUp(_) | Stage::Orphaned | Stage::Done(_) | Stage::Over => {}
             }
         }
         self.backlog.clear();
@@ -127,23 +127,15 @@ impl State {
     pub(crate) fn end(mut self, stopped: bool, aftermath: &mut Aftermath) -> (Outcomes, Remains) {
         self.fail(Failure::Closed, stopped, aftermath);
         self.dismiss_reapers(aftermath);
-        let mut in_use = Vec::new();
-        let outcomes = self.operations.into_iter().filter_map(|(key, operation)| {
-            let holdings = operation.command.holdings;
-            let outcome = match operation.stage {
-                Stage::Done(result) => return Some((key, (result, Some(holdings)))),
-                Stage::GivenUp(failed) => Some((key, (Err(failed), None))),
-                Stage::Queued | Stage::Submitted | Stage::Orphaned => None,
-            };
-            in_use.push(holdings);
-            outcome
-        });
-        let outcomes = Outcomes(outcomes.collect());
+        let operations = self.operations.iter_mut();
+        let in_use = operations
+            .filter(|operation| matches!(operation.stage, Stage::GivenUp(_) | Stage::Orphaned))
+            .map(|operation| std::mem::take(&mut operation.command.holdings));
         let remains = Remains {
+            _holdings: in_use.collect(),
             _rings: self.core,
-            _holdings: in_use,
         };
-        (outcomes, remains)
+        (Outcomes(self.operations), remains)
     }
 
     /// The device broke the protocol: believes nothing any more.

@@ -154,7 +154,7 @@ impl State {
 
     /// Wakes all who wait for an operation or for a drain, so that they look at the queue again.
     pub(crate) fn wake_all(&mut self, aftermath: &mut Aftermath) {
-        for (_, operation) in &mut self.operations {
+        for operation in self.operations.iter_mut() {
             if operation.is_awaited() {
                 operation.wake(aftermath);
             }

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use super::{Aftermath, Class, Failure, Operation, Stage, State, Token};
+use super::operation::Operation;
+use super::{Aftermath, Class, Failure, Stage, State, Token};
 
 impl State {
     /// Puts commands whose next attempt is due first in line, and submits what there are slots for.

@@ -11,12 +11,13 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::yield_now;
 use std::time::Instant;
 
-use super::rig::{Device, Wakes, command, state, vector};
+use super::rig::{Device, Wakes, command, returned, state, vector};
 use crate::engine::access::Access;
 use crate::engine::reaper::vacate;
 use crate::engine::state::{Aftermath, Failure, Look, Outcome};
 use crate::engine::submission::Drain;
 use crate::engine::{LocalQueue, PollMode, SharedQueue, State, Submission};
+use crate::io::Holdings;
 
 fn shared(entries: u16) -> (Arc<SharedQueue>, Device) {
     let (state, device) = state(entries, PollMode::Interrupt);
@@ -35,8 +36,8 @@ fn reap(queue: &impl Access) {
 
 fn failure(polled: Poll<Outcome>) -> Failure {
     match polled {
-        Poll::Ready((Err(failed), _)) => failed.failure,
-        Poll::Ready((Ok(_), _)) => panic!("it succeeded"),
+        Poll::Ready(Err(failed)) => failed.failure,
+        Poll::Ready(Ok(_)) => panic!("it succeeded"),
         Poll::Pending => panic!("it waits"),
     }
 }
@@ -76,9 +77,11 @@ fn the_last_waker_is_woken() {
     device.work();
     reap(&queue);
     assert_eq!((first.count(), second.count()), (0, 1));
-    let Poll::Ready((Ok(_), Some(_))) = poll(submission.as_mut(), &second_waker) else {
-        panic!("it is complete");
-    };
+    assert!(matches!(
+        poll(submission.as_mut(), &second_waker),
+        Poll::Ready(Ok(_))
+    ));
+    assert!(returned(submission.take_holdings()).is_some());
     assert!(
         poll(submission, &second_waker).is_pending(),
         "it resolves once"
@@ -105,12 +108,12 @@ fn a_queue_that_was_taken_away_is_closed() {
     let state = queue.take();
     assert_eq!(failure(poll(waiting, &waker)), Failure::Closed);
     let (command, memory) = command(1);
-    let Poll::Ready((Err(failed), Some(_))) = poll(pin!(Submission::new(&queue, command)), &waker)
-    else {
-        panic!("not closed, or its memory is gone");
+    let mut late = Submission::new(&queue, command);
+    let Poll::Ready(Err(failed)) = poll(Pin::new(&mut late), &waker) else {
+        panic!("not closed");
     };
     assert_eq!(failed, Failure::Closed.told(false));
-    assert!(!memory.is_alive());
+    assert!(returned(late.take_holdings()).is_some() && !memory.is_alive());
     assert_eq!(poll(pin!(Drain::new(&queue)), &waker), Poll::Ready(Ok(())));
     drop(state);
 }
@@ -277,8 +280,8 @@ impl Access for Strict {
         Ok(())
     }
 
-    fn late_outcome(&self, key: usize) -> Option<Outcome> {
-        self.queue.late_outcome(key)
+    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+        self.queue.late_outcome(key, holdings)
     }
 
     fn report(&self, _: crate::engine::Notification) {}
@@ -342,13 +345,13 @@ fn a_local_queue_drives_itself() {
     let done = Cell::new(false);
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let mut submission = pin!(Submission::new(&queue, command(0).0));
-        let (result, holdings) = poll_fn(|cx| {
+        let result = poll_fn(|cx| {
             let polled = submission.as_mut().poll(cx);
             device.work();
             polled
         })
         .await;
-        assert!(result.is_ok() && holdings.is_some());
+        assert!(result.is_ok() && returned(submission.take_holdings()).is_some());
         done.set(true);
     });
     assert!(done.get());

@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::Status;
 
-use super::rig::{Rig, Started, TIMEOUT, Wakes, command};
+use super::rig::{Rig, Started, TIMEOUT, Wakes, command, returned};
 use crate::Fate;
 use crate::engine::state::{Aftermath, Failure, Progress, Refusal};
 use crate::engine::{Notification, PollMode};
+use crate::io::Holdings;
 use crate::queue::Lie;
 
 const MOMENT: Duration = Duration::from_millis(1);
@@ -223,9 +224,9 @@ fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
     let mut rig = rig(2);
     let (mut command, memory) = command(0);
     command.repeatable = true;
-    let (wakes, waker) = Wakes::new();
+    let (wakes, mut waker) = Wakes::new();
     let key = rig.after(|state, aftermath| {
-        match state.start(command, waker, Instant::now(), aftermath) {
+        match state.start(&mut command, &mut waker, Instant::now(), aftermath) {
             Progress::Waiting { key } => key,
             Progress::Done(_) => panic!("done at once"),
         }
@@ -242,11 +243,12 @@ fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
     assert_eq!((wakes.count(), rig.state.in_flight()), (0, 1));
     rig.expire(TIMEOUT + Duration::from_secs(1));
     assert_eq!(wakes.count(), 1);
-    let (result, holdings) = rig.state.take_outcome(key).expect("it is done");
+    let started = Started { key, wakes, memory };
+    let (result, holdings) = rig.outcome(&started).expect("it is done");
     let failed = result.expect_err("it is over");
     assert!(matches!(failed.failure, Failure::TimedOut { after } if after >= TIMEOUT));
     assert_eq!(failed.fate, Fate::Unknown);
-    assert!(holdings.is_some() && memory.is_alive() && other.memory.is_alive());
+    assert!(holdings.is_some() && started.memory.is_alive() && other.memory.is_alive());
 }
 
 #[test]
@@ -367,9 +369,10 @@ fn an_end_leaves_outcomes_to_futures_and_memory_to_the_device() {
     let (mut outcomes, remains) = state.end(false, &mut aftermath);
     aftermath.run();
     let mut take = |started: &Started| {
-        let (result, holdings) = outcomes.take(started.key)?;
+        let mut holdings = Holdings::default();
+        let result = outcomes.take(started.key, &mut holdings)?;
         assert!(started.memory.is_alive());
-        Some((result.is_ok(), holdings.is_some()))
+        Some((result.is_ok(), returned(holdings).is_some()))
     };
     assert_eq!(take(&done), Some((true, true)));
     assert_eq!(take(&untold), Some((false, true)));

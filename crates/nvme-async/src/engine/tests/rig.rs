@@ -187,6 +187,11 @@ pub(in crate::engine) fn command(number: u32) -> (Command, Memory) {
     (command, watch)
 }
 
+/// What a command held, if it came back.
+pub(in crate::engine) fn returned(holdings: Holdings) -> Option<Holdings> {
+    (!matches!(holdings.payload, Payload::None)).then_some(holdings)
+}
+
 /// An operation that was started: what a future would know of it.
 pub(super) struct Started {
     pub(super) key: usize,
@@ -225,11 +230,11 @@ impl Rig {
         let (mut command, memory) = command(self.next_number);
         command.timeout = Some(self.timeout);
         command.repeatable = self.repeatable;
-        let (wakes, waker) = Wakes::new();
+        let (wakes, mut waker) = Wakes::new();
         let mut aftermath = Aftermath::default();
         let started = self
             .state
-            .start(command, waker, Instant::now(), &mut aftermath);
+            .start(&mut command, &mut waker, Instant::now(), &mut aftermath);
         aftermath.run();
         let Progress::Waiting { key } = started else {
             panic!("done at once");
@@ -273,8 +278,10 @@ impl Rig {
         self.after(|state, aftermath| state.abandon(started.key, aftermath));
     }
 
-    pub(super) fn outcome(&mut self, started: &Started) -> Option<Outcome> {
-        self.state.take_outcome(started.key)
+    pub(super) fn outcome(&mut self, started: &Started) -> Option<(Outcome, Option<Holdings>)> {
+        let mut holdings = Holdings::default();
+        let outcome = self.state.take_outcome(started.key, &mut holdings)?;
+        Some((outcome, returned(holdings)))
     }
 
     /// The completion of an operation that succeeded, with its memory.

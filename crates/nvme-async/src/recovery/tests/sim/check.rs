@@ -19,14 +19,18 @@ const SLACK: u64 = 30_000;
 
 impl Simulation {
     /// An operation has resolved.
-    pub(super) fn resolve(&mut self, number: u32, outcome: Outcome) -> Result<(), String> {
+    pub(super) fn resolve(
+        &mut self,
+        number: u32,
+        outcome: (Outcome, Payload),
+    ) -> Result<(), String> {
         let now = self.clock.micros();
         let operation = &mut self.operations[number as usize - 1];
         operation.stage = Stage::Resolved;
         let (kind, blocks, began) = (operation.kind, operation.blocks.clone(), operation.began);
         let may_repeat = operation.may_repeat;
         self.check_time(number)?;
-        let (result, holdings) = outcome;
+        let (result, payload) = outcome;
         self.clock
             .tell(|| format!("operation {number} has resolved: {result:?}"));
         let executions = self.controller.lock().executions(number);
@@ -35,7 +39,9 @@ impl Simulation {
                 "operation {number} ({kind:?}, executed {executions} times): {result:?}, {why}"
             ))
         };
-        let kept = holdings.is_none();
+        // Only these have any.
+        let has_memory = matches!(kind, Kind::Read | Kind::Write);
+        let kept = has_memory && matches!(payload, Payload::None);
         if kept && !self.may_keep_memory() {
             return wrong("and its memory is not given back");
         }
@@ -71,8 +77,7 @@ impl Simulation {
         match (kind, known) {
             (Kind::Write, _) => self.history.write_ends(number, blocks, now, known),
             (Kind::Read, Known::Done) => {
-                let payload = holdings.map(|holdings| holdings.payload);
-                let Some(Payload::Bytes(bytes)) = payload else {
+                let Payload::Bytes(bytes) = payload else {
                     return wrong("and its memory is another");
                 };
                 for (block, word) in blocks.zip(bytes.chunks(4)) {

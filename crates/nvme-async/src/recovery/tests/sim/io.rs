@@ -17,7 +17,7 @@ const UNREAD: u32 = u32::MAX;
 
 /// What a look at an operation found.
 enum Polled {
-    Done(Outcome),
+    Done((Outcome, Payload)),
     Waiting { driven: bool },
     WakesAnother,
 }
@@ -122,7 +122,7 @@ impl Simulation {
             }
         };
         let repeats = self.sabotage == Some(Sabotage::RepeatsWrites);
-        let command = Command {
+        let mut command = Command {
             sqe: tagged(sqe, number, operation.may_repeat),
             holdings,
             timeout: Some(super::micros(operation.timeout)),
@@ -138,7 +138,7 @@ impl Simulation {
             let refusal = shared.with(|state| state.refusal());
             match refusal.ok_or("a queue was taken away")? {
                 Some(Refusal::Failed(failure)) => {
-                    let outcome = (Err(failure.into()), Some(command.holdings));
+                    let outcome = (Err(failure.into()), command.holdings.payload);
                     self.resolve(number, outcome)?;
                     return Ok(number);
                 }
@@ -148,11 +148,13 @@ impl Simulation {
                 }
                 None => {}
             }
-            let waker = waker(Sleeper::Operation(number), &self.woken);
-            let started =
-                shared.attend(|state, aftermath| state.start(command, waker, now, aftermath));
+            let mut waker = waker(Sleeper::Operation(number), &self.woken);
+            let started = shared
+                .attend(|state, aftermath| state.start(&mut command, &mut waker, now, aftermath));
             match started.ok_or("a queue was taken away")? {
-                Progress::Done(outcome) => self.resolve(number, outcome)?,
+                Progress::Done(outcome) => {
+                    self.resolve(number, (outcome, command.holdings.payload))?
+                }
                 Progress::Waiting { key } => {
                     self.operations[number as usize - 1].stage = Stage::Waiting { key };
                 }
@@ -175,14 +177,16 @@ impl Simulation {
         let own = waker(Sleeper::Operation(number), &self.woken);
         let mut fresh = None;
         loop {
-            let polled =
-                self.queues[usize::from(queue)].with(|state| match state.take_outcome(key) {
-                    Some(outcome) => Polled::Done(outcome),
+            let mut holdings = Holdings::default();
+            let polled = self.queues[usize::from(queue)].with(|state| {
+                match state.take_outcome(key, &mut holdings) {
+                    Some(outcome) => Polled::Done((outcome, std::mem::take(&mut holdings.payload))),
                     None if state.will_wake(key, &own, &mut fresh) => Polled::Waiting {
                         driven: state.has_reaper(),
                     },
                     None => Polled::WakesAnother,
-                });
+                }
+            });
             match polled.ok_or("a queue was taken away")? {
                 Polled::Done(outcome) => return self.resolve(number, outcome),
                 Polled::Waiting { driven: true } => return Ok(()),
