@@ -372,13 +372,17 @@ pub(crate) struct Aftermath {
 }
 
 impl Aftermath {
-    /// Whoever is to be woken is, also if the waker of another panics.
-    pub(crate) fn run(mut self) {
-        // Where they are: there is room for many.
+    /// Whoever is to be woken is, also if the waker of another panics. Nothing is left afterwards.
+    pub(crate) fn run(&mut self) {
+        // Where they are: with its room for many wakers it is too large to be moved.
         let mut wakers = Wakers(self.wakers.drain(..));
         for waker in &mut wakers.0 {
             waker.wake();
         }
+        drop(wakers);
+        self.mapped.clear();
+        self.garbage.clear();
+        self.unused.clear();
     }
 }
 
