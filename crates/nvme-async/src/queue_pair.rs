@@ -85,28 +85,33 @@ impl QueuePair {
             CommandData::FromDevice(buffer) => (Flow::Read, buffer),
             CommandData::ToDevice(buffer) => (Flow::Write, buffer),
         };
-        if buffer.is_empty() {
-            let payload = Payload::Dma(buffer);
-            let holdings = Holdings {
-                payload,
-                ..Holdings::default()
-            };
+        let range = 0..buffer.len();
+        let mut holdings = Holdings {
+            payload: Payload::Dma(buffer),
+            ..Holdings::default()
+        };
+        if range.is_empty() {
             return self.run(command, holdings, None).await;
         }
-        let range = 0..buffer.len();
-        let prepared = match dma.prepare(flow, Payload::Dma(buffer), range.clone()) {
-            Ok(ready) => Ok(ready),
-            Err(unready) => dma.prepare_later(flow, unready, range.clone()).await,
+        let prepared = match dma.prepare(flow, &mut holdings, range.clone()) {
+            Ok(pointer) => Ok(pointer),
+            Err(unready) => {
+                let payload = holdings.take_payload();
+                let later = dma.prepare_later(flow, unready, payload, range.clone());
+                let (prepared, all) = later.await;
+                holdings = all;
+                prepared
+            }
         };
         match prepared {
-            Ok((pointer, holdings)) => {
+            Ok(pointer) => {
                 let collect = (flow == Flow::Read).then_some(range);
                 self.run(command.with_data(pointer), holdings, collect)
                     .await
             }
-            Err((error, payload)) => Err(IoError {
+            Err(error) => Err(IoError {
                 error,
-                buffer: DmaBuf::from_payload(payload),
+                buffer: DmaBuf::from_payload(holdings.take_payload()),
             }),
         }
     }

@@ -21,7 +21,8 @@ use crate::io::Holdings;
 #[must_use = "futures do nothing unless polled"]
 pub(crate) struct Submission<'a, Q: Access> {
     queue: &'a Q,
-    /// Empty while the queue has it.
+    /// May be changed before the first poll. The queue has what it holds from then on until it is
+    /// done.
     pub(crate) command: Command,
     step: Step,
 }

@@ -70,16 +70,23 @@ impl From<Flow> for Direction {
     }
 }
 
-/// How the device finds the data of a command, and what it uses until it is done.
-pub(crate) type Ready = (DataPointer, Holdings);
-
 /// Why a payload could not be made reachable at once. [`DmaContext::prepare_later`] goes on.
 pub(crate) enum Unready {
     /// It is to be mapped for the command, which may have to wait for room.
-    Unmapped(Payload),
+    Unmapped,
     /// The pool is used up; a block of the reserve will do.
-    PoolExhausted(Payload),
-    Failed(Error, Payload),
+    PoolExhausted,
+    Failed(Error),
+}
+
+impl From<AllocError> for Unready {
+    fn from(error: AllocError) -> Self {
+        if is_exhaustion(&error) {
+            Self::PoolExhausted
+        } else {
+            Self::Failed(error.into())
+        }
+    }
 }
 
 /// Where the device finds a run of memory.
@@ -136,18 +143,20 @@ impl DmaContext {
         }
     }
 
-    /// Makes the bytes of `range` of `payload` reachable, if that can be done without waiting.
+    /// Makes the bytes of `range` of the payload that is in `holdings` reachable, if that can be done
+    /// without waiting, and puts there what else the command needs for that. Returns how the device
+    /// finds the data.
     pub(crate) fn prepare(
         &self,
         flow: Flow,
-        payload: Payload,
+        holdings: &mut Holdings,
         range: Range<usize>,
-    ) -> Result<Ready, Unready> {
+    ) -> Result<DataPointer, Unready> {
         if self.isolate {
-            return self.through_pool(flow, payload, range);
+            return self.through_pool(flow, holdings, range);
         }
         let mut is_worth_mapping = false;
-        let described = self.describe(&payload, range.clone(), |piece| {
+        let described = self.describe(&holdings.payload, range.clone(), |piece| {
             if let Some(iova) = self.pool_address(piece) {
                 return Some(Located::Pool(iova));
             }
@@ -156,11 +165,10 @@ impl DmaContext {
             is_worth_mapping = mapped.is_none() && len >= MAP_FROM;
             mapped.map(Located::Mapped)
         });
-        match described {
-            Ok(Some(parts)) => Ok(parts.with(payload)),
-            Ok(None) if is_worth_mapping => Err(Unready::Unmapped(payload)),
-            Ok(None) => self.through_pool(flow, payload, range),
-            Err(error) => Err(unready(error, payload)),
+        match described? {
+            Some(parts) => Ok(parts.put(holdings)),
+            None if is_worth_mapping => Err(Unready::Unmapped),
+            None => self.through_pool(flow, holdings, range),
         }
     }
 
@@ -178,22 +186,26 @@ impl DmaContext {
         &self,
         flow: Flow,
         unready: Unready,
+        payload: Payload,
         range: Range<usize>,
-    ) -> Result<Ready, (Error, Payload)> {
-        let unready = match unready {
-            Unready::Unmapped(payload) => match self.map(flow, payload, range.clone()).await {
-                Ok(ready) => return Ok(ready),
-                Err(unready) => unready,
-            },
-            unready => unready,
+    ) -> (Result<DataPointer, Error>, Holdings) {
+        let mut holdings = Holdings {
+            payload,
+            ..Holdings::default()
         };
-        match unready {
-            Unready::Failed(error, payload) => Err((error, payload)),
-            Unready::Unmapped(payload) | Unready::PoolExhausted(payload) => {
+        let prepared = match unready {
+            Unready::Unmapped => self.map(flow, &mut holdings, range.clone()).await,
+            unready => Err(unready),
+        };
+        let prepared = match prepared {
+            Ok(pointer) => Ok(pointer),
+            Err(Unready::Failed(error)) => Err(error),
+            Err(Unready::Unmapped | Unready::PoolExhausted) => {
                 let block = self.reserve_block().await;
-                self.through_reserve(flow, payload, range, block)
+                self.through_reserve(flow, &mut holdings, range, block)
             }
-        }
+        };
+        (prepared, holdings)
     }
 
     /// Maps memory that is not mapped yet, for the command or, if it is shared and immutable, for
@@ -201,28 +213,27 @@ impl DmaContext {
     async fn map(
         &self,
         flow: Flow,
-        payload: Payload,
+        holdings: &mut Holdings,
         range: Range<usize>,
-    ) -> Result<Ready, Unready> {
-        let mapped = match self.map_request(flow, &payload, range.clone()) {
+    ) -> Result<DataPointer, Unready> {
+        let mapped = match self.map_request(flow, &holdings.payload, range.clone()) {
             Some(request) => self.in_turn(request).await,
             None => None,
         };
         let Some(mapped) = mapped else {
             tracing::trace!(len = range.len(), "copying instead of mapping");
-            return self.through_pool(flow, payload, range);
+            return self.through_pool(flow, holdings, range);
         };
         let mut mapped = mapped.into_iter();
-        let described = self.describe(&payload, range.clone(), |piece| {
+        let described = self.describe(&holdings.payload, range.clone(), |piece| {
             match self.pool_address(piece) {
                 Some(iova) => Some(Located::Pool(iova)),
                 None => mapped.next().map(Located::Mapped),
             }
         });
-        match described {
-            Ok(Some(parts)) => Ok(parts.with(payload)),
-            Ok(None) => self.through_pool(flow, payload, range),
-            Err(error) => Err(unready(error, payload)),
+        match described? {
+            Some(parts) => Ok(parts.put(holdings)),
+            None => self.through_pool(flow, holdings, range),
         }
     }
 
@@ -277,34 +288,28 @@ impl DmaContext {
         Some(unsafe { self.space.map(pieces, flow.into()) })
     }
 
-    /// Makes the bytes of `range` of `payload`, at most a transfer, reachable through a block of the
+    /// Makes the bytes of `range` of the payload, at most a transfer, reachable through a block of the
     /// reserve.
     fn through_reserve(
         &self,
         flow: Flow,
-        payload: Payload,
+        holdings: &mut Holdings,
         range: Range<usize>,
         block: Option<ReserveBlock>,
-    ) -> Result<Ready, (Error, Payload)> {
+    ) -> Result<DataPointer, Error> {
         let filled = block.and_then(|mut block| {
-            let pointer = block.fill_from(flow, &payload, range.clone(), self.page_size)?;
+            let payload = &holdings.payload;
+            let pointer = block.fill_from(flow, payload, range.clone(), self.page_size)?;
             Some((pointer, block))
         });
         let Some((pointer, block)) = filled else {
             // A block holds a whole transfer, and no command is larger than that.
             let limit = self.pool.stats().limit;
-            return Err((AllocError::LimitReached { limit }.into(), payload));
+            return Err(AllocError::LimitReached { limit }.into());
         };
         self.count_bounce(range.len());
-        let bounce = Some(Bounce::Reserve(Box::new(block)));
-        Ok((
-            pointer,
-            Holdings {
-                bounce,
-                payload,
-                ..Holdings::default()
-            },
-        ))
+        holdings.bounce = Some(Bounce::Reserve(Box::new(block)));
+        Ok(pointer)
     }
 
     /// Waits for a bounce buffer of the reserve.
@@ -388,45 +393,28 @@ impl DmaContext {
     fn through_pool(
         &self,
         flow: Flow,
-        payload: Payload,
+        holdings: &mut Holdings,
         range: Range<usize>,
-    ) -> Result<Ready, Unready> {
-        let bounced = self.pool.alloc(range.len()).and_then(|mut buf| {
-            if flow == Flow::Write {
-                payload.copy_out(range.clone(), &mut buf);
-            }
-            let segment = [Segment {
-                iova: buf.iova().expect("a block of the pool has an address"),
-                len: range.len() as u64,
-            }];
-            let shape = shape(&segment, self.page_size, self.sgl);
-            let list = match list_bytes(shape, &segment, self.page_size) {
-                0 => None,
-                bytes => Some(DmaWords::new(&self.pool, bytes.div_ceil(4) as usize)?),
-            };
-            Ok((
-                describe(shape, &segment, self.page_size, list.as_ref()),
-                list,
-                buf,
-            ))
-        });
-        match bounced {
-            Ok((Some(pointer), list, buf)) => {
-                self.count_bounce(range.len());
-                let bounce = Some(Bounce::Pool(buf));
-                Ok((
-                    pointer,
-                    Holdings {
-                        list,
-                        bounce,
-                        payload,
-                        ..Holdings::default()
-                    },
-                ))
-            }
-            Ok((None, ..)) => Err(Unready::PoolExhausted(payload)),
-            Err(error) => Err(unready(error, payload)),
+    ) -> Result<DataPointer, Unready> {
+        let mut buf = self.pool.alloc(range.len())?;
+        let segment = [Segment {
+            iova: buf.iova().expect("a block of the pool has an address"),
+            len: range.len() as u64,
+        }];
+        let shape = shape(&segment, self.page_size, self.sgl);
+        let list = match list_bytes(shape, &segment, self.page_size) {
+            0 => None,
+            bytes => Some(DmaWords::new(&self.pool, bytes.div_ceil(4) as usize)?),
+        };
+        let pointer = describe(shape, &segment, self.page_size, list.as_ref())
+            .ok_or(Unready::PoolExhausted)?;
+        self.count_bounce(range.len());
+        if flow == Flow::Write {
+            holdings.payload.copy_out(range, &mut buf);
         }
+        holdings.list = list;
+        holdings.bounce = Some(Bounce::Pool(buf));
+        Ok(pointer)
     }
 
     fn count_bounce(&self, bytes: usize) {
@@ -443,27 +431,11 @@ struct InPlace {
 }
 
 impl InPlace {
-    fn with(self, payload: Payload) -> Ready {
-        let Self {
-            pointer,
-            mapped,
-            list,
-        } = self;
-        let holdings = Holdings {
-            mapped,
-            list,
-            bounce: None,
-            payload,
-        };
-        (pointer, holdings)
-    }
-}
-
-fn unready(error: AllocError, payload: Payload) -> Unready {
-    if is_exhaustion(&error) {
-        Unready::PoolExhausted(payload)
-    } else {
-        Unready::Failed(error.into(), payload)
+    /// Puts what the device needs for it to the payload.
+    fn put(self, holdings: &mut Holdings) -> DataPointer {
+        holdings.mapped = self.mapped;
+        holdings.list = self.list;
+        self.pointer
     }
 }
 

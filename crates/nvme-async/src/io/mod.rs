@@ -35,6 +35,15 @@ pub(crate) struct Holdings {
     pub(crate) payload: Payload,
 }
 
+impl Holdings {
+    /// The caller's memory, after all else was dropped.
+    pub(crate) fn take_payload(&mut self) -> Payload {
+        self.mapped.clear();
+        (self.list, self.bounce) = (None, None);
+        std::mem::take(&mut self.payload)
+    }
+}
+
 /// A bounce buffer.
 pub(crate) enum Bounce {
     Pool(DmaBuf),

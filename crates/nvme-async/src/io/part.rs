@@ -7,9 +7,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use nvme_spec::{Sqe, Status};
+use nvme_spec::{Cqe, DataPointer, Sqe, Status};
 
-use super::context::{DmaContext, Flow, Ready};
+use super::context::{DmaContext, Flow};
 use super::{Holdings, Payload};
 use crate::Error;
 use crate::engine::state::Command;
@@ -45,62 +45,63 @@ pub(crate) enum End {
 /// As for [`Submission`]: the payload stays with the queue until the command is done.
 pub(crate) struct Part<'a, Q: QueueAccess> {
     dma: &'a DmaContext,
-    queue: &'a Q,
-    order: Order,
-    step: Step<'a, Q>,
+    flow: Flow,
+    /// Where its data is in the payload.
+    range: Range<usize>,
+    step: Step<'a>,
+    /// Has the payload, which stays where it is while the device does not have it.
+    submission: Submission<'a, Q>,
 }
 
-enum Step<'a, Q: QueueAccess> {
-    Prepare(Payload),
+enum Step<'a> {
+    Prepare,
     /// What could not be done without waiting.
-    Later(BoxFuture<'a, Result<Ready, (Error, Payload)>>),
-    Submit(Submission<'a, Q>),
+    Later(BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>),
+    Submit,
     Over,
 }
 
 impl<'a, Q: QueueAccess> Part<'a, Q> {
     pub(crate) fn new(dma: &'a DmaContext, queue: &'a Q, order: Order, payload: Payload) -> Self {
+        let holdings = Holdings {
+            payload,
+            ..Holdings::default()
+        };
+        let command = Command {
+            sqe: order.sqe,
+            holdings,
+            timeout: order.timeout,
+            repeatable: order.repeatable,
+        };
         Self {
             dma,
-            queue,
-            order,
-            step: Step::Prepare(payload),
+            flow: order.flow,
+            range: order.range,
+            step: Step::Prepare,
+            submission: Submission::new(queue, command),
         }
     }
 
-    fn submit(&self, (pointer, holdings): Ready) -> Step<'a, Q> {
-        let sqe = self.order.sqe.with_data(pointer);
-        let command = Command {
-            sqe,
-            holdings,
-            timeout: self.order.timeout,
-            repeatable: self.order.repeatable,
-        };
-        Step::Submit(Submission::new(self.queue, command))
+    /// The command with its data in reach.
+    fn ready(&mut self, pointer: DataPointer) {
+        let sqe = &mut self.submission.command.sqe;
+        *sqe = sqe.with_data(pointer);
+        self.step = Step::Submit;
     }
 
-    fn finish(
-        &self,
-        result: Result<nvme_spec::Cqe, Failed>,
-        mut holdings: Holdings,
-    ) -> (End, Payload) {
+    fn finish(&mut self, result: Result<Cqe, Failed>) -> (End, Payload) {
+        self.step = Step::Over;
         let end = match result {
             Ok(cqe) if cqe.status().is_success() => End::Success,
             Ok(cqe) => End::Status(cqe.status()),
             Err(failed) => End::Failed(failed),
         };
-        if self.order.flow == Flow::Read && matches!(end, End::Success) {
-            self.dma.collect(&mut holdings, self.order.range.clone());
+        let holdings = &mut self.submission.command.holdings;
+        if self.flow == Flow::Read && matches!(end, End::Success) {
+            self.dma.collect(holdings, self.range.clone());
         }
-        let Holdings {
-            mapped,
-            list,
-            bounce,
-            payload,
-        } = holdings;
         // Mappings of the payload go before the payload goes to the caller.
-        drop((mapped, list, bounce));
-        (end, payload)
+        (end, holdings.take_payload())
     }
 }
 
@@ -110,35 +111,38 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         loop {
-            this.step = match &mut this.step {
-                Step::Prepare(payload) => {
-                    let payload = std::mem::take(payload);
-                    let range = this.order.range.clone();
-                    match this.dma.prepare(this.order.flow, payload, range) {
-                        Ok(ready) => this.submit(ready),
+            match &mut this.step {
+                Step::Prepare => {
+                    let range = this.range.clone();
+                    let holdings = &mut this.submission.command.holdings;
+                    match this.dma.prepare(this.flow, holdings, range.clone()) {
+                        Ok(pointer) => this.ready(pointer),
                         Err(unready) => {
-                            let range = this.order.range.clone();
-                            let flow = this.order.flow;
-                            Step::Later(Box::pin(this.dma.prepare_later(flow, unready, range)))
+                            let payload = holdings.take_payload();
+                            let later = this.dma.prepare_later(this.flow, unready, payload, range);
+                            this.step = Step::Later(Box::pin(later));
                         }
                     }
                 }
-                Step::Later(prepared) => match ready!(prepared.as_mut().poll(cx)) {
-                    Ok(ready) => this.submit(ready),
-                    Err((error, payload)) => {
-                        this.step = Step::Over;
-                        return Poll::Ready((End::Unsubmitted(error), payload));
+                Step::Later(prepared) => {
+                    let (prepared, holdings) = ready!(prepared.as_mut().poll(cx));
+                    this.submission.command.holdings = holdings;
+                    match prepared {
+                        Ok(pointer) => this.ready(pointer),
+                        Err(error) => {
+                            this.step = Step::Over;
+                            let payload = this.submission.command.holdings.take_payload();
+                            return Poll::Ready((End::Unsubmitted(error), payload));
+                        }
                     }
-                },
-                Step::Submit(submission) => {
-                    let result = ready!(Pin::new(&mut *submission).poll(cx));
-                    let holdings = submission.take_holdings();
-                    this.step = Step::Over;
-                    return Poll::Ready(this.finish(result, holdings));
+                }
+                Step::Submit => {
+                    let result = ready!(Pin::new(&mut this.submission).poll(cx));
+                    return Poll::Ready(this.finish(result));
                 }
                 // As with most futures, polling it again after it resolved never resolves.
                 Step::Over => return Poll::Pending,
-            };
+            }
         }
     }
 }
