@@ -98,7 +98,7 @@ impl Variant {
 }
 
 const SOON: Duration = Duration::from_millis(5);
-const TOO_LATE: Duration = Duration::from_millis(400);
+const TOO_LATE: Duration = Duration::from_millis(600);
 const ALWAYS: u64 = 0;
 
 /// What stops a controller so that only a reset helps.

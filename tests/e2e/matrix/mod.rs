@@ -38,7 +38,7 @@ const SOURCES: u64 = 128 << 10;
 const USED: u64 = 192 << 10;
 
 /// Of each command. Short, since most cases wait for it, and several times.
-const TIMEOUT: Duration = Duration::from_millis(80);
+const TIMEOUT: Duration = Duration::from_millis(120);
 /// Of an operation: the deadline, what recovery may take (three attempts, each with twice what the
 /// controller claims that it may take, CAP.TO), and what a loaded machine takes.
 const BOUND: Duration = Duration::from_secs(20);
