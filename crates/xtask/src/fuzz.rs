@@ -1,5 +1,6 @@
 //! `cargo xtask fuzz`: the fuzz targets, for a while each.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -199,7 +200,10 @@ impl Build<'_> {
             .join(&self.toolchain.host)
             .join("release")
             .join(target);
+        let mut leaks = OsString::from("print_suppressions=0:suppressions=");
+        leaks.push(root.join("leaks.supp"));
         let mut fuzzer = Command::new(&program)
+            .env("LSAN_OPTIONS", leaks)
             .arg(format!("-max_total_time={seconds}"))
             // Of real time: no input takes nearly as long, even on a busy machine.
             .args(["-timeout=60", "-max_len=1024", "-print_final_stats=1"])
