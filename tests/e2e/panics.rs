@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures::{join, poll};
 use nvme_async::device::Notice;
+use nvme_async::device::soft::SoftDevice;
 use nvme_async::{ControllerState, Error, Fate, ResetCause};
 use nvme_soft::fault::{Behaviour, Fault};
 use nvme_spec::opcode::NvmOpcode;
@@ -40,15 +41,19 @@ impl AsRef<[u8]> for BadOwner {
     }
 }
 
+/// The controller never completes the next two writes.
+fn hold_writes(device: &SoftDevice) {
+    let fault = Fault::new(Behaviour::Hold).opcode(NvmOpcode::WRITE);
+    let injected = device.controller().inject(fault.times(2));
+    injected.expect("makes sense");
+}
+
 #[test]
 fn a_waker() {
     on_both_flavours(async || {
         let rig = Setup::memory(SIZE).open().await;
         let namespace = rig.namespace().await;
-        let fault = Fault::new(Behaviour::Hold)
-            .opcode(NvmOpcode::WRITE)
-            .times(2);
-        rig.device.controller().inject(fault).expect("makes sense");
+        hold_writes(&rig.device);
         let ledger = Ledger::default();
         let mut first = Box::pin(namespace.write(0, ledger.bytes(512, 1)));
         let mut second = Box::pin(namespace.write(512, ledger.bytes(512, 2)));
@@ -83,10 +88,7 @@ fn the_owner_of_memory() {
     on_both_flavours(async || {
         let rig = Setup::memory(SIZE).open().await;
         let namespace = rig.namespace().await;
-        let fault = Fault::new(Behaviour::Hold)
-            .opcode(NvmOpcode::WRITE)
-            .times(2);
-        rig.device.controller().inject(fault).expect("makes sense");
+        hold_writes(&rig.device);
         {
             let bytes = bytes::Bytes::from_owner(BadOwner);
             let mut dropped = pin!(namespace.write(0, bytes));
@@ -116,10 +118,7 @@ fn a_device() {
             let device = Tampered::new(soft.clone());
             let controller = options.attach(device.clone()).await.expect("comes up");
             let namespace = controller.namespace(1).await.expect("is there");
-            let fault = Fault::new(Behaviour::Hold)
-                .opcode(NvmOpcode::WRITE)
-                .times(2);
-            soft.controller().inject(fault).expect("makes sense");
+            hold_writes(&soft);
             device.panic_when_read(for_ever);
             let ledger = Ledger::default();
             let write = |offset| namespace.write(offset, ledger.bytes(512, 1));

@@ -9,7 +9,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use fastrand::Rng;
 use hdrhistogram::Histogram;
 
-use crate::policy::{Kind, Nanos, Plan, Policy, Situation, Taken, Then, Waited};
+use crate::policy::{Kind, Nanos, Plan, Policy, Situation, Then, Waited};
 use crate::trace::{Trace, Work};
 
 /// CPU time of one submission and of one completion.
@@ -78,8 +78,6 @@ struct Host<'a> {
     completions: BinaryHeap<Reverse<(Nanos, u64)>>,
     next_id: u64,
     last_progress: Nanos,
-    /// When the completion queue was last found empty.
-    last_look: Nanos,
     wake_times: Rng,
     outcome: Outcome,
 }
@@ -96,7 +94,6 @@ pub(crate) fn run(trace: &Trace, seed: u64, machine: Machine, policy: &mut dyn P
         completions: BinaryHeap::new(),
         next_id: 0,
         last_progress: 0,
-        last_look: 0,
         wake_times: Rng::with_seed(seed ^ 0x_3a4e),
         outcome: Outcome::new(),
     };
@@ -107,7 +104,7 @@ pub(crate) fn run(trace: &Trace, seed: u64, machine: Machine, policy: &mut dyn P
 impl Host<'_> {
     /// Does what there is to do, or waits; returns whether there will be more.
     fn turn(&mut self) -> bool {
-        let device = self.take(None);
+        let device = self.take();
         let mut other = false;
         while self.work.arrival().is_some_and(|at| at <= self.now) {
             self.submit();
@@ -133,7 +130,6 @@ impl Host<'_> {
         self.outcome.cpu += SUBMIT;
         if self.outstanding.is_empty() {
             self.last_progress = self.now;
-            self.last_look = self.now;
         }
         let end = self.work.serve(self.now, kind);
         let command = Command {
@@ -145,9 +141,8 @@ impl Host<'_> {
         self.next_id += 1;
     }
 
-    /// Takes what is completed; returns whether something was. `how` says how it was found, if the
-    /// loop has just waited.
-    fn take(&mut self, how: Option<Taken>) -> bool {
+    /// Takes what is completed; returns whether something was.
+    fn take(&mut self) -> bool {
         let found = self.now;
         let before = self.outstanding.len();
         let kind = self.oldest();
@@ -170,15 +165,9 @@ impl Host<'_> {
         }
         if taken > 0 {
             let gap = found - self.last_progress;
-            let unseen = found - self.last_look;
-            let how = how.unwrap_or_else(|| match unseen <= (gap / 16).max(500) {
-                true => Taken::Watched,
-                false => Taken::Late,
-            });
-            self.policy.progressed(gap, before, kind, how);
+            self.policy.progressed(gap, before, kind);
             self.last_progress = found;
         }
-        self.last_look = self.now;
         taken > 0
     }
 
@@ -210,13 +199,13 @@ impl Host<'_> {
         };
         let plan = self.policy.plan(&situation);
         let is_device = Some(event) == device;
-        let how = self.sit_out(plan, event, is_device);
+        let polled = self.sit_out(plan, event, is_device);
         let is_ready = |event: Option<Nanos>| event.is_some_and(|at| at <= self.now);
         let (device_is_ready, other_is_ready) = (is_ready(device), is_ready(other));
         let waited = Waited {
             began: situation.now,
             ended: self.now,
-            polled: how == Taken::Watched,
+            polled,
             device: device_is_ready,
             other: other_is_ready,
         };
@@ -229,27 +218,22 @@ impl Host<'_> {
             self.policy
                 .watched(&situation, &waited, completions.count());
         }
-        if device_is_ready {
-            self.take(Some(how));
-        } else {
-            self.last_look = self.now;
-        }
         true
     }
 
-    /// Lets time pass as planned, until the event or until the policy is to be asked again, which is
-    /// after a pause.
-    fn sit_out(&mut self, plan: Plan, event: Nanos, is_device: bool) -> Taken {
+    /// Lets time pass as planned, until the event or until the policy is to be asked again. Returns
+    /// whether the loop was awake at the end.
+    fn sit_out(&mut self, plan: Plan, event: Nanos, is_device: bool) -> bool {
         if plan.pause > 0 {
             let timer = self.now.saturating_add(plan.pause);
             if event <= timer {
                 self.wake(event, is_device);
-                return Taken::Interrupted;
+                return false;
             }
             self.wake(timer, true);
             if event <= self.now {
                 // It came while the loop woke up.
-                return Taken::Watched;
+                return true;
             }
         }
         let end = self.now.saturating_add(plan.poll);
@@ -257,15 +241,15 @@ impl Host<'_> {
             let found = event.max(self.now) + LOOK;
             self.outcome.cpu += found - self.now;
             self.now = found;
-            return Taken::Watched;
+            return true;
         }
         self.outcome.cpu += plan.poll;
         self.now = end;
         if plan.then == Then::Ask {
-            return Taken::Watched;
+            return true;
         }
         self.wake(event, is_device);
-        Taken::Interrupted
+        false
     }
 
     /// Sleeps until an event at `at`. What others than the device are woken for is theirs.

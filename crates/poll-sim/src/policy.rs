@@ -97,18 +97,7 @@ pub(crate) trait Policy {
 
     /// A completion was taken, the first after `gap` without one (or since the device had nothing to
     /// do), when so many commands were outstanding with it, the oldest of this kind.
-    fn progressed(&mut self, gap: Nanos, outstanding: usize, kind: Kind, how: Taken) {
-        let _ = (gap, outstanding, kind, how);
+    fn progressed(&mut self, gap: Nanos, outstanding: usize, kind: Kind) {
+        let _ = (gap, outstanding, kind);
     }
-}
-
-/// How a completion was found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Taken {
-    /// Within a short time after a look that found nothing.
-    Watched,
-    /// By an interrupt, which woke the loop.
-    Interrupted,
-    /// The loop was busy with something else; it may have been there for long.
-    Late,
 }

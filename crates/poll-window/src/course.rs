@@ -76,22 +76,19 @@ impl Course {
         Self { steps }
     }
 
-    pub(crate) fn at(&self, age: u64, costs: &Costs) -> Plan {
+    pub(crate) fn at(&self, age: u64, wake_latency: u64) -> Plan {
         match self.steps[bin(age)] {
             Step::Sleep => Plan::Sleep,
-            Step::Poll(end) => {
-                let longest = age.saturating_add(costs.longest_poll);
-                Plan::Poll {
-                    until: start(usize::from(end)).min(longest),
-                }
-            }
+            Step::Poll(end) => Plan::Poll {
+                until: start(usize::from(end)),
+            },
             Step::Pause(target) => {
-                let timer = start(usize::from(target)).saturating_sub(costs.wake_latency);
+                let timer = start(usize::from(target)).saturating_sub(wake_latency);
                 if timer > age {
                     Plan::Pause { until: timer }
                 } else {
                     // Not far enough away for a sleep.
-                    self.at(start(usize::from(target)), costs)
+                    self.at(start(usize::from(target)), wake_latency)
                 }
             }
         }

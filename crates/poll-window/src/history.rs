@@ -80,3 +80,39 @@ impl History {
 /// How likely a wait is believed to end in a step of which nothing is known: one that has lasted for
 /// some time goes on for half of it, on average.
 const BELIEF: f32 = 1.0 / 8.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_counts_only_where_it_was_watched() {
+        let mut history = History::default();
+        for _ in 0..100 {
+            history.add_completed(0, 700);
+            history.add_completed(60_000, 80_000);
+            history.add_broken_off(0, 600);
+        }
+        let hazards = history.hazards();
+        // All that were watched so far ended there; those that began later or ended before say nothing.
+        assert!(hazards[bin(700)] > 0.95, "{}", hazards[bin(700)]);
+        assert!(hazards[bin(80_000)] > 0.95, "{}", hazards[bin(80_000)]);
+        assert!(hazards[bin(600)] < 0.01, "{}", hazards[bin(600)]);
+        assert!(hazards[bin(62_000)] < 0.01, "{}", hazards[bin(62_000)]);
+        // Of this nothing is known.
+        assert_eq!(hazards[bin(10_000)], BELIEF);
+    }
+
+    #[test]
+    fn the_old_fades() {
+        let mut history = History::default();
+        for _ in 0..1000 {
+            history.add_completed(0, 10_000);
+        }
+        for _ in 0..5000 {
+            history.add_completed(0, 80_000);
+        }
+        let hazards = history.hazards();
+        assert!(hazards[bin(10_000)] < 0.01, "{}", hazards[bin(10_000)]);
+    }
+}

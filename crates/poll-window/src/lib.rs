@@ -52,8 +52,6 @@ pub struct Costs {
     pub wake_latency: u64,
     /// The CPU time that may be spent to notice a completion sooner, in percent of the time gained.
     pub latency_price: u64,
-    /// No poll is longer.
-    pub longest_poll: u64,
 }
 
 impl Default for Costs {
@@ -62,7 +60,6 @@ impl Default for Costs {
             wake_cpu: 5_000,
             wake_latency: 15_000,
             latency_price: 100,
-            longest_poll: 50_000,
         }
     }
 }
@@ -206,7 +203,7 @@ impl Policy {
     /// How to wait, `age` after the last completion, or after the first submission since then.
     pub fn plan(&self, situation: Situation, age: u64) -> Plan {
         let course = &self.learned[usize::from(situation.0)].course;
-        course.at(age, &self.costs)
+        course.at(age, self.costs.wake_latency)
     }
 }
 

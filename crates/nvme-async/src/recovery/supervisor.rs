@@ -388,7 +388,7 @@ impl Supervisor {
 
 /// Runs `f` on a queue pair's state, and then what follows from it. That is the code of others, and
 /// recovery goes on if it panics.
-fn attend<R>(queue: &SharedQueue, f: impl FnOnce(&mut State, &mut Aftermath) -> R) {
+fn attend(queue: &SharedQueue, f: impl FnOnce(&mut State, &mut Aftermath)) {
     let mut aftermath = Aftermath::default();
     queue.with(|state| f(state, &mut aftermath));
     if catch_unwind(AssertUnwindSafe(|| aftermath.run())).is_err() {

@@ -1,6 +1,6 @@
 //! Hybrid polling of Linux's block layer, 4.10 to 6.3.
 
-use crate::policy::{FOR_EVER, Kind, Nanos, Plan, Policy, Situation, Taken};
+use crate::policy::{FOR_EVER, Kind, Nanos, Plan, Policy, Situation};
 
 /// Hybrid polling of Linux's block layer as of 2016 (Linux 4.10, `io_poll_delay` 0; removed in 6.4).
 ///
@@ -52,7 +52,7 @@ impl Policy for Hybrid {
         }
     }
 
-    fn progressed(&mut self, gap: Nanos, outstanding: usize, kind: Kind, _: Taken) {
+    fn progressed(&mut self, gap: Nanos, outstanding: usize, kind: Kind) {
         if outstanding == 1 {
             self.of(kind).add(gap);
         }
@@ -90,7 +90,7 @@ mod tests {
     use crate::models::events::situation;
 
     fn completed(policy: &mut Hybrid, kind: Kind, gap: Nanos) {
-        policy.progressed(gap, 1, kind, Taken::Watched);
+        policy.progressed(gap, 1, kind);
     }
 
     /// For how long it sleeps in the beginning of a command that is alone.
@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn neither_sleeps_nor_learns_with_several_outstanding() {
         let mut policy = Hybrid::default();
-        policy.progressed(80_000, 2, Kind::Read, Taken::Watched);
+        policy.progressed(80_000, 2, Kind::Read);
         assert_eq!(pause(&mut policy, Kind::Read), 0);
         completed(&mut policy, Kind::Read, 80_000);
         assert_eq!(policy.plan(&situation(2)), Plan::poll(u64::MAX));
@@ -195,10 +195,10 @@ mod tests {
         let mut policy = Hybrid::default();
         completed(&mut policy, Kind::Read, 10_000);
         // It sleeps for 5 µs and wakes up in 15 µs more; (10000 + 20000) / 2 = 15000.
-        policy.progressed(20_000, 1, Kind::Read, Taken::Interrupted);
+        policy.progressed(20_000, 1, Kind::Read);
         assert_eq!(pause(&mut policy, Kind::Read), 7_500);
         // (30000 + 30000) / 3 = 20000.
-        policy.progressed(30_000, 1, Kind::Read, Taken::Late);
+        policy.progressed(30_000, 1, Kind::Read);
         assert_eq!(pause(&mut policy, Kind::Read), 10_000);
     }
 }
