@@ -155,9 +155,10 @@ fn counters() {
             assert_eq!(after.1.commands - before.1.commands, completions);
             let polled = after.0.polled_completions - before.0.polled_completions;
             assert!(polled <= completions);
-            assert!(after.0.doorbell_writes > before.0.doorbell_writes);
+            assert!(after.0.submission_doorbells > before.0.submission_doorbells);
             // Two for each command at most.
-            assert!(after.0.doorbell_writes - before.0.doorbell_writes <= 2 * completions);
+            assert!(after.0.submission_doorbells - before.0.submission_doorbells <= completions);
+            assert!(after.0.completion_doorbells - before.0.completion_doorbells <= completions);
             let interrupts = after.0.interrupts - before.0.interrupts;
             let raised = after.1.interrupts - before.1.interrupts;
             assert!(interrupts <= raised);

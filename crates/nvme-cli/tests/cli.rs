@@ -148,7 +148,12 @@ fn bench_prints_one_object() {
             }
             for name in [
                 "interrupts",
-                "doorbell_writes",
+                "submission_doorbells",
+                "completion_doorbells",
+                "window_hits",
+                "window_misses",
+                "polling_ns",
+                "sleeps",
                 "polled_completions",
                 "lost_interrupts",
                 "bounced_bytes",

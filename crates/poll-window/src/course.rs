@@ -65,9 +65,9 @@ impl Course {
                 }
             }
             if let Some((gain, target)) = best_target {
-                let pause = sleep * reached[step] - gain;
                 // A timer is less certain than an interrupt.
-                if pause < PAUSE_GAIN * cheapest[step] {
+                let pause = (sleep * reached[step] - gain) / PAUSE_GAIN;
+                if pause < cheapest[step] {
                     cheapest[step] = pause;
                     steps[step] = Step::Pause(target as u8);
                 }

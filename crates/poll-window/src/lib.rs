@@ -91,7 +91,8 @@ pub enum Kind {
 pub struct Situation(u8);
 
 impl Situation {
-    const COUNT: usize = 7;
+    /// How many there are.
+    pub const COUNT: usize = 7;
 
     /// So many commands are outstanding, of which the oldest is of this kind.
     ///
@@ -104,6 +105,11 @@ impl Situation {
             8..16 => 5,
             _ => 6,
         })
+    }
+
+    /// Its number, less than [`COUNT`](Self::COUNT).
+    pub fn index(self) -> usize {
+        self.0.into()
     }
 }
 
@@ -180,7 +186,7 @@ impl Policy {
     /// Records a wait in this situation, from one age to another. As in [`plan`](Self::plan), ages are
     /// counted from the last completion, or from the first submission since then.
     pub fn observe(&mut self, situation: Situation, from: u64, to: u64, end: End) {
-        let learned = &mut self.learned[usize::from(situation.0)];
+        let learned = &mut self.learned[situation.index()];
         let is_new = match end {
             End::Polled => learned.history.add_completed(from, to),
             End::Interrupted { completions } => {
@@ -202,7 +208,7 @@ impl Policy {
 
     /// How to wait, `age` after the last completion, or after the first submission since then.
     pub fn plan(&self, situation: Situation, age: u64) -> Plan {
-        let course = &self.learned[usize::from(situation.0)].course;
+        let course = &self.learned[situation.index()].course;
         course.at(age, self.costs.wake_latency)
     }
 }

@@ -8,6 +8,7 @@ use iova::{AddressSpace, Retention};
 use nvme_spec::feature;
 use nvme_spec::identify::{IdentifyController, SglAlignment};
 use nvme_spec::registers::{Capabilities, ControllerConfiguration, DoorbellKind, doorbell_offset};
+use poll_window::Costs;
 use zerocopy::IntoBytes;
 
 use super::admin::Admin;
@@ -19,7 +20,7 @@ use super::{CommandLimits, ControllerInner, shutdown};
 use crate::device::Device;
 use crate::engine::eventfd::Wakeups;
 use crate::engine::state::Core;
-use crate::engine::{Failed, Failure, PollMode, QueueSettings, SharedQueue, State};
+use crate::engine::{Failed, Failure, PollMode, QueueSettings, SharedQueue, State, price};
 use crate::io::DmaContext;
 use crate::memory::{DEVICE_PAGE, DmaBuf, DmaWords, Pool};
 use crate::queue::data_pointer::SglSupport;
@@ -55,6 +56,7 @@ struct BringUp<'a> {
     capabilities: Capabilities,
     address: Arc<str>,
     pool: Pool,
+    costs: Costs,
 }
 
 /// Resets the controller behind `device` and makes it ready.
@@ -86,6 +88,7 @@ pub(super) async fn bring_up(
         capabilities,
         address,
         pool,
+        costs: price_of_a_sleep(options).await,
     };
     let (admin, admin_rings, configuration, mut guard) =
         this.enable(ready_timeout, release).await?;
@@ -167,6 +170,16 @@ pub(super) async fn bring_up(
         "controller is ready"
     );
     Ok(inner)
+}
+
+/// Only adaptive queues ask for it.
+async fn price_of_a_sleep(options: &OpenOptions) -> Costs {
+    if options.poll_mode != PollMode::Adaptive {
+        return Costs::default();
+    }
+    let measured = tokio::task::spawn_blocking(price::of_a_sleep).await;
+    // There is none when the runtime ends.
+    measured.unwrap_or_default()
 }
 
 /// The runtime has what completions need.
@@ -300,6 +313,7 @@ impl BringUp<'_> {
     fn queue_settings(&self, retry_delays: [Duration; 3]) -> QueueSettings {
         QueueSettings {
             mode: self.options.poll_mode,
+            costs: self.costs,
             max_window: self.options.max_window,
             retries: self.options.retries,
             fails_fast: self.options.on_recovery == OnRecovery::Fail,

@@ -184,7 +184,7 @@ impl Events {
         self.lock().pace.asked(Instant::now());
         self.logs.admin.queue.with(|state| {
             for _ in 0..count {
-                state.request_event(Instant::now());
+                state.request_event();
             }
         });
     }

@@ -96,10 +96,23 @@ pub struct Counters {
     pub completions: u64,
     /// Those found by looking, without having been told by an interrupt.
     pub polled_completions: u64,
-    /// Doorbell writes of all I/O queues.
-    pub doorbell_writes: u64,
+    /// Times that completions were taken, each time all that were there: completions by this are the
+    /// mean batch.
+    pub reaps: u64,
+    /// Writes of the tail doorbells of I/O submission queues.
+    pub submission_doorbells: u64,
+    /// Writes of the head doorbells of I/O completion queues.
+    pub completion_doorbells: u64,
     /// Interrupts of the vectors of I/O queues.
     pub interrupts: u64,
+    /// Times that an adaptive queue was polled until there was a completion.
+    pub window_hits: u64,
+    /// Times that an adaptive queue was polled in vain, and went to sleep.
+    pub window_misses: u64,
+    /// Time in which queues were polled and nothing else was done.
+    pub polling: Duration,
+    /// Times that somebody went to sleep with I/O commands outstanding.
+    pub sleeps: u64,
     /// Completions that were found waiting although no interrupt had come.
     pub lost_interrupts: u64,
     /// I/O commands that were sent again.
@@ -214,16 +227,26 @@ impl Controller {
         };
         let mut vectors: Vec<_> = Vec::new();
         for queue in self.inner.queues.iter().chain(&self.inner.local_queues) {
+            let (counters, window) = queue.counters();
             let QueueCounters {
                 completions,
                 polled_completions,
-                doorbell_writes,
+                reaps,
+                submission_doorbells,
+                completion_doorbells,
+                sleeps,
                 lost_interrupts,
                 retries,
-            } = queue.counters();
+            } = counters;
             sum.completions += completions;
             sum.polled_completions += polled_completions;
-            sum.doorbell_writes += doorbell_writes;
+            sum.reaps += reaps;
+            sum.submission_doorbells += submission_doorbells;
+            sum.completion_doorbells += completion_doorbells;
+            sum.window_hits += window.hits;
+            sum.window_misses += window.misses;
+            sum.polling += window.spun;
+            sum.sleeps += sleeps;
             sum.lost_interrupts += lost_interrupts;
             sum.retries += retries;
             // Queues may share a vector.

@@ -5,19 +5,25 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Sleep;
 
 use super::state::Failure;
 
-/// One runtime's view of an interrupt vector, and a timer.
+/// One runtime's view of an interrupt vector, and timers.
 pub(crate) struct Wakeups {
     interrupt: AsyncFd<OwnedFd>,
     timer: Pin<Box<Sleep>>,
     armed: bool,
+    /// For times that are too short for Tokio's timers, which count in milliseconds.
+    pause: Option<AsyncFd<OwnedFd>>,
 }
 
 impl Wakeups {
@@ -39,6 +45,7 @@ impl Wakeups {
                 interrupt,
                 timer,
                 armed: false,
+                pause: None,
             }),
             Ok(Err(_)) | Err(_) => Err(Failure::NoDriver),
         }
@@ -50,12 +57,34 @@ impl Wakeups {
     /// The eventfd's counter is left alone: Tokio watches for edges, every signal is one even if
     /// the counter was not read, and another queue pair may share the vector.
     pub(crate) fn poll_interrupt(&mut self, cx: &mut Context<'_>) -> bool {
-        let mut fired = false;
-        while let Poll::Ready(Ok(mut guard)) = self.interrupt.poll_read_ready(cx) {
-            guard.clear_ready();
-            fired = true;
+        take_edge(&self.interrupt, cx)
+    }
+
+    /// Wakes the task at about `until`, however soon that is. It may be woken for it more than once,
+    /// and much later where there can be no further timer.
+    pub(crate) fn pause(&mut self, until: Instant, cx: &mut Context<'_>) {
+        if self.pause.is_none() {
+            self.pause = precise_timer();
+            self.poll_pause(cx);
         }
-        fired
+        let Some(timer) = &self.pause else {
+            return;
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        let time = Itimerspec {
+            it_interval: timespec(Duration::ZERO),
+            // Zero would turn it off.
+            it_value: timespec(left.max(Duration::from_nanos(1))),
+        };
+        // It fails for times that there can't be.
+        let _ = timerfd_settime(timer.get_ref(), TimerfdTimerFlags::empty(), &time);
+    }
+
+    /// Sees to it that the task is woken by [`pause`](Self::pause).
+    pub(crate) fn poll_pause(&mut self, cx: &mut Context<'_>) {
+        if let Some(timer) = &self.pause {
+            take_edge(timer, cx);
+        }
     }
 
     /// Sets the timer, or leaves it if it is set already.
@@ -80,6 +109,33 @@ impl Wakeups {
     /// When the timer will go off, if it is set.
     pub(crate) fn armed_for(&self) -> Option<Instant> {
         self.armed.then(|| self.timer.deadline().into())
+    }
+}
+
+/// Whether a descriptor has become readable since the last call. The task is woken when it does so
+/// again.
+fn take_edge(descriptor: &AsyncFd<OwnedFd>, cx: &mut Context<'_>) -> bool {
+    let mut fired = false;
+    while let Poll::Ready(Ok(mut guard)) = descriptor.poll_read_ready(cx) {
+        guard.clear_ready();
+        fired = true;
+    }
+    fired
+}
+
+fn precise_timer() -> Option<AsyncFd<OwnedFd>> {
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    let timer = timerfd_create(TimerfdClockId::Monotonic, flags).ok()?;
+    // SAFETY: the AsyncFd owns the descriptor, which therefore stays open, and is never given away
+    // mutably.
+    unsafe { AsyncFd::register_with_interest(timer, Interest::READABLE) }.ok()
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        // Pauses are shorter than a second.
+        tv_sec: time.as_secs().min(i64::MAX as u64) as i64,
+        tv_nsec: time.subsec_nanos().into(),
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::access::Access;
 use super::biased::Owner;
 use super::reaper::{Reaper, check_spawned, vacate};
-use super::state::{Aftermath, Failure, Outcome, State};
+use super::state::{Aftermath, Failure, Here, Outcome, State};
 use super::{Notification, SharedQueue};
 use crate::io::Holdings;
 
@@ -48,7 +48,8 @@ impl Access for Rc<LocalQueue> {
     }
 
     fn spawn_reaper(&self) -> Result<(), Failure> {
-        let Some(term) = self.with(State::claim_reaper).flatten() else {
+        let here = Here::now();
+        let Some(term) = self.with(|state| state.claim_reaper(here)).flatten() else {
             return Ok(());
         };
         let spawned = Reaper::new(self.clone(), term, self.home.vector()).and_then(|reaper| {

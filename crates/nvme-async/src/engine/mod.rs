@@ -8,6 +8,7 @@
 pub(crate) mod biased;
 pub(crate) mod eventfd;
 pub(crate) mod local;
+pub(crate) mod price;
 pub(crate) mod reaper;
 pub(crate) mod shared;
 pub(crate) mod state;
@@ -22,6 +23,8 @@ mod models;
 mod tests;
 
 use std::time::Duration;
+
+use poll_window::Costs;
 
 pub use self::local::LocalQueue;
 pub use self::shared::SharedQueue;
@@ -45,6 +48,8 @@ pub enum PollMode {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QueueSettings {
     pub(crate) mode: PollMode,
+    /// What it costs to sleep until an interrupt.
+    pub(crate) costs: Costs,
     /// The longest time without a completion for which an adaptive queue polls.
     pub(crate) max_window: Duration,
     /// How often a command may be sent again.

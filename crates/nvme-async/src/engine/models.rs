@@ -298,7 +298,7 @@ fn recovery_of_a_queue_pair_that_a_thread_owns() {
     check(3, || {
         let bench = Bench::new();
         let local = LocalQueue::take(&bench.queue).expect("nobody has it");
-        local.with(|state| state.claim_reaper());
+        local.with(|state| state.claim_reaper(Here::now()));
         let (queue, device) = (bench.queue.clone(), bench.device.clone());
         let recovery = thread::spawn(move || Bench::recover(&queue, &device));
         let (command, memory) = command(0);
@@ -317,7 +317,7 @@ fn recovery_of_a_queue_pair_that_a_thread_owns() {
         }
         recovery.join().expect("no panics");
         local.give_back();
-        bench.queue.with(|state| state.claim_reaper());
+        bench.queue.with(|state| state.claim_reaper(Here::now()));
         bench.finish(&memory);
     });
 }

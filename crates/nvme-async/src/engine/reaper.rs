@@ -10,6 +10,7 @@ use super::PollMode;
 use super::access::Access;
 use super::eventfd::Wakeups;
 use super::state::{Aftermath, Failure, Look, Place, State, Term};
+use super::window::Wait;
 
 /// Looks at the completion queue between two chances for other tasks to run.
 const BURST: u32 = 32;
@@ -20,8 +21,9 @@ const GRACE: Duration = Duration::from_millis(5);
 /// Drives one queue pair for as long as its runtime and the queue live.
 ///
 /// It polls in bursts while commands are outstanding and the window is open, and between bursts
-/// lets every task run that can. Otherwise it sleeps on the interrupt; with commands outstanding
-/// a timer wakes it too, since an interrupt may be lost and a deadline may pass.
+/// lets every task run that can. Otherwise it sleeps on the interrupt, or until it will pay to poll;
+/// with commands outstanding a timer wakes it too, since an interrupt may be lost and a deadline may
+/// pass.
 pub(crate) struct Reaper<Q: Access> {
     queue: Q,
     term: Term,
@@ -32,6 +34,8 @@ pub(crate) struct Reaper<Q: Access> {
     doubtful: bool,
     /// Whether a lost interrupt was reported.
     warned: bool,
+    /// How long it polled since the last turn.
+    spun: Duration,
 }
 
 /// What one turn decided.
@@ -40,8 +44,11 @@ enum Turn {
     Again,
     /// A completion is expected soon.
     Burst,
-    /// The waker is in the seat; the timer, if any, is to be set.
-    Sleep { check: Option<Instant> },
+    /// The waker is in the seat; the timers, if any, are to be set.
+    Sleep {
+        check: Option<Instant>,
+        pause: Option<Instant>,
+    },
     /// The same, with a completion waiting whose interrupt may be on its way.
     Doubt { check: Instant },
 }
@@ -51,7 +58,7 @@ impl Turn {
     fn sleeps_until(&self) -> Option<Option<Instant>> {
         match *self {
             Self::Again | Self::Burst => None,
-            Self::Sleep { check } => Some(check),
+            Self::Sleep { check, .. } => Some(check),
             Self::Doubt { check } => Some(Some(check)),
         }
     }
@@ -68,29 +75,26 @@ impl<Q: Access> Reaper<Q> {
             idle_checks: 0,
             doubtful: false,
             warned: false,
+            spun: Duration::ZERO,
         })
     }
 
-    fn burst(&mut self) {
+    fn burst(&mut self, began: Instant) {
         for _ in 0..BURST {
-            let ready = self.queue.with(|state| {
-                let ready = state.completion_ready();
-                if ready {
-                    state.window.hit();
-                }
-                ready
-            });
+            let ready = self.queue.with(|state| state.completion_ready());
             if ready != Some(false) {
-                return;
+                break;
             }
             std::hint::spin_loop();
         }
+        self.spun += began.elapsed();
     }
 
     /// What a completion found now says about the interrupt.
     fn look(&mut self, cx: &mut Context<'_>) -> Look {
         let interrupted = self.wakeups.poll_interrupt(cx);
         let timer = self.wakeups.poll_timer(cx);
+        self.wakeups.poll_pause(cx);
         if interrupted {
             Look::Interrupted
         } else if timer {
@@ -113,12 +117,14 @@ impl<Q: Access> Future for Reaper<Q> {
         let idle_checks = this.idle_checks;
         let doubtful = std::mem::take(&mut this.doubtful);
         let timer = this.wakeups.armed_for();
+        let spun = std::mem::take(&mut this.spun);
 
         let mut aftermath = Aftermath::default();
         let term = this.term;
         let turn = this.queue.with(|state| {
             let seat = state.seat(term)?;
             let slept = seat.awake(&mut aftermath);
+            state.window.counters.spun += spun;
             // The timer may also go off while the queue is polled, which says nothing.
             // Nor does it where there are no interrupts.
             let interrupts = state.mode() != PollMode::Busy;
@@ -137,6 +143,7 @@ impl<Q: Access> Future for Reaper<Q> {
             };
             state.ring_deferred();
             if let Some(check) = turn.sleeps_until() {
+                state.counters.sleeps += u64::from(state.in_flight() > 0);
                 let waker = cx.waker().clone();
                 let next_look = check;
                 state.seat(term)?.place = Place::Asleep { waker, next_look };
@@ -165,11 +172,17 @@ impl<Q: Access> Future for Reaper<Q> {
         match turn {
             Turn::Again => cx.waker().wake_by_ref(),
             Turn::Burst => {
-                this.burst();
+                this.burst(now);
                 cx.waker().wake_by_ref();
             }
-            Turn::Sleep { check: None } => {}
-            Turn::Sleep { check: Some(check) } => this.wakeups.arm(check, cx),
+            Turn::Sleep { check, pause } => {
+                if let Some(check) = check {
+                    this.wakeups.arm(check, cx);
+                }
+                if let Some(pause) = pause {
+                    this.wakeups.pause(pause, cx);
+                }
+            }
             Turn::Doubt { check } => {
                 this.doubtful = true;
                 this.wakeups.arm(check, cx);
@@ -205,20 +218,17 @@ fn decide(state: &mut State, now: Instant, idle_checks: u32, timer: Option<Insta
     if state.completion_ready() {
         return Turn::Again;
     }
-    let polls = match state.mode() {
-        _ if state.in_flight() == 0 => false,
-        PollMode::Interrupt => false,
-        PollMode::Busy => true,
-        PollMode::Adaptive => state.window_open(now),
+    let pause = match state.wait(now) {
+        Wait::Poll => return Turn::Burst,
+        Wait::Pause { until } => Some(until),
+        Wait::Sleep => None,
     };
-    if polls {
-        return Turn::Burst;
-    }
     let check = state.next_check(now, idle_checks);
     Turn::Sleep {
         check: match (check, timer) {
             (Some(check), Some(timer)) => Some(check.min(timer)),
             (check, _) => check,
         },
+        pause,
     }
 }

@@ -9,7 +9,8 @@ use super::Notification;
 use super::access::Access;
 use super::biased::{Biased, Owner};
 use super::reaper::{Reaper, check_spawned, vacate};
-use super::state::{Aftermath, Failure, Outcome, Outcomes, QueueCounters, Remains, State};
+use super::state::{Aftermath, Failure, Here, Outcome, Outcomes, QueueCounters, Remains, State};
+use super::window::WindowCounters;
 use crate::io::Holdings;
 
 /// A queue pair behind a lock, which is held for the time of one submission or one batch of
@@ -102,8 +103,8 @@ impl SharedQueue {
         &self.vector
     }
 
-    pub(crate) fn counters(&self) -> QueueCounters {
-        self.with(|state| state.counters).unwrap_or_default()
+    pub(crate) fn counters(&self) -> (QueueCounters, WindowCounters) {
+        self.with(|state| state.counters()).unwrap_or_default()
     }
 
     /// Runs `f` on the state, if it is there, and then what follows from it.
@@ -130,7 +131,8 @@ impl Access for Arc<SharedQueue> {
 
     fn spawn_reaper(&self) -> Result<(), Failure> {
         let runtime = Handle::try_current().map_err(|_| Failure::RuntimeGone)?;
-        let Some(term) = self.with(State::claim_reaper).flatten() else {
+        let here = Here::now();
+        let Some(term) = self.with(|state| state.claim_reaper(here)).flatten() else {
             return Ok(());
         };
         match Reaper::new(self.clone(), term, &self.vector) {

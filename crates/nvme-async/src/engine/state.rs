@@ -21,9 +21,9 @@ pub(crate) use self::operation::{
     Aftermath, Command, Failed, Failure, Outcome, Outcomes, Remains, Token,
 };
 use self::operation::{Operations, Stage};
-pub(crate) use self::seat::{Place, Seat, Term};
+pub(crate) use self::seat::{Here, Place, Seat, Term};
 use super::trouble::{Inbox, Trouble};
-use super::window::Window;
+use super::window::{Window, WindowCounters};
 use super::{PollMode, QueueSettings};
 use crate::device::Doorbell;
 use crate::memory::DmaWords;
@@ -111,8 +111,12 @@ pub(crate) struct QueueCounters {
     pub(crate) completions: u64,
     /// Completions found by looking, without having been told by an interrupt.
     pub(crate) polled_completions: u64,
-    /// Doorbell writes, submission and completion queue together.
-    pub(crate) doorbell_writes: u64,
+    /// Times that completions were taken, each time all that were there.
+    pub(crate) reaps: u64,
+    pub(crate) submission_doorbells: u64,
+    pub(crate) completion_doorbells: u64,
+    /// Times that a reaper went to sleep while commands were outstanding.
+    pub(crate) sleeps: u64,
     /// Completions that were found waiting although no interrupt had come.
     pub(crate) lost_interrupts: u64,
     /// Commands that were sent again.
@@ -145,7 +149,7 @@ impl State {
             supervisor: None,
             seats: SmallVec::new(),
             last_term: Term::default(),
-            window: Window::new(settings.max_window),
+            window: Window::new(settings.costs, settings.max_window),
             last_progress: Instant::now(),
             last_stall: None,
             settings,
@@ -155,8 +159,8 @@ impl State {
         }
     }
 
-    /// Why no command is accepted, if so.
-    pub(crate) fn refusal(&self) -> Option<Refusal> {
+    /// Why no command is accepted here, if so.
+    pub(crate) fn refusal(&self, here: Here) -> Option<Refusal> {
         let recovering = self.gate != Gate::Open && self.settings.fails_fast;
         if let Some(failure) = self.failure {
             Some(Refusal::Failed(failure))
@@ -165,7 +169,7 @@ impl State {
         } else if recovering {
             Some(Refusal::Failed(Failure::Recovering))
         } else {
-            (!self.has_reaper()).then_some(Refusal::NoReaper)
+            (!self.has_reaper(here)).then_some(Refusal::NoReaper)
         }
     }
 
@@ -176,10 +180,11 @@ impl State {
         &mut self,
         command: &mut Command,
         waker: &mut Waker,
+        here: Here,
         now: Instant,
         aftermath: &mut Aftermath,
     ) -> Progress {
-        debug_assert!(self.refusal().is_none());
+        debug_assert!(self.refusal(here).is_none());
         let was_idle = self.core.in_flight() == 0;
         let key = self.operations.claim();
         let operation = &mut self.operations[key];
@@ -189,14 +194,18 @@ impl State {
         operation.attempts = 0;
         operation.stage = Stage::Queued;
         self.next_ticket += 1;
-        if !self.backlog.is_empty() || !self.submit(key, now) {
+        let waits = !self.backlog.is_empty() || !self.submit(key, now);
+        if waits {
             self.backlog.push_back(key);
         }
         if was_idle {
             self.last_progress = now;
         }
-        self.reap(Look::Polled, now, aftermath);
-        self.rouse_reaper(was_idle, aftermath);
+        // Where a reaper is about to look, it does so once for many.
+        if was_idle || waits || !self.is_attended(here) {
+            self.reap(Look::Polled, now, aftermath);
+        }
+        self.rouse_reaper(here, now, aftermath);
         match self.take_outcome(key, &mut command.holdings) {
             Some(outcome) => Progress::Done(outcome),
             None => {
@@ -221,10 +230,11 @@ impl State {
             }
         }
         if taken > 0 {
+            self.window.completed(look, taken, self.last_progress, now);
             self.last_progress = now;
             self.count(look, taken);
             // Before the lock is released: whoever reaps next starts from the head we tell.
-            self.counters.doorbell_writes += u64::from(self.core.acknowledge());
+            self.counters.completion_doorbells += u64::from(self.core.acknowledge());
             self.send_delayed(now, aftermath);
             self.wake_drains(aftermath);
         }
@@ -234,7 +244,7 @@ impl State {
     /// Rings the doorbell for commands that were left to the reaper.
     pub(crate) fn ring_deferred(&mut self) {
         if self.failure.is_none() {
-            self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
+            self.counters.submission_doorbells += u64::from(self.core.ring_deferred());
         }
     }
 
@@ -279,18 +289,15 @@ impl State {
     }
 
     /// Asks for one event of the controller.
-    pub(crate) fn request_event(&mut self, now: Instant) {
+    pub(crate) fn request_event(&mut self) {
         if self.failure.is_some() || self.refusing {
             return;
         }
         let sqe = nvme_spec::admin::async_event_request();
         // With all slots taken there is one event request less until the next one completes.
-        let submitted = self
-            .core
-            .submit(sqe, Token::AsyncEvent, Class::Background, now, None)
-            .is_some();
-        if submitted {
-            self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
+        let (token, class) = (Token::AsyncEvent, Class::Background);
+        if self.core.submit(sqe, token, class, None).is_some() {
+            self.ring_deferred();
         }
     }
 
@@ -336,6 +343,11 @@ impl State {
             .count()
     }
 
+    /// What has happened so far.
+    pub(crate) fn counters(&self) -> (QueueCounters, WindowCounters) {
+        (self.counters, self.window.counters)
+    }
+
     pub(crate) fn mode(&self) -> PollMode {
         self.settings.mode
     }
@@ -351,7 +363,6 @@ impl State {
             token,
             cqe,
             overdue,
-            submitted,
         } = finished;
         match token {
             Token::AsyncEvent => {
@@ -367,11 +378,7 @@ impl State {
                     supervisor.report(Trouble::Step { id, cqe });
                 }
             }
-            Token::Operation(key) => {
-                self.window
-                    .observe(now.saturating_duration_since(submitted));
-                self.finish_operation(key, cqe, overdue, now, aftermath);
-            }
+            Token::Operation(key) => self.finish_operation(key, cqe, overdue, now, aftermath),
         }
     }
 
@@ -412,6 +419,7 @@ impl State {
     }
 
     fn count(&mut self, look: Look, taken: usize) {
+        self.counters.reaps += 1;
         let taken = taken as u64;
         match look {
             Look::Polled => self.counters.polled_completions += taken,

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tokio::task::coop::poll_proceed;
 
 use super::access::Access;
-use super::state::{Aftermath, Command, Failed, Failure, Outcome, Progress, Refusal};
+use super::state::{Aftermath, Command, Failed, Failure, Here, Outcome, Progress, Refusal};
 use crate::io::Holdings;
 
 /// Submits a command when first polled, and resolves when it is done. What the command holds is with
@@ -56,14 +56,16 @@ impl<'a, Q: Access> Submission<'a, Q> {
     }
 
     fn start(&mut self, cx: &Context<'_>) -> Poll<Outcome> {
+        let here = Here::now();
         loop {
             let mut aftermath = Aftermath::default();
             // Cloned here, since that too may run arbitrary code.
             let mut waker = cx.waker().clone();
             let command = &mut self.command;
-            let started = self.queue.with(|state| match state.refusal() {
+            let now = Instant::now();
+            let started = self.queue.with(|state| match state.refusal(here) {
                 Some(refusal) => Err(refusal),
-                None => Ok(state.start(command, &mut waker, Instant::now(), &mut aftermath)),
+                None => Ok(state.start(command, &mut waker, here, now, &mut aftermath)),
             });
             aftermath.run();
             match started {
@@ -85,6 +87,7 @@ impl<'a, Q: Access> Submission<'a, Q> {
 
     fn wait(&mut self, key: usize, cx: &Context<'_>) -> Poll<Outcome> {
         let mut fresh = None;
+        let here = Here::now();
         let driven = loop {
             let holdings = &mut self.command.holdings;
             let polled = self
@@ -92,7 +95,7 @@ impl<'a, Q: Access> Submission<'a, Q> {
                 .with(|state| match state.take_outcome(key, holdings) {
                     Some(outcome) => Polled::Done(outcome),
                     None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting {
-                        driven: state.has_reaper(),
+                        driven: state.has_reaper(here),
                     },
                     None => Polled::WakesAnother,
                 });
@@ -176,9 +179,10 @@ impl<Q: Access> Future for Drain<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         let mut waker = Some(cx.waker().clone());
+        let here = Here::now();
         let polled = this.queue.with(|state| {
             let key = *this.key.get_or_insert_with(|| state.begin_drain());
-            (state.poll_drain(key, &mut waker), state.has_reaper())
+            (state.poll_drain(key, &mut waker), state.has_reaper(here))
         });
         match polled {
             None => Poll::Ready(Ok(())),

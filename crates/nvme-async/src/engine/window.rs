@@ -1,123 +1,306 @@
-//! For how long polling pays: a pure function of what was observed.
+//! For how long polling pays: what `poll-window` says of ages, on a clock.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// After so many windows in a row without a completion the queue stops polling for a while.
-const MISSES_BEFORE_PAUSE: u32 = 3;
-/// So many sleeps after it stopped, a queue tries one window again.
-const SLEEPS_BEFORE_PROBE: u32 = 64;
+use poll_window::{Costs, End, Plan, Policy, Situation};
 
-/// Learns one queue pair's completion time and says how long to poll.
+use super::state::Look;
+
+/// A completion that is found by polling came at most so long before, or what it says of the device is
+/// not believed: other tasks ran meanwhile.
+const GAP: u64 = 2_000;
+/// For long waits it may be this part of them.
+const GAP_SHIFT: u32 = 4;
+
+/// After so many polls in a row that ended because they may not be longer, none is begun that would be.
+const CUTS: u8 = 3;
+/// But every so many waits one is.
+const RETRY: u8 = 64;
+
+/// How to wait for the next completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Look again and again, and ask again.
+    Poll,
+    /// Sleep until then if no interrupt comes before, and ask again.
+    Pause { until: Instant },
+    /// Sleep until the interrupt.
+    Sleep,
+}
+
+/// What became of the times that a queue was polled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WindowCounters {
+    /// Those that ended with a completion.
+    pub(crate) hits: u64,
+    /// Those after which the queue went to sleep.
+    pub(crate) misses: u64,
+    /// How long nothing else was done.
+    pub(crate) spun: Duration,
+}
+
+/// Learns how long the commands of one queue pair take, and says how to wait for them.
 #[derive(Clone, Debug)]
 pub(crate) struct Window {
-    max: Duration,
-    mean: Option<Duration>,
-    misses: u32,
-    paused_sleeps: u32,
+    policy: Policy,
+    /// The longest time without a completion for which it is polled, in nanoseconds.
+    max: u64,
+    watch: Option<Watch>,
+    /// By situation.
+    cuts: [Cuts; Situation::COUNT],
+    pub(crate) counters: WindowCounters,
+}
+
+/// A wait that is under way. Its times are ages: nanoseconds since the last completion, or since the
+/// first submission to an idle queue.
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    situation: Situation,
+    began: u64,
+    /// When it was last seen that nothing had completed.
+    looked: u64,
+    /// Since when the queue is polled; nothing while somebody sleeps.
+    polled_from: Option<u64>,
+}
+
+/// Polls that ended because they may not be longer.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cuts {
+    in_a_row: u8,
+    /// How many were not begun because of that.
+    avoided: u8,
+}
+
+impl Cuts {
+    /// Whether a poll is begun that will be cut short if nothing completes.
+    fn allow(&mut self) -> bool {
+        if self.in_a_row < CUTS {
+            return true;
+        }
+        self.avoided = (self.avoided + 1) % RETRY;
+        self.avoided == 0
+    }
 }
 
 impl Window {
-    /// A policy that never polls for longer than `max` without a completion.
-    pub(crate) fn new(max: Duration) -> Self {
+    /// A policy that never polls for longer than `max` without a completion, and not at all if that is
+    /// zero.
+    pub(crate) fn new(costs: Costs, max: Duration) -> Self {
         Self {
-            max,
-            mean: None,
-            misses: 0,
-            paused_sleeps: 0,
+            policy: Policy::new(costs),
+            max: nanoseconds(max),
+            watch: None,
+            cuts: Default::default(),
+            counters: WindowCounters::default(),
         }
     }
 
-    /// Records that a command completed `latency` after its submission.
-    pub(crate) fn observe(&mut self, latency: Duration) {
-        self.mean = Some(match self.mean {
-            None => latency,
-            Some(mean) => mean - mean / 8 + latency / 8,
-        });
+    /// How to wait in this situation at `now`, when nothing has completed since `progress`.
+    pub(crate) fn wait(&mut self, situation: Situation, progress: Instant, now: Instant) -> Wait {
+        let age = nanoseconds(now.saturating_duration_since(progress));
+        let watch = match &mut self.watch {
+            Some(watch) if watch.situation == situation => watch,
+            other => {
+                let polled_from = other.and_then(|watch| watch.polled_from);
+                if let Some(watch) = other.take() {
+                    let Watch {
+                        situation,
+                        began,
+                        looked,
+                        ..
+                    } = watch;
+                    self.policy
+                        .observe(situation, began, looked, End::BrokenOff);
+                }
+                other.insert(Watch {
+                    situation,
+                    began: age,
+                    looked: age,
+                    polled_from,
+                })
+            }
+        };
+        watch.looked = age.max(watch.looked);
+        let cuts = &mut self.cuts[situation.index()];
+        let wait = match (self.policy.plan(situation, age), watch.polled_from) {
+            (Plan::Poll { .. }, Some(from)) if age - from < self.max => return Wait::Poll,
+            (Plan::Poll { .. }, Some(_)) => {
+                cuts.in_a_row = (cuts.in_a_row + 1).min(CUTS);
+                Wait::Sleep
+            }
+            (Plan::Poll { until }, None) => {
+                if self.max > 0 && (until - age <= self.max || cuts.allow()) {
+                    watch.polled_from = Some(age);
+                    return Wait::Poll;
+                }
+                Wait::Sleep
+            }
+            (Plan::Pause { until }, _) => Wait::Pause {
+                until: progress + Duration::from_nanos(until),
+            },
+            (Plan::Sleep, _) => Wait::Sleep,
+        };
+        self.counters.misses += u64::from(watch.polled_from.take().is_some());
+        wait
     }
 
-    /// How long to poll since the last completion or submission; zero to wait for the interrupt.
-    pub(crate) fn length(&self) -> Duration {
-        if self.misses >= MISSES_BEFORE_PAUSE && self.paused_sleeps < SLEEPS_BEFORE_PROBE {
-            return Duration::ZERO;
+    /// Whether somebody who sleeps would better be awake in this situation.
+    pub(crate) fn wakes(&self, situation: Situation, progress: Instant, now: Instant) -> bool {
+        if self.watch.is_some_and(|watch| watch.situation == situation) {
+            // That was decided when it went to sleep.
+            return false;
         }
-        match self.mean {
-            None => self.max,
-            // A device slower than the window would make every window a loss.
-            Some(mean) if mean > self.max => Duration::ZERO,
-            Some(mean) => (mean * 2).min(self.max),
+        let age = nanoseconds(now.saturating_duration_since(progress));
+        let plan = self.policy.plan(situation, age);
+        self.max > 0 && !matches!(plan, Plan::Sleep)
+    }
+
+    /// Records that so many completions were found at `now`, the first ones since `progress`.
+    pub(crate) fn completed(&mut self, look: Look, taken: usize, progress: Instant, now: Instant) {
+        let Some(watch) = self.watch.take() else {
+            return;
+        };
+        let age = nanoseconds(now.saturating_duration_since(progress));
+        let polled = watch.polled_from.is_some();
+        let seen = age.saturating_sub(watch.looked) <= GAP + (age >> GAP_SHIFT);
+        let (to, end) = match look {
+            _ if polled && seen => (age, End::Polled),
+            Look::Interrupted if !polled => (age, End::Interrupted { completions: taken }),
+            _ => (watch.looked, End::BrokenOff),
+        };
+        if polled {
+            self.counters.hits += 1;
+            self.cuts[watch.situation.index()].in_a_row = 0;
         }
+        self.policy.observe(watch.situation, watch.began, to, end);
     }
+}
 
-    /// Records that a window ended with a completion.
-    pub(crate) fn hit(&mut self) {
-        self.misses = 0;
-        self.paused_sleeps = 0;
-    }
-
-    /// Records that a window ended without one.
-    pub(crate) fn miss(&mut self) {
-        self.misses = (self.misses + 1).min(MISSES_BEFORE_PAUSE);
-        self.paused_sleeps = 0;
-    }
-
-    /// Records that the queue went to sleep on the interrupt without polling.
-    pub(crate) fn slept(&mut self) {
-        self.paused_sleeps = self.paused_sleeps.saturating_add(1);
-    }
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
+    use poll_window::Kind;
+
     use super::*;
 
     const MAX: Duration = Duration::from_micros(50);
+    const ONE: Duration = Duration::from_micros(1);
 
-    #[test]
-    fn polls_twice_the_mean_of_a_fast_device() {
-        let mut window = Window::new(MAX);
-        for _ in 0..100 {
-            window.observe(Duration::from_micros(10));
+    fn one() -> Situation {
+        Situation::new(1, Kind::Read)
+    }
+
+    /// Waits for a completion as the reaper does, in steps of a microsecond; returns for how long it
+    /// was polled.
+    fn wait(window: &mut Window, latency: Duration) -> Duration {
+        let start = Instant::now();
+        let (mut now, mut polled) = (start, Duration::ZERO);
+        while now < start + latency {
+            match window.wait(one(), start, now) {
+                Wait::Poll => {
+                    polled += ONE;
+                    now += ONE;
+                }
+                Wait::Pause { until } if until < start + latency => now = until,
+                Wait::Pause { .. } | Wait::Sleep => {
+                    let woken = start + latency + Duration::from_micros(15);
+                    window.completed(Look::Interrupted, 1, start, woken);
+                    return polled;
+                }
+            }
         }
-        let length = window.length();
-        assert!(length > Duration::from_micros(18) && length <= Duration::from_micros(20));
+        window.completed(Look::Polled, 1, start, now);
+        polled
+    }
+
+    /// One time in fifty it takes 2 ms.
+    fn learned(latency: Duration) -> Window {
+        let mut window = Window::new(Costs::default(), MAX);
+        for number in 0..300 {
+            let late = number % 50 == 0;
+            wait(&mut window, if late { 2000 * ONE } else { latency });
+        }
+        window
     }
 
     #[test]
-    fn waits_for_the_interrupt_of_a_slow_device_and_recovers() {
-        let mut window = Window::new(MAX);
-        for _ in 0..100 {
-            window.observe(Duration::from_micros(200));
-        }
-        assert_eq!(window.length(), Duration::ZERO);
-        for _ in 0..100 {
-            window.observe(Duration::from_micros(5));
-        }
-        assert!(window.length() > Duration::ZERO);
+    fn polls_for_a_fast_device() {
+        let mut window = learned(10 * ONE);
+        let before = window.counters;
+        assert_eq!(wait(&mut window, 10 * ONE), 10 * ONE);
+        assert_eq!(window.counters.hits, before.hits + 1);
+        // One that is late is left to its interrupt soon.
+        let polled = wait(&mut window, 2000 * ONE);
+        assert!(polled < 15 * ONE, "{polled:?}");
+        assert_eq!(window.counters.misses, before.misses + 1);
     }
 
     #[test]
-    fn misses_pause_it_until_a_probe_hits() {
-        let mut window = Window::new(MAX);
-        window.observe(Duration::from_micros(10));
-        for _ in 0..MISSES_BEFORE_PAUSE {
-            assert!(window.length() > Duration::ZERO);
-            window.miss();
+    fn never_polls_for_long() {
+        for latency in [60, 100, 200, 1000, 10_000] {
+            let mut window = Window::new(Costs::default(), MAX);
+            for _ in 0..300 {
+                let polled = wait(&mut window, latency * ONE);
+                assert!(polled <= MAX, "{latency}: {polled:?}");
+            }
         }
-        for _ in 0..SLEEPS_BEFORE_PROBE {
-            assert_eq!(window.length(), Duration::ZERO);
-            window.slept();
+        // Where even the wait for the interrupt costs more than to poll.
+        let costs = Costs {
+            wake_cpu: 1_000_000,
+            ..Costs::default()
+        };
+        let mut window = Window::new(costs, MAX);
+        for _ in 0..300 {
+            let polled = wait(&mut window, 100 * ONE);
+            assert!(polled <= MAX, "{polled:?}");
         }
-        assert!(window.length() > Duration::ZERO);
-        window.miss();
-        assert_eq!(
-            window.length(),
-            Duration::ZERO,
-            "one missed probe pauses it again"
-        );
-        for _ in 0..SLEEPS_BEFORE_PROBE {
-            window.slept();
+    }
+
+    #[test]
+    fn sleeps_through_most_of_a_long_wait() {
+        let mut window = learned(90 * ONE);
+        let start = Instant::now();
+        let Wait::Pause { until } = window.wait(one(), start, start) else {
+            panic!("not a pause");
+        };
+        let pause = until - start;
+        assert!(pause > 50 * ONE && pause < 90 * ONE, "{pause:?}");
+        assert!(matches!(
+            window.wait(one(), start, start + 85 * ONE),
+            Wait::Poll
+        ));
+    }
+
+    #[test]
+    fn a_sleeper_is_woken_when_it_pays() {
+        let mut window = learned(10 * ONE);
+        let start = Instant::now();
+        assert!(window.wakes(one(), start, start));
+        // It knows of this one.
+        assert_eq!(window.wait(one(), start, start + 40 * ONE), Wait::Sleep);
+        assert!(!window.wakes(one(), start, start + 40 * ONE));
+        let mut slow = learned(10_000 * ONE);
+        assert!(!slow.wakes(one(), start, start));
+        assert_eq!(slow.wait(one(), start, start), Wait::Sleep);
+    }
+
+    #[test]
+    fn what_was_not_watched_says_nothing() {
+        let mut window = learned(10 * ONE);
+        for _ in 0..1000 {
+            let start = Instant::now();
+            window.wait(one(), start, start);
+            // Another task ran for long, and the completion may have come at any time.
+            window.completed(Look::Polled, 1, start, start + 500 * ONE);
         }
-        window.hit();
-        assert!(window.length() > Duration::ZERO);
+        let start = Instant::now();
+        assert!(matches!(
+            window.wait(one(), start, start + 9 * ONE),
+            Wait::Poll
+        ));
+        assert_eq!(window.wait(one(), start, start + 40 * ONE), Wait::Sleep);
     }
 }

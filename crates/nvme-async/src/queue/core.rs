@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use nvme_spec::{Cqe, Sqe};
+use poll_window::{Kind, Situation};
 
 use super::Lie;
 use super::ring::{CompletionRing, RingDoorbell, RingMemory, SubmissionRing};
@@ -14,7 +15,7 @@ const MAX_DEFERRED: u32 = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
     /// Work: it has a deadline, and while it is outstanding the queue is looked at.
-    Foreground,
+    Foreground(Kind),
     /// An asynchronous event request: outstanding for as long as the controller lives.
     Background,
 }
@@ -37,7 +38,8 @@ pub(crate) struct QueueCore<T, M, D> {
     free: Vec<u16>,
     /// Whether no doorbell may be rung: the device is about to be stopped, or is.
     fenced: bool,
-    foreground: usize,
+    /// How many foreground commands are outstanding, by kind, those that were given up excepted.
+    foreground: [usize; 3],
     lost: usize,
     next_sequence: u64,
     /// The sequence number of the first command that the device was not told of.
@@ -52,7 +54,6 @@ struct Entry<T> {
     class: Class,
     state: EntryState,
     sequence: u64,
-    submitted: Instant,
     deadline: Option<Instant>,
 }
 
@@ -78,7 +79,6 @@ pub(crate) struct Finished<T> {
     pub(crate) cqe: Cqe,
     /// Whether its deadline had passed.
     pub(crate) overdue: bool,
-    pub(crate) submitted: Instant,
 }
 
 /// A command that was taken back from a device that is known to have stopped.
@@ -109,7 +109,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
             free: (0..capacity).rev().collect(),
             fenced: false,
-            foreground: 0,
+            foreground: [0; 3],
             lost: 0,
             next_sequence: 0,
             untold: 0,
@@ -124,7 +124,17 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     /// How many foreground commands are outstanding, those that were given up excepted.
     pub(crate) fn in_flight(&self) -> usize {
-        self.foreground
+        self.foreground.iter().sum()
+    }
+
+    /// What those who wait for completions wait for.
+    pub(crate) fn situation(&self) -> Situation {
+        let in_flight = self.in_flight();
+        // It counts only where a single command is outstanding.
+        let kind = [Kind::Read, Kind::Write, Kind::Other]
+            .into_iter()
+            .find(|&kind| self.foreground[kind as usize] > 0);
+        Situation::new(in_flight, kind.unwrap_or(Kind::Other))
     }
 
     /// How many commands were given up whose slots the device has not returned yet.
@@ -142,7 +152,6 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         sqe: Sqe,
         token: T,
         class: Class,
-        now: Instant,
         deadline: Option<Instant>,
     ) -> Option<u16> {
         if self.fenced {
@@ -153,18 +162,17 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.submission.push(&sqe.with_cid(cid));
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        let deadline = deadline.filter(|_| class == Class::Foreground);
+        let deadline = deadline.filter(|_| class != Class::Background);
         self.slots[usize::from(slot)] = Some(Entry {
             token,
             class,
             state: EntryState::Submitted,
             sequence,
-            submitted: now,
             deadline,
         });
-        let alone = self.foreground == 0;
-        if class == Class::Foreground {
-            self.foreground += 1;
+        let alone = self.in_flight() == 0;
+        if let Class::Foreground(kind) = class {
+            self.foreground[kind as usize] += 1;
         }
         if let Some(deadline) = deadline {
             self.earliest_deadline = Some(
@@ -210,11 +218,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
 
     /// The moment before which no deadline passes.
     pub(crate) fn earliest_deadline(&self) -> Option<Instant> {
-        if self.foreground == 0 {
-            None
-        } else {
-            self.earliest_deadline
-        }
+        self.earliest_deadline.filter(|_| self.in_flight() > 0)
     }
 
     /// Finds commands whose deadline has passed, once each, and calls `overdue` with slot and command
@@ -249,7 +253,9 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         if entry.state != EntryState::Aborting {
             return None;
         }
-        self.foreground -= 1;
+        if let Class::Foreground(kind) = entry.class {
+            self.foreground[kind as usize] -= 1;
+        }
         self.lost += 1;
         entry.state = EntryState::Lost;
         Some(&entry.token)
@@ -292,8 +298,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             };
             if entry.state == EntryState::Lost {
                 self.lost -= 1;
-            } else if entry.class == Class::Foreground {
-                self.foreground -= 1;
+            } else if let Class::Foreground(kind) = entry.class {
+                self.foreground[kind as usize] -= 1;
             }
             self.free.push(index);
             let told = entry.sequence < self.untold;
@@ -356,15 +362,14 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         let entry = self.slots[usize::from(slot)].take().ok_or(unknown)?;
         if entry.state == EntryState::Lost {
             self.lost -= 1;
-        } else if entry.class == Class::Foreground {
-            self.foreground -= 1;
+        } else if let Class::Foreground(kind) = entry.class {
+            self.foreground[kind as usize] -= 1;
         }
         self.free.push(slot);
         Ok(Finished {
             token: entry.token,
             cqe,
             overdue: entry.state.is_overdue(),
-            submitted: entry.submitted,
         })
     }
 

@@ -205,7 +205,7 @@ impl Supervisor {
                     self.plant.identify.fill(0);
                 }
                 let submitted = self.command(step).is_some_and(|sqe| {
-                    let submit = |state: &mut State| state.submit_step(id, sqe, now);
+                    let submit = |state: &mut State| state.submit_step(id, sqe);
                     self.plant.admin.with(submit) == Some(true)
                 });
                 if !submitted {
@@ -245,7 +245,7 @@ impl Supervisor {
                 let requests = self.plant.event_requests;
                 self.plant.admin.with(|state| {
                     for _ in 0..requests {
-                        state.request_event(now);
+                        state.request_event();
                     }
                     state.note_reset();
                 });

@@ -31,8 +31,15 @@ pub(super) struct Report {
     /// Percent of one CPU, of the software controller's thread; null if there is none.
     controller_cpu_percent: Option<f64>,
     interrupts: u64,
-    doorbell_writes: u64,
+    submission_doorbells: u64,
+    completion_doorbells: u64,
+    /// Completions by times that they were taken.
+    mean_batch: f64,
     polled_completions: u64,
+    window_hits: u64,
+    window_misses: u64,
+    polling_ns: u64,
+    sleeps: u64,
     lost_interrupts: u64,
     bounced_bytes: u64,
     elapsed_seconds: f64,
@@ -109,8 +116,14 @@ impl Report {
             cpu_percent: cpu.host,
             controller_cpu_percent: cpu.controller,
             interrupts: counters.interrupts,
-            doorbell_writes: counters.doorbell_writes,
+            submission_doorbells: counters.submission_doorbells,
+            completion_doorbells: counters.completion_doorbells,
+            mean_batch: counters.completions as f64 / counters.reaps.max(1) as f64,
             polled_completions: counters.polled_completions,
+            window_hits: counters.window_hits,
+            window_misses: counters.window_misses,
+            polling_ns: counters.polling.as_nanos() as u64,
+            sleeps: counters.sleeps,
             lost_interrupts: counters.lost_interrupts,
             bounced_bytes: counters.bounced_bytes,
             elapsed_seconds: elapsed.as_secs_f64(),
@@ -192,10 +205,22 @@ impl fmt::Display for Report {
             ),
         )?;
         let counted = format!(
-            "{} interrupts ({} lost), {} doorbell writes, {} completions polled",
-            self.interrupts, self.lost_interrupts, self.doorbell_writes, self.polled_completions
+            "{} interrupts ({} lost), {} + {} doorbell writes, {} completions polled",
+            self.interrupts,
+            self.lost_interrupts,
+            self.submission_doorbells,
+            self.completion_doorbells,
+            self.polled_completions
         );
         row(f, "queues", counted)?;
+        let polled = format!(
+            "{:.1} % of the time; {} windows with and {} without a completion, {} sleeps",
+            self.polling_ns as f64 / self.elapsed_seconds.max(1e-9) / 1e7,
+            self.window_hits,
+            self.window_misses,
+            self.sleeps
+        );
+        row(f, "polling", polled)?;
         row(f, "bounced", format::bytes(self.bounced_bytes))
     }
 }
@@ -206,7 +231,13 @@ pub(super) fn difference(later: Counters, earlier: Counters) -> Counters {
     let mut difference = later;
     difference.completions -= earlier.completions;
     difference.polled_completions -= earlier.polled_completions;
-    difference.doorbell_writes -= earlier.doorbell_writes;
+    difference.reaps -= earlier.reaps;
+    difference.submission_doorbells -= earlier.submission_doorbells;
+    difference.completion_doorbells -= earlier.completion_doorbells;
+    difference.window_hits -= earlier.window_hits;
+    difference.window_misses -= earlier.window_misses;
+    difference.polling -= earlier.polling;
+    difference.sleeps -= earlier.sleeps;
     difference.interrupts -= earlier.interrupts;
     difference.lost_interrupts -= earlier.lost_interrupts;
     difference.bounced_bytes -= earlier.bounced_bytes;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nvme_spec::Sqe;
+use poll_window::Kind;
 
 use super::{Aftermath, Failure, Gate, Look, Outcomes, Remains, Stage, State, Token, Trouble};
 use crate::engine::trouble::Inbox;
@@ -31,14 +32,14 @@ impl State {
     }
 
     /// Submits an admin command of a recovery; returns whether there was a slot.
-    pub(crate) fn submit_step(&mut self, id: u32, sqe: Sqe, now: Instant) -> bool {
-        let class = Class::Foreground;
+    pub(crate) fn submit_step(&mut self, id: u32, sqe: Sqe) -> bool {
+        let class = Class::Foreground(Kind::Other);
         let submitted = self
             .core
-            .submit(sqe, Token::Step(id), class, now, None)
+            .submit(sqe, Token::Step(id), class, None)
             .is_some();
         if submitted {
-            self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
+            self.ring_deferred();
         }
         submitted
     }
@@ -81,6 +82,7 @@ impl State {
         self.gate = Gate::Open;
         self.last_progress = now;
         self.refill(now, aftermath);
+        self.ring_deferred();
         self.wake_reapers(aftermath);
     }
 

@@ -7,6 +7,7 @@ use tokio::runtime::{self, Handle};
 
 use super::{Aftermath, State};
 use crate::engine::PollMode;
+use crate::engine::window::Wait;
 
 /// How often a sleeping queue with commands outstanding is looked at without an interrupt.
 const FIRST_CHECK: Duration = Duration::from_millis(10);
@@ -22,7 +23,7 @@ pub(crate) struct Term(u64);
 /// driven at the moment must not keep those of another waiting.
 pub(crate) struct Seat {
     term: Term,
-    runtime: Option<runtime::Id>,
+    runtime: Here,
     pub(crate) place: Place,
 }
 
@@ -39,10 +40,10 @@ pub(crate) enum Place {
 }
 
 impl Seat {
-    /// Whether operations that are polled in `runtime` can rely on it; those outside of any runtime
-    /// rely on all there are.
-    fn serves(&self, runtime: Option<runtime::Id>) -> bool {
-        runtime.is_none() || self.runtime == runtime
+    /// Whether operations that are polled `here` can rely on it; those outside of any runtime rely on
+    /// all there are.
+    fn serves(&self, here: Here) -> bool {
+        here.0.is_none() || self.runtime == here
     }
 
     /// Records that the reaper runs; returns whether it slept until now.
@@ -63,8 +64,15 @@ impl Seat {
     }
 }
 
-fn current_runtime() -> Option<runtime::Id> {
-    Handle::try_current().ok().map(|runtime| runtime.id())
+/// The runtime that the caller runs in, if any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Here(Option<runtime::Id>);
+
+impl Here {
+    /// To be asked without the queue's lock: it takes some time.
+    pub(crate) fn now() -> Self {
+        Self(Handle::try_current().ok().map(|runtime| runtime.id()))
+    }
 }
 
 impl State {
@@ -90,23 +98,26 @@ impl State {
     }
 
     /// Whether the queue is driven for operations that are polled here.
-    pub(crate) fn has_reaper(&self) -> bool {
-        // The runtime need not be asked for where there is nobody.
-        !self.seats.is_empty() && {
-            let runtime = current_runtime();
-            self.seats.iter().any(|seat| seat.serves(runtime))
-        }
+    pub(crate) fn has_reaper(&self, here: Here) -> bool {
+        self.seats.iter().any(|seat| seat.serves(here))
     }
 
-    /// Takes a seat for the current runtime, if it has none.
-    pub(crate) fn claim_reaper(&mut self) -> Option<Term> {
-        if self.has_reaper() {
+    /// Whether somebody who is awake will look at the queue and ring the doorbell, after the tasks that
+    /// can run now.
+    pub(super) fn is_attended(&self, here: Here) -> bool {
+        let mut seats = self.seats.iter();
+        seats.any(|seat| seat.runtime == here && matches!(seat.place, Place::Awake))
+    }
+
+    /// Takes a seat for this runtime, if it has none.
+    pub(crate) fn claim_reaper(&mut self, here: Here) -> Option<Term> {
+        if self.has_reaper(here) {
             return None;
         }
         self.last_term.0 += 1;
         self.seats.push(Seat {
             term: self.last_term,
-            runtime: current_runtime(),
+            runtime: here,
             place: Place::Awake,
         });
         Some(self.last_term)
@@ -128,18 +139,19 @@ impl State {
         self.seats.iter_mut().find(|seat| seat.term == term)
     }
 
-    /// Whether an adaptive queue should poll on.
-    pub(crate) fn window_open(&mut self, now: Instant) -> bool {
-        let length = self.window.length();
-        if length.is_zero() {
-            self.window.slept();
-            return false;
+    /// How to wait from `now` on.
+    pub(crate) fn wait(&mut self, now: Instant) -> Wait {
+        if self.in_flight() == 0 {
+            return Wait::Sleep;
         }
-        let open = now.saturating_duration_since(self.last_progress) < length;
-        if !open {
-            self.window.miss();
+        match self.settings.mode {
+            PollMode::Adaptive => {
+                let situation = self.core.situation();
+                self.window.wait(situation, self.last_progress, now)
+            }
+            PollMode::Interrupt => Wait::Sleep,
+            PollMode::Busy => Wait::Poll,
         }
-        open
     }
 
     /// Ends the term of one reaper and wakes all who wait, so that one of those who relied on it
@@ -170,9 +182,17 @@ impl State {
     }
 
     /// Wakes the reaper if a submission needs it: to poll, to look in time, or to ring the doorbell.
-    pub(super) fn rouse_reaper(&mut self, was_idle: bool, aftermath: &mut Aftermath) {
+    pub(super) fn rouse_reaper(&mut self, here: Here, now: Instant, aftermath: &mut Aftermath) {
+        let is_asleep = |seat: &Seat| matches!(seat.place, Place::Asleep { .. });
+        if !self.seats.iter().any(is_asleep) {
+            return;
+        }
         let polls = match self.settings.mode {
-            PollMode::Adaptive => was_idle && !self.window.length().is_zero(),
+            _ if self.in_flight() == 0 => false,
+            PollMode::Adaptive => {
+                let situation = self.core.situation();
+                self.window.wakes(situation, self.last_progress, now)
+            }
             PollMode::Interrupt => false,
             PollMode::Busy => true,
         };
@@ -188,7 +208,7 @@ impl State {
                 (Some(next_look), Some(deadline)) => next_look <= deadline,
                 (Some(_), None) => true,
             };
-            if (needed || !looks_in_time) && seat.serves(current_runtime()) {
+            if (needed || !looks_in_time) && seat.serves(here) {
                 seat.wake(aftermath);
             }
         }

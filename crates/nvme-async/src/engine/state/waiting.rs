@@ -2,6 +2,9 @@
 
 use std::time::Instant;
 
+use nvme_spec::opcode::NvmOpcode;
+use poll_window::Kind;
+
 use super::operation::Operation;
 use super::{Aftermath, Class, Failure, Stage, State, Token};
 
@@ -18,6 +21,7 @@ impl State {
         self.refill(now, aftermath);
     }
 
+    /// Submits what waits and has a slot. The doorbell is left to the reaper.
     pub(super) fn refill(&mut self, now: Instant, aftermath: &mut Aftermath) {
         self.expire_waiting(now, aftermath);
         while let Some(&key) = self.backlog.front()
@@ -25,7 +29,6 @@ impl State {
         {
             self.backlog.pop_front();
         }
-        self.counters.doorbell_writes += u64::from(self.core.ring_deferred());
     }
 
     /// Submits an operation that is queued; returns whether there was a slot, and the queue pair not
@@ -33,17 +36,17 @@ impl State {
     pub(super) fn submit(&mut self, key: usize, now: Instant) -> bool {
         let operation = &mut self.operations[key];
         let (sqe, deadline) = (operation.command.sqe, operation.deadline(now));
-        let token = Token::Operation(key);
+        let class = Class::Foreground(kind(NvmOpcode(sqe.opcode())));
         let submitted = self
             .core
-            .submit(sqe, token, Class::Foreground, now, deadline);
+            .submit(sqe, Token::Operation(key), class, deadline);
         if submitted.is_none() {
             return false;
         }
         operation.since.get_or_insert(now);
         operation.stage = Stage::Submitted;
         // It has rung the doorbell if it left nothing to the reaper.
-        self.counters.doorbell_writes += u64::from(!self.core.has_deferred());
+        self.counters.submission_doorbells += u64::from(!self.core.has_deferred());
         true
     }
 
@@ -76,5 +79,14 @@ impl State {
             !late
         });
         self.wake_drains(aftermath);
+    }
+}
+
+/// What the time that an I/O command takes depends on.
+fn kind(opcode: NvmOpcode) -> Kind {
+    match opcode {
+        NvmOpcode::READ | NvmOpcode::COMPARE | NvmOpcode::VERIFY => Kind::Read,
+        NvmOpcode::WRITE => Kind::Write,
+        _ => Kind::Other,
     }
 }

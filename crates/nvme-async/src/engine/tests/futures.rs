@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::rig::{Device, Wakes, command, returned, state, vector};
 use crate::engine::access::Access;
 use crate::engine::reaper::vacate;
-use crate::engine::state::{Aftermath, Failure, Look, Outcome};
+use crate::engine::state::{Aftermath, Failure, Here, Look, Outcome};
 use crate::engine::submission::Drain;
 use crate::engine::{LocalQueue, PollMode, SharedQueue, State, Submission};
 use crate::io::Holdings;
@@ -183,7 +183,7 @@ fn claim_again(queue: &impl Access) -> crate::engine::state::Term {
     let mut aftermath = Aftermath::default();
     let term = queue.with(|state| {
         state.dismiss_reapers(&mut aftermath);
-        state.claim_reaper()
+        state.claim_reaper(Here::now())
     });
     aftermath.run();
     term.flatten().unwrap()
@@ -204,7 +204,10 @@ fn a_runtime_without_drivers_is_refused_and_others_hear_of_it() {
         )),
         Failure::NoDriver
     );
-    assert_eq!(queue.with(|state| state.has_reaper()), Some(false));
+    assert_eq!(
+        queue.with(|state| state.has_reaper(Here::now())),
+        Some(false)
+    );
 }
 
 /// A runtime that is shutting down drops what is spawned. That must not be tried for ever.
@@ -276,7 +279,7 @@ impl Access for Strict {
     }
 
     fn spawn_reaper(&self) -> Result<(), Failure> {
-        self.with(State::claim_reaper);
+        self.with(|state| state.claim_reaper(Here::now()));
         Ok(())
     }
 
@@ -356,7 +359,10 @@ fn a_local_queue_drives_itself() {
     });
     assert!(done.get());
     queue.give_back();
-    assert_eq!(home.with(|state| state.has_reaper()), Some(false));
+    assert_eq!(
+        home.with(|state| state.has_reaper(Here::now())),
+        Some(false)
+    );
 }
 
 #[test]

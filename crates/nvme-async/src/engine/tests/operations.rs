@@ -6,7 +6,7 @@ use nvme_spec::Status;
 
 use super::rig::{Rig, Started, TIMEOUT, Wakes, command, returned};
 use crate::Fate;
-use crate::engine::state::{Aftermath, Failure, Progress, Refusal};
+use crate::engine::state::{Aftermath, Failure, Here, Progress, Refusal};
 use crate::engine::{Notification, PollMode};
 use crate::io::Holdings;
 use crate::queue::Lie;
@@ -29,7 +29,9 @@ fn a_command_completes() {
     rig.success(&started);
     assert_eq!(rig.state.in_flight(), 0);
     assert_eq!(rig.state.counters.completions, 1);
-    assert_eq!(rig.state.counters.doorbell_writes, 2);
+    assert_eq!(rig.state.counters.submission_doorbells, 1);
+    assert_eq!(rig.state.counters.completion_doorbells, 1);
+    assert_eq!(rig.state.counters.reaps, 1);
 }
 
 #[test]
@@ -51,10 +53,23 @@ fn a_start_takes_what_others_wait_for() {
     let mut rig = rig(8);
     let first = rig.start();
     rig.device.work();
+    rig.sleep(Some(Instant::now()));
     let second = rig.start();
     assert_eq!((first.wakes.count(), second.wakes.count()), (1, 0));
     rig.success(&first);
     assert!(rig.outcome(&second).is_none());
+}
+
+#[test]
+fn a_start_leaves_it_to_a_reaper_that_is_awake() {
+    let mut rig = rig(8);
+    let first = rig.start();
+    rig.device.work();
+    let second = rig.start();
+    assert_eq!((first.wakes.count(), second.wakes.count()), (0, 0));
+    assert_eq!(rig.work(), 2);
+    rig.success(&first);
+    rig.success(&second);
 }
 
 #[test]
@@ -87,8 +102,12 @@ fn the_backlog_is_rung_for() {
     }
     rig.fetched();
     rig.device.complete(0).unwrap();
-    rig.reap();
-    // Without anybody else ringing the doorbell.
+    rig.sleep(Some(Instant::now() + TIMEOUT));
+    // It takes the completion, and another command has the slot.
+    rig.start();
+    assert_eq!(rig.device.fetch(usize::MAX), 0);
+    assert_eq!(rig.reaper.count(), 1, "woken to ring");
+    rig.state.ring_deferred();
     assert_eq!(rig.device.fetch(usize::MAX), 1);
 }
 
@@ -226,7 +245,8 @@ fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
     command.repeatable = true;
     let (wakes, mut waker) = Wakes::new();
     let key = rig.after(|state, aftermath| {
-        match state.start(&mut command, &mut waker, Instant::now(), aftermath) {
+        let (here, now) = (Here::now(), Instant::now());
+        match state.start(&mut command, &mut waker, here, now, aftermath) {
             Progress::Waiting { key } => key,
             Progress::Done(_) => panic!("done at once"),
         }
@@ -389,10 +409,10 @@ fn an_end_leaves_outcomes_to_futures_and_memory_to_the_device() {
 fn nothing_is_asked_of_a_queue_that_is_about_to_end() {
     let mut rig = rig(8);
     rig.state.set_refusing(true);
-    rig.state.request_event(Instant::now());
+    rig.state.request_event();
     rig.state.set_refusing(false);
     rig.fail();
-    rig.state.request_event(Instant::now());
+    rig.state.request_event();
     assert_eq!(rig.device.fetch(usize::MAX), 0);
 }
 
@@ -400,7 +420,7 @@ fn nothing_is_asked_of_a_queue_that_is_about_to_end() {
 fn events_are_reported_once() {
     let mut rig = rig(8);
     for _ in 0..2 {
-        rig.state.request_event(Instant::now());
+        rig.state.request_event();
     }
     assert_eq!((rig.state.in_flight(), rig.state.is_watched()), (0, false));
     assert_eq!(rig.device.fetch(usize::MAX), 2, "rung for at once");
@@ -424,7 +444,7 @@ fn events_are_reported_once() {
         0,
         "not before it was dealt with"
     );
-    rig.state.request_event(Instant::now());
+    rig.state.request_event();
     assert_eq!(rig.device.fetch(usize::MAX), 1);
 
     let cid = rig.device.fetched[1].cid();

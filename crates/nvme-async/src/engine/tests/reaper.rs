@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use poll_window::{Costs, Kind, Situation};
+
 use super::rig::{Rig, TIMEOUT, Wakes};
 use crate::engine::PollMode;
-use crate::engine::state::{Place, Refusal};
+use crate::engine::state::{Here, Look, Place, Refusal};
+use crate::engine::window::{Wait, Window};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -13,10 +16,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 fn wakes(mode: PollMode, in_flight: usize, next_look: Option<Duration>, slow: bool) -> usize {
     let mut rig = Rig::new(64, mode);
     if slow {
-        // Far slower than the window: polling for it does not pay.
-        for _ in 0..20 {
-            rig.state.window.observe(Duration::from_secs(1));
-        }
+        rig.state.window = slow_window();
     }
     for _ in 0..in_flight {
         rig.start();
@@ -25,6 +25,24 @@ fn wakes(mode: PollMode, in_flight: usize, next_look: Option<Duration>, slow: bo
     rig.sleep(next_look.map(|after| Instant::now() + after));
     rig.start();
     rig.reaper.count()
+}
+
+/// Of a device that is far slower than the window, so that polling for it does not pay.
+fn slow_window() -> Window {
+    let mut window = Window::new(Costs::default(), Duration::from_micros(50));
+    let now = Instant::now();
+    for outstanding in 1..64 {
+        let situation = Situation::new(outstanding, Kind::Read);
+        for _ in 0..200 {
+            let mut awake = now;
+            while window.wait(situation, now, awake) == Wait::Poll {
+                awake += Duration::from_micros(10);
+            }
+            let later = now + Duration::from_secs(1);
+            window.completed(Look::Interrupted, 1, now, later);
+        }
+    }
+    window
 }
 
 #[test]
@@ -97,24 +115,24 @@ fn nothing_starts_without_a_reaper() {
     rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
     assert_eq!(rig.try_start().err(), Some(Refusal::NoReaper));
     assert_eq!(rig.state.in_flight(), 0);
-    assert!(rig.state.claim_reaper().is_some());
+    assert!(rig.state.claim_reaper(Here::now()).is_some());
     rig.start();
 }
 
 #[test]
 fn one_reaper_at_a_time() {
     let mut rig = Rig::new(8, PollMode::Adaptive);
-    assert_eq!(rig.state.claim_reaper(), None);
+    assert_eq!(rig.state.claim_reaper(Here::now()), None);
     rig.sleep(None);
-    assert_eq!(rig.state.claim_reaper(), None);
+    assert_eq!(rig.state.claim_reaper(Here::now()), None);
 
     rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
     assert_eq!(rig.reaper.count(), 1, "woken, so that it notices");
-    let first = rig.state.claim_reaper().unwrap();
+    let first = rig.state.claim_reaper(Here::now()).unwrap();
     assert!(rig.state.is_seated(first));
     rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
     assert!(!rig.state.is_seated(first));
-    let second = rig.state.claim_reaper().unwrap();
+    let second = rig.state.claim_reaper(Here::now()).unwrap();
     assert!(!rig.state.is_seated(first) && rig.state.is_seated(second));
 
     let started = rig.start();
@@ -125,7 +143,7 @@ fn one_reaper_at_a_time() {
     );
     assert_eq!(started.wakes.count(), 0);
     rig.after(|state, aftermath| state.vacate(second, aftermath));
-    assert!(!rig.state.has_reaper());
+    assert!(!rig.state.has_reaper(Here::now()));
 }
 
 #[test]
@@ -141,7 +159,7 @@ fn all_who_wait_are_woken_when_it_leaves() {
     assert_eq!(started[0].wakes.count(), 1);
 
     rig.after(|state, aftermath| state.dismiss_reapers(aftermath));
-    let term = rig.state.claim_reaper().unwrap();
+    let term = rig.state.claim_reaper(Here::now()).unwrap();
     rig.sleep(None);
     rig.after(|state, aftermath| state.vacate(term, aftermath));
     let counts: Vec<_> = started
@@ -152,7 +170,7 @@ fn all_who_wait_are_woken_when_it_leaves() {
     assert_eq!(drain_wakes.count(), 1);
 
     // The next reaper's completions wake whoever was polled since.
-    rig.state.claim_reaper().unwrap();
+    rig.state.claim_reaper(Here::now()).unwrap();
     let (wakes, waker) = Wakes::new();
     assert!(!rig.state.will_wake(started[1].key, &waker, &mut None));
     assert!(
@@ -201,6 +219,8 @@ fn the_window_opens_with_work_and_closes_with_time() {
     let mut rig = Rig::new(8, PollMode::Adaptive);
     let now = Instant::now();
     rig.start();
-    assert!(rig.state.window_open(now));
-    assert!(!rig.state.window_open(now + Duration::from_secs(1)));
+    assert_eq!(rig.state.wait(now), Wait::Poll);
+    assert_eq!(rig.state.wait(now + Duration::from_secs(1)), Wait::Sleep);
+    rig.work();
+    assert_eq!(rig.state.wait(now), Wait::Sleep, "nothing is outstanding");
 }

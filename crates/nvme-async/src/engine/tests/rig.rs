@@ -12,9 +12,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use iova::{AddressSpace, Direction, DmaMapper, Geometry, HostMemory, IovaRange, MapError};
 use nvme_spec::{Cqe, nvm};
+use poll_window::Costs;
 
 use crate::device::Doorbell;
-use crate::engine::state::{Aftermath, Command, Failure, Look, Outcome, Place, Progress, Refusal};
+use crate::engine::state::{
+    Aftermath, Command, Failure, Here, Look, Outcome, Place, Progress, Refusal,
+};
 use crate::engine::{PollMode, QueueSettings, State};
 use crate::io::{Holdings, Payload};
 use crate::memory::{DmaWords, Pool};
@@ -117,13 +120,14 @@ pub(in crate::engine) fn state(entries: u16, mode: PollMode) -> (State, Device) 
     );
     let settings = QueueSettings {
         mode,
+        costs: Costs::default(),
         max_window: Duration::from_micros(50),
         retries: RETRIES,
         fails_fast: false,
         retry_delays: [1, 2, 3].map(Duration::from_secs),
     };
     let mut state = State::new(core, settings);
-    state.claim_reaper().unwrap();
+    state.claim_reaper(Here::now()).unwrap();
     (state, device)
 }
 
@@ -224,7 +228,7 @@ impl Rig {
     }
 
     pub(super) fn try_start(&mut self) -> Result<Started, Refusal> {
-        if let Some(refusal) = self.state.refusal() {
+        if let Some(refusal) = self.state.refusal(Here::now()) {
             return Err(refusal);
         }
         let (mut command, memory) = command(self.next_number);
@@ -232,9 +236,13 @@ impl Rig {
         command.repeatable = self.repeatable;
         let (wakes, mut waker) = Wakes::new();
         let mut aftermath = Aftermath::default();
-        let started = self
-            .state
-            .start(&mut command, &mut waker, Instant::now(), &mut aftermath);
+        let started = self.state.start(
+            &mut command,
+            &mut waker,
+            Here::now(),
+            Instant::now(),
+            &mut aftermath,
+        );
         aftermath.run();
         let Progress::Waiting { key } = started else {
             panic!("done at once");

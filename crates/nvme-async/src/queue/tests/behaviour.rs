@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::pair::Pair;
 use crate::queue::Class;
+use poll_window::Kind;
 
 const SIZES: [u16; 7] = [2, 3, 4, 5, 8, 255, 4096];
 
@@ -33,7 +34,7 @@ fn fill_and_empty(entries: u16, rounds: usize) {
             first.get_or_insert(number);
         }
         assert_eq!(
-            pair.submit(Class::Foreground, None),
+            pair.submit(Class::Foreground(Kind::Read), None),
             None,
             "all slots are taken"
         );
@@ -181,7 +182,7 @@ fn a_slot_keeps_its_token_until_it_completes() {
     let (number, _) = pair.start();
     assert_eq!((pair.alive(), pair.host.in_flight()), (1, 1));
     assert_eq!(
-        pair.submit(Class::Foreground, None),
+        pair.submit(Class::Foreground(Kind::Read), None),
         None,
         "its slot is taken"
     );
@@ -200,9 +201,15 @@ fn a_late_command_keeps_its_slot_until_it_completes() {
     let mut pair = Pair::new(4);
     let second = Duration::from_secs(1);
     let start = pair.now;
-    let (late, _) = pair.submit(Class::Foreground, Some(second)).unwrap();
-    let (later, _) = pair.submit(Class::Foreground, Some(second)).unwrap();
-    let (slow, _) = pair.submit(Class::Foreground, Some(3 * second)).unwrap();
+    let (late, _) = pair
+        .submit(Class::Foreground(Kind::Read), Some(second))
+        .unwrap();
+    let (later, _) = pair
+        .submit(Class::Foreground(Kind::Read), Some(second))
+        .unwrap();
+    let (slow, _) = pair
+        .submit(Class::Foreground(Kind::Read), Some(3 * second))
+        .unwrap();
     pair.host.ring_deferred();
     assert_eq!(pair.host.earliest_deadline(), Some(start + second));
 
@@ -218,7 +225,7 @@ fn a_late_command_keeps_its_slot_until_it_completes() {
     assert_eq!(pair.host.earliest_deadline(), Some(start + 3 * second));
     assert_eq!(pair.alive(), 3);
     assert_eq!(
-        pair.submit(Class::Foreground, None),
+        pair.submit(Class::Foreground(Kind::Read), None),
         None,
         "their slots are taken"
     );
@@ -239,7 +246,7 @@ fn a_late_command_keeps_its_slot_until_it_completes() {
 #[test]
 fn a_lost_command_does_not_count_as_company() {
     let mut pair = Pair::new(8);
-    pair.submit(Class::Foreground, Some(Duration::ZERO))
+    pair.submit(Class::Foreground(Kind::Read), Some(Duration::ZERO))
         .unwrap();
     pair.give_up_late(pair.now);
     pair.start();

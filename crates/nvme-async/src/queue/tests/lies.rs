@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use nvme_spec::{Cqe, Status};
+use poll_window::Kind;
 use proptest::prelude::*;
 
 use super::pair::{ID, Pair};
@@ -182,7 +183,7 @@ proptest! {
         let mut open = BTreeSet::new();
         for (mut dwords, closeness, submissions) in posts {
             for _ in 0..submissions {
-                if let Some((number, _)) = pair.submit(crate::queue::Class::Foreground, None) {
+                if let Some((number, _)) = pair.submit(crate::queue::Class::Foreground(Kind::Read), None) {
                     open.insert(number);
                 }
             }

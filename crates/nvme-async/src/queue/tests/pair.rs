@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nvme_spec::{Sqe, nvm};
+use poll_window::Kind;
 
 use super::device::{ModelDevice, Register, Words};
 use crate::queue::ring::RingMemory;
@@ -97,7 +98,7 @@ impl Pair {
         let deadline = after.map(|after| self.now + after);
         let submitted = self
             .host
-            .submit(Self::command(number), token, class, self.now, deadline);
+            .submit(Self::command(number), token, class, deadline);
         let slot = submitted?;
         self.next_number += 1;
         Some((number, slot))
@@ -105,7 +106,7 @@ impl Pair {
 
     /// As [`submit`](Self::submit), for work without a deadline when there is a free slot.
     pub(super) fn start(&mut self) -> (u32, u16) {
-        self.submit(Class::Foreground, None)
+        self.submit(Class::Foreground(Kind::Read), None)
             .expect("a slot is free")
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use poll_window::{Kind, Situation};
 use proptest::prelude::*;
 
 use super::pair::Pair;
@@ -41,7 +42,6 @@ struct Known {
     number: u32,
     slot: u16,
     class: Class,
-    submitted: Instant,
     deadline: Option<Instant>,
     lost: bool,
 }
@@ -104,10 +104,11 @@ impl Model {
     }
 
     fn submit(&mut self, background: bool, timeout: Option<u8>) {
+        let kinds = [Kind::Read, Kind::Write, Kind::Other];
         let class = if background {
             Class::Background
         } else {
-            Class::Foreground
+            Class::Foreground(kinds[self.fetched as usize % 3])
         };
         let timeout = timeout.map(|timeout| Duration::from_millis(timeout.into()));
         let alone = self.in_flight() == 0;
@@ -127,7 +128,6 @@ impl Model {
             number,
             slot,
             class,
-            submitted: self.pair.now,
             deadline: timeout
                 .filter(|_| !background)
                 .map(|timeout| self.pair.now + timeout),
@@ -149,7 +149,6 @@ impl Model {
                 .position(|known| known.number == number);
             let known = self.outstanding.remove(index.expect("it is outstanding"));
             assert_eq!(finished.token.number, number);
-            assert_eq!(finished.submitted, known.submitted);
             assert_eq!(finished.overdue, known.lost);
             assert!(finished.cqe.status().is_success());
         }
@@ -178,14 +177,26 @@ impl Model {
         assert_eq!(expired, expected);
     }
 
+    /// The kinds of the commands that count as work.
+    fn kinds(&self) -> impl Iterator<Item = Kind> {
+        let counted = self.outstanding.iter().filter(|known| !known.lost);
+        counted.filter_map(|known| match known.class {
+            Class::Foreground(kind) => Some(kind),
+            Class::Background => None,
+        })
+    }
+
     fn in_flight(&self) -> usize {
-        let counts = |known: &&Known| known.class == Class::Foreground && !known.lost;
-        self.outstanding.iter().filter(counts).count()
+        self.kinds().count()
     }
 
     fn check(&self) {
         let host = &self.pair.host;
         assert_eq!(host.in_flight(), self.in_flight());
+        if let Some(kind) = self.kinds().next() {
+            let situation = Situation::new(self.in_flight(), kind);
+            assert_eq!(host.situation(), situation);
+        }
         assert_eq!(
             host.lost(),
             self.outstanding.iter().filter(|known| known.lost).count()
@@ -223,9 +234,17 @@ impl Model {
         }
         self.check();
         for _ in 0..usize::from(self.entries) - 1 {
-            assert!(self.pair.submit(Class::Foreground, None).is_some());
+            assert!(
+                self.pair
+                    .submit(Class::Foreground(Kind::Read), None)
+                    .is_some()
+            );
         }
-        assert!(self.pair.submit(Class::Foreground, None).is_none());
+        assert!(
+            self.pair
+                .submit(Class::Foreground(Kind::Read), None)
+                .is_none()
+        );
     }
 }
 

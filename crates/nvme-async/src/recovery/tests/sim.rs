@@ -246,8 +246,7 @@ impl Simulation {
             Task::Drop => self.drop_one(),
             Task::Drain => self.begin_drain(),
             Task::RequestEvent => {
-                let now = self.clock.now();
-                self.queues[0].with(|state| state.request_event(now));
+                self.queues[0].with(|state| state.request_event());
                 Ok(())
             }
             Task::RuntimeIsBack => {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use nvme_spec::registers::{ControllerConfiguration, DoorbellKind, doorbell_offset};
+use poll_window::Costs;
 use tokio::sync::watch;
 
 use super::{Phase, Simulation, Task, micros};
@@ -114,6 +115,7 @@ impl Simulation {
 
         let settings = QueueSettings {
             mode: PollMode::Interrupt,
+            costs: Costs::default(),
             max_window: Duration::ZERO,
             retries: rng.u32(0..4),
             fails_fast,
@@ -176,9 +178,8 @@ impl Simulation {
             .into_iter()
             .chain(queues.into_iter().map(|(_, queue)| queue))
             .collect();
-        let now = clock.now();
         for _ in 0..traits.event_limit {
-            queues[0].with(|state| state.request_event(now));
+            queues[0].with(|state| state.request_event());
         }
         let reapers = queues.iter().map(|_| Reaper::default()).collect();
         let admin_share = if rng.u8(0..6) == 0 { 8 } else { 1 };

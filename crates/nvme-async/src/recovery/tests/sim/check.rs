@@ -4,7 +4,7 @@ use nvme_spec::{Cqe, Status};
 
 use super::{Phase, Simulation};
 use crate::Fate;
-use crate::engine::state::{Outcome, Refusal};
+use crate::engine::state::{Here, Outcome, Refusal};
 use crate::engine::{Failed, Failure};
 use crate::io::Payload;
 use crate::recovery::action::Place;
@@ -344,7 +344,10 @@ impl Simulation {
 
     /// A controller that has ended takes nothing.
     fn check_refusal(&self) -> Result<(), String> {
-        match self.queues[1].with(|state| state.refusal()).flatten() {
+        match self.queues[1]
+            .with(|state| state.refusal(Here::now()))
+            .flatten()
+        {
             Some(Refusal::Failed(Failure::Removed | Failure::ControllerFailed { .. })) => Ok(()),
             _ => Err("a controller that has ended takes commands".to_owned()),
         }

@@ -5,7 +5,7 @@ use nvme_spec::admin::{FeatureSelect, get_features};
 use nvme_spec::{DataPointer, nvm};
 
 use super::{Simulation, Task};
-use crate::engine::state::{Command, Look, Outcome, Place, Progress, Refusal};
+use crate::engine::state::{Command, Here, Look, Outcome, Place, Progress, Refusal};
 use crate::engine::{Notification, State};
 use crate::io::{Holdings, Payload};
 use crate::recovery::tests::host::{Drain, Kind, Operation, Sleeper, Stage, waker};
@@ -135,7 +135,7 @@ impl Simulation {
         let now = self.clock.now();
         loop {
             let shared = &self.queues[usize::from(queue)];
-            let refusal = shared.with(|state| state.refusal());
+            let refusal = shared.with(|state| state.refusal(Here::now()));
             match refusal.ok_or("a queue was taken away")? {
                 Some(Refusal::Failed(failure)) => {
                     let outcome = (Err(failure.into()), command.holdings.payload);
@@ -149,8 +149,9 @@ impl Simulation {
                 None => {}
             }
             let mut waker = waker(Sleeper::Operation(number), &self.woken);
-            let started = shared
-                .attend(|state, aftermath| state.start(&mut command, &mut waker, now, aftermath));
+            let started = shared.attend(|state, aftermath| {
+                state.start(&mut command, &mut waker, Here::now(), now, aftermath)
+            });
             match started.ok_or("a queue was taken away")? {
                 Progress::Done(outcome) => {
                     self.resolve(number, (outcome, command.holdings.payload))?
@@ -182,7 +183,7 @@ impl Simulation {
                 match state.take_outcome(key, &mut holdings) {
                     Some(outcome) => Polled::Done((outcome, std::mem::take(&mut holdings.payload))),
                     None if state.will_wake(key, &own, &mut fresh) => Polled::Waiting {
-                        driven: state.has_reaper(),
+                        driven: state.has_reaper(Here::now()),
                     },
                     None => Polled::WakesAnother,
                 }
@@ -201,7 +202,7 @@ impl Simulation {
 
     /// Provides a reaper for a queue that has none.
     pub(super) fn claim(&mut self, queue: u16) {
-        let term = self.queues[usize::from(queue)].with(State::claim_reaper);
+        let term = self.queues[usize::from(queue)].with(|state| state.claim_reaper(Here::now()));
         if let Some(term) = term.flatten() {
             self.reapers[usize::from(queue)].term = Some(term);
             self.look_soon(queue);
@@ -317,8 +318,12 @@ impl Simulation {
             return Ok(());
         }
         let mut waker = Some(waker(who, &self.woken));
-        let polled = self.queues[usize::from(queue)]
-            .with(|state| (state.poll_drain(key, &mut waker), state.has_reaper()));
+        let polled = self.queues[usize::from(queue)].with(|state| {
+            (
+                state.poll_drain(key, &mut waker),
+                state.has_reaper(Here::now()),
+            )
+        });
         match polled.ok_or("a queue was taken away")? {
             (Some(result), _) => {
                 self.drains[index].done = true;

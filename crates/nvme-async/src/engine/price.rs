@@ -1,0 +1,86 @@
+//! What it costs here to sleep until an interrupt.
+
+use std::ops::RangeInclusive;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use poll_window::Costs;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::time::{
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
+    timerfd_create, timerfd_settime,
+};
+
+const SLEEPS: usize = 15;
+/// Long enough for the processor to go to sleep too.
+const SLEEP: Duration = Duration::from_micros(100);
+/// What is found outside of these, in nanoseconds, says something of other programs.
+const CPU: RangeInclusive<u64> = 1_000..=20_000;
+const LATENCY: RangeInclusive<u64> = 1_000..=50_000;
+
+/// Measured once in a process, which takes some milliseconds: from a timer's interrupt to the thread
+/// that slept until then, as a device's interrupt would wake it. It blocks.
+pub(crate) fn of_a_sleep() -> Costs {
+    static COSTS: OnceLock<Costs> = OnceLock::new();
+    *COSTS.get_or_init(|| {
+        let costs = measure().unwrap_or_else(|error| {
+            tracing::debug!(%error, "the price of a sleep can't be measured, and is guessed");
+            Costs::default()
+        });
+        tracing::debug!(?costs, "the price of a sleep");
+        costs
+    })
+}
+
+fn measure() -> rustix::io::Result<Costs> {
+    let mut cpu = [0; SLEEPS];
+    let mut latency = [0; SLEEPS];
+    for (cpu, latency) in cpu.iter_mut().zip(&mut latency) {
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)?;
+        let time = Itimerspec {
+            it_interval: timespec(Duration::ZERO),
+            it_value: timespec(SLEEP),
+        };
+        let (began, cpu_began) = (Instant::now(), cpu_time());
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &time)?;
+        let mut descriptors = [PollFd::new(&timer, PollFlags::IN)];
+        poll(&mut descriptors, None)?;
+        *latency = began.elapsed().saturating_sub(SLEEP).as_nanos() as u64;
+        *cpu = cpu_time().saturating_sub(cpu_began).as_nanos() as u64;
+    }
+    Ok(Costs {
+        wake_cpu: median(&mut cpu).clamp(*CPU.start(), *CPU.end()),
+        wake_latency: median(&mut latency).clamp(*LATENCY.start(), *LATENCY.end()),
+        ..Costs::default()
+    })
+}
+
+fn median(values: &mut [u64]) -> u64 {
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: time.subsec_nanos().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_has_a_price() {
+        let costs = measure().expect("there are timers");
+        assert!(CPU.contains(&costs.wake_cpu), "{costs:?}");
+        assert!(LATENCY.contains(&costs.wake_latency), "{costs:?}");
+        assert_eq!(of_a_sleep(), of_a_sleep(), "measured once");
+    }
+}
