@@ -18,6 +18,7 @@ mod matrix;
 mod ordering;
 mod panics;
 mod planted;
+mod polling;
 mod queues;
 mod recovery;
 mod runtime_ends;

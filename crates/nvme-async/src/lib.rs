@@ -54,6 +54,7 @@ mod options;
 mod queue;
 mod queue_pair;
 mod recovery;
+pub mod runtime;
 mod url;
 
 pub use iova;

@@ -32,6 +32,7 @@ pub struct OpenOptions {
     pub(crate) queue_entries: u16,
     pub(crate) poll_mode: PollMode,
     pub(crate) max_window: Duration,
+    pub(crate) mask_interrupts: bool,
     pub(crate) timeout: Option<Duration>,
     pub(crate) retries: u32,
     pub(crate) repeat_writes: bool,
@@ -67,6 +68,7 @@ impl Default for OpenOptions {
             queue_entries: 256,
             poll_mode: PollMode::default(),
             max_window: Duration::from_micros(50),
+            mask_interrupts: false,
             timeout: Some(Duration::from_secs(30)),
             retries: 5,
             repeat_writes: false,
@@ -134,6 +136,17 @@ impl OpenOptions {
     /// The longest time that an adaptive queue polls without a completion; by default 50 µs.
     pub fn max_window(mut self, window: Duration) -> Self {
         self.max_window = window;
+        self
+    }
+
+    /// Whether the interrupts of adaptive queues are masked while they are polled; by default they are
+    /// not, and come although nobody waits for them.
+    ///
+    /// It is done in the MSI-X table where that can be mapped ([`Device::vector_mask`]) and the
+    /// controller has a vector for each queue; elsewhere nothing changes. The kernel does not know of it,
+    /// and unmasks a vector when it moves it to another processor.
+    pub fn mask_interrupts(mut self, mask: bool) -> Self {
+        self.mask_interrupts = mask;
         self
     }
 
@@ -216,6 +229,16 @@ impl OpenOptions {
     pub fn max_transfer(mut self, bytes: usize) -> Self {
         self.max_transfer = bytes.max(4096);
         self
+    }
+
+    /// How many I/O queue pairs are asked for.
+    pub(crate) fn queue_pairs(&self) -> u16 {
+        let each = match self.poll_mode {
+            PollMode::Paired => 2,
+            _ => 1,
+        };
+        let queues = self.queues.saturating_add(self.local_queues);
+        queues.saturating_mul(each)
     }
 
     /// Opens the namespace.

@@ -109,6 +109,16 @@ pub(super) async fn bring_up(
         .map(|units| Duration::from_millis(u64::from(units.get()) * 100));
     let host_behavior = this.enable_retry_delays(&admin, retry_delays).await?;
     let queues = this.create_queues(&admin, retry_delays).await?;
+    // The second one of a pair is reached by the first one.
+    let step = if options.poll_mode == PollMode::Paired {
+        2
+    } else {
+        1
+    };
+    let firsts = queues.iter().step_by(step);
+    let mut shared_queues: Vec<_> = firsts.map(|(_, queue)| queue.clone()).collect();
+    let shared = usize::from(options.queues).min(shared_queues.len());
+    let local_queues = shared_queues.split_off(shared);
     let events = Events::new(admin.clone(), &identify);
     let tenure = guard.tenure.clone();
     let plant = Plant {
@@ -116,7 +126,7 @@ pub(super) async fn bring_up(
         configuration,
         admin_rings,
         admin: admin.queue.clone(),
-        queues: queues.clone(),
+        queues,
         identify: this.pool.alloc(DEVICE_PAGE)?,
         // VID, SSVID and SN, the first fields.
         identity: identify.as_bytes()[..24].into(),
@@ -126,12 +136,9 @@ pub(super) async fn bring_up(
     };
     let settings = this.recovery_settings(&identify, plant.host_behavior.is_some(), ready_timeout);
     let settings = Settings {
-        queues: queues.len() as u16,
+        queues: plant.queues.len() as u16,
         ..settings
     };
-    let mut queues: Vec<_> = queues.into_iter().map(|(_, queue)| queue).collect();
-    let shared = usize::from(options.queues).min(queues.len());
-    let local_queues = queues.split_off(shared);
     let supervision = match Supervision::start(plant, settings, device.notices()) {
         Ok(supervision) => supervision,
         Err(source) => {
@@ -148,7 +155,7 @@ pub(super) async fn bring_up(
         version,
         events,
         admin: admin.clone(),
-        queues,
+        queues: shared_queues,
         local_queues,
         dma,
         limits,
@@ -172,9 +179,9 @@ pub(super) async fn bring_up(
     Ok(inner)
 }
 
-/// Only adaptive queues ask for it.
+/// Only some queues ask for it.
 async fn price_of_a_sleep(options: &OpenOptions) -> Costs {
-    if options.poll_mode != PollMode::Adaptive {
+    if !matches!(options.poll_mode, PollMode::Adaptive | PollMode::Paired) {
         return Costs::default();
     }
     let measured = tokio::task::spawn_blocking(price::of_a_sleep).await;
@@ -413,10 +420,7 @@ impl BringUp<'_> {
         admin: &Admin,
         retry_delays: [Duration; 3],
     ) -> Result<Vec<(QueueLayout, Arc<SharedQueue>)>, Error> {
-        let wanted = self
-            .options
-            .queues
-            .saturating_add(self.options.local_queues);
+        let wanted = self.options.queue_pairs();
         let granted = admin.request_queue_pairs(wanted).await?;
         let entries = self
             .capabilities
@@ -425,7 +429,12 @@ impl BringUp<'_> {
             .min(u16::MAX.into()) as u16;
         let vectors = self.registers.device.vectors();
         let settings = self.queue_settings(retry_delays);
-        let mut queues = Vec::with_capacity(granted.into());
+        // The one with the interrupt comes first.
+        let mode_of = |id| match settings.mode {
+            PollMode::Paired if id % 2 == 1 => PollMode::Interrupt,
+            mode => mode,
+        };
+        let mut queues: Vec<(QueueLayout, Arc<SharedQueue>)> = Vec::with_capacity(granted.into());
         for id in 1..=granted {
             let (submission, completion) = self.ring_memory(entries)?;
             // Vector 0 is the admin queue's, and shared only if there is no other.
@@ -433,16 +442,31 @@ impl BringUp<'_> {
                 1 => 0,
                 count => 1 + usize::from(id - 1) % (count - 1),
             };
+            let settings = QueueSettings {
+                mode: mode_of(id),
+                ..settings
+            };
             let layout = QueueLayout {
                 id,
                 entries,
                 submission: submission.iova(),
                 completion: completion.iova(),
-                vector: (settings.mode != PollMode::Busy).then_some(vector as u16),
+                vector: settings.mode.has_interrupt().then_some(vector as u16),
             };
             let core = self.core(id, entries, submission, completion)?;
-            let state = State::new(core, settings);
-            queues.push((layout, SharedQueue::new(state, vectors[vector].clone())));
+            let mut state = State::new(core, settings);
+            let is_alone = usize::from(granted) < vectors.len();
+            if self.options.mask_interrupts && settings.mode == PollMode::Adaptive && is_alone {
+                let mask = self.registers.device.vector_mask(vector as u16);
+                mask.into_iter().for_each(|mask| state.mask_by(mask));
+            }
+            let queue = SharedQueue::new(state, vectors[vector].clone());
+            if settings.mode == PollMode::Paired
+                && let Some((_, interrupting)) = queues.last()
+            {
+                interrupting.pair_with(&queue);
+            }
+            queues.push((layout, queue));
             admin.run(layout.create_completion_queue()).await?;
             admin.run(layout.create_submission_queue()).await?;
         }

@@ -226,7 +226,7 @@ impl Controller {
             ..Counters::default()
         };
         let mut vectors: Vec<_> = Vec::new();
-        for queue in self.inner.queues.iter().chain(&self.inner.local_queues) {
+        for queue in self.inner.all_queues() {
             let (counters, window) = queue.counters();
             let QueueCounters {
                 completions,
@@ -304,7 +304,8 @@ impl ControllerInner {
     }
 
     pub(crate) fn all_queues(&self) -> impl Iterator<Item = &Arc<SharedQueue>> {
-        self.queues.iter().chain(&self.local_queues)
+        let queues = self.queues.iter().chain(&self.local_queues);
+        queues.flat_map(SharedQueue::both)
     }
 
     pub(crate) fn is_closing(&self) -> bool {

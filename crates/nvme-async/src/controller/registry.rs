@@ -102,8 +102,7 @@ async fn open_device(
         return Err(Error::RuntimeGone { address, fate });
     };
     let target = target.clone();
-    let queues = options.queues.saturating_add(options.local_queues);
-    let vectors = queues.saturating_add(1);
+    let vectors = options.queue_pairs().saturating_add(1);
     let opening = runtime.spawn_blocking(move || Ok((device::open(&target, vectors)?, release)));
     match opening.await {
         Ok(opened) => opened,

@@ -20,6 +20,31 @@ pub enum Doorbell {
     },
 }
 
+/// The Vector Control word of an interrupt vector (PCI local bus specification 3.0, section 6.8.2.9).
+///
+/// While a vector is masked its interrupts are held back; when it is unmasked there is one if any was.
+#[derive(Clone, Debug)]
+pub struct VectorMask(Doorbell);
+
+impl VectorMask {
+    const MASKED: u32 = 1;
+
+    /// A word that is written as a doorbell is.
+    pub fn new(word: Doorbell) -> Self {
+        Self(word)
+    }
+
+    /// Holds interrupts back from now on.
+    pub fn mask(&self) {
+        self.0.ring(Self::MASKED);
+    }
+
+    /// Lets interrupts through, and what was held back.
+    pub fn unmask(&self) {
+        self.0.ring(0);
+    }
+}
+
 /// Receives doorbell writes that are not plain stores.
 pub trait DoorbellCall: Send + Sync {
     /// Takes a write of `value` to the doorbell at `offset` of BAR 0.

@@ -18,7 +18,7 @@ use iova::DmaMapper;
 use crate::Error;
 use crate::url::Target;
 
-pub use doorbell::{Doorbell, DoorbellCall, MappedRegisters};
+pub use doorbell::{Doorbell, DoorbellCall, MappedRegisters, VectorMask};
 
 /// A controller as a transport presents it.
 ///
@@ -54,6 +54,12 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// The eventfds of the interrupt vectors, vector 0 first, all enabled when the device was
     /// opened. They are nonblocking.
     fn vectors(&self) -> &[Arc<OwnedFd>];
+
+    /// How an interrupt vector is masked, where that takes no call into the kernel.
+    fn vector_mask(&self, vector: u16) -> Option<VectorMask> {
+        let _ = vector;
+        None
+    }
 
     /// Maps host memory for this device, at addresses that nothing else uses: where functions
     /// share an IOMMU container, each opening has addresses of its own.

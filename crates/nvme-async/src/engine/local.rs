@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use super::access::Access;
 use super::biased::Owner;
+use super::park::{Hook, ParkedQueue};
 use super::reaper::{Reaper, check_spawned, vacate};
-use super::state::{Aftermath, Failure, Here, Outcome, State};
+use super::state::{Aftermath, Failure, Here, Outcome, State, Term};
 use super::{Notification, SharedQueue};
 use crate::io::Holdings;
 
@@ -17,6 +18,7 @@ pub struct LocalQueue {
     /// Nothing once it was given back.
     owner: RefCell<Option<Owner<Option<State>>>>,
     home: Arc<SharedQueue>,
+    polled: Option<Rc<Self>>,
 }
 
 impl LocalQueue {
@@ -26,11 +28,15 @@ impl LocalQueue {
         Some(Rc::new(Self {
             owner: RefCell::new(Some(owner)),
             home: home.clone(),
+            polled: home.polled().and_then(Self::take),
         }))
     }
 
     /// Gives the queue pair back; the reaper ends.
     pub(crate) fn give_back(&self) {
+        if let Some(polled) = &self.polled {
+            polled.give_back();
+        }
         let mut aftermath = Aftermath::default();
         self.with(|state| state.dismiss_reapers(&mut aftermath));
         let owner = self.owner.borrow_mut().take();
@@ -45,6 +51,15 @@ impl LocalQueue {
 impl Access for Rc<LocalQueue> {
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
         LocalQueue::with(self, f)
+    }
+
+    fn polled(&self) -> Option<&Self> {
+        self.polled.as_ref()
+    }
+
+    fn park(&self, _: &Hook, term: Term) {
+        let queue = self.clone();
+        Hook::add_local(Box::new(ParkedQueue { queue, term }));
     }
 
     fn spawn_reaper(&self) -> Result<(), Failure> {

@@ -8,6 +8,7 @@
 pub(crate) mod biased;
 pub(crate) mod eventfd;
 pub(crate) mod local;
+pub(crate) mod park;
 pub(crate) mod price;
 pub(crate) mod reaper;
 pub(crate) mod shared;
@@ -42,6 +43,23 @@ pub enum PollMode {
     Interrupt,
     /// Poll for as long as commands are outstanding. The queue's interrupt is off.
     Busy,
+    /// Two queue pairs in the place of each: one without an interrupt, for commands whose completion
+    /// is expected while the queue is polled, and one that is never polled, for the others. Interrupts
+    /// come only where somebody sleeps. What is late on the first one is looked for by a timer, ever
+    /// less often.
+    ///
+    /// A controller that grants a single queue pair has it as with [`Interrupt`](Self::Interrupt).
+    Paired,
+}
+
+impl PollMode {
+    /// Whether a completion is told of by an interrupt.
+    pub(crate) fn has_interrupt(self) -> bool {
+        match self {
+            Self::Adaptive | Self::Interrupt => true,
+            Self::Busy | Self::Paired => false,
+        }
+    }
 }
 
 /// What a queue needs to know besides its rings.
@@ -80,7 +98,8 @@ impl QueueAccess for std::sync::Arc<SharedQueue> {}
 impl QueueAccess for std::rc::Rc<LocalQueue> {}
 
 pub(crate) mod access {
-    use super::state::Outcome;
+    use super::park::Hook;
+    use super::state::{Outcome, Term};
     use super::{Failure, Notification, State};
     use crate::io::Holdings;
 
@@ -88,6 +107,12 @@ pub(crate) mod access {
     pub(crate) trait Access: Clone + Unpin + 'static {
         /// Runs `f` on the state, or returns nothing if the queue pair was taken away.
         fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R>;
+
+        /// The queue pair beside this one that has no interrupt, if there is one.
+        fn polled(&self) -> Option<&Self>;
+
+        /// Leaves the polling to the hook of the current runtime, for the reaper of this term.
+        fn park(&self, hook: &Hook, term: Term);
 
         /// Spawns a reaper on the current runtime, if the queue has none.
         fn spawn_reaper(&self) -> Result<(), Failure>;

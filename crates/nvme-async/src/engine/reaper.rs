@@ -3,17 +3,19 @@
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::PollMode;
 use super::access::Access;
 use super::eventfd::Wakeups;
+use super::park::Hook;
 use super::state::{Aftermath, Failure, Look, Place, State, Term};
 use super::window::Wait;
 
 /// Looks at the completion queue between two chances for other tasks to run.
-const BURST: u32 = 32;
+pub(super) const BURST: u32 = 32;
 /// A completion that a check finds is left to its interrupt for so long, since that may be on its
 /// way; then the interrupt is lost.
 const GRACE: Duration = Duration::from_millis(5);
@@ -36,6 +38,30 @@ pub(crate) struct Reaper<Q: Access> {
     warned: bool,
     /// How long it polled since the last turn.
     spun: Duration,
+    parking: Option<Parking>,
+}
+
+/// How a reaper gets on with its runtime's hook, which polls in its place.
+struct Parking {
+    hook: Arc<Hook>,
+    /// How often the hook had been called at the last turn.
+    calls: u64,
+    /// Turns in a row without a call.
+    turns: u32,
+}
+
+/// So many turns without a call of the hook, and the reaper sees whether there will be one if it rests.
+const TURNS: u32 = 64;
+
+impl Parking {
+    /// Whether the polling can be left to the hook. It is not called while other tasks run all the time:
+    /// then the reaper looks once after each of them has.
+    fn is_called(&mut self) -> bool {
+        let calls = self.hook.calls();
+        let called = std::mem::replace(&mut self.calls, calls) != calls;
+        self.turns = if called { 0 } else { (self.turns + 1) % TURNS };
+        self.turns == 0
+    }
 }
 
 /// What one turn decided.
@@ -45,21 +71,17 @@ enum Turn {
     /// A completion is expected soon.
     Burst,
     /// The waker is in the seat; the timers, if any, are to be set.
-    Sleep {
-        check: Option<Instant>,
-        pause: Option<Instant>,
-    },
+    Sleep { pause: Option<Instant> },
     /// The same, with a completion waiting whose interrupt may be on its way.
-    Doubt { check: Instant },
+    Doubt,
 }
 
 impl Turn {
-    /// Until when the reaper sleeps, if it does and if there is such a time.
-    fn sleeps_until(&self) -> Option<Option<Instant>> {
+    /// When it is to be awake again to poll, if it sleeps.
+    fn pause(&self) -> Option<Instant> {
         match *self {
-            Self::Again | Self::Burst => None,
-            Self::Sleep { check, .. } => Some(check),
-            Self::Doubt { check } => Some(Some(check)),
+            Self::Sleep { pause } => pause,
+            Self::Again | Self::Burst | Self::Doubt => None,
         }
     }
 }
@@ -68,6 +90,11 @@ impl<Q: Access> Reaper<Q> {
     /// Makes a reaper for the current runtime. The seat is its own until it is dropped.
     pub(crate) fn new(queue: Q, term: Term, vector: &OwnedFd) -> Result<Self, Failure> {
         let wakeups = Wakeups::register(vector)?;
+        let polls = queue.with(|state| state.mode() != PollMode::Interrupt);
+        let hook = Hook::current().filter(|_| polls == Some(true));
+        if let Some(hook) = &hook {
+            queue.park(hook, term);
+        }
         Ok(Self {
             queue,
             term,
@@ -76,6 +103,11 @@ impl<Q: Access> Reaper<Q> {
             doubtful: false,
             warned: false,
             spun: Duration::ZERO,
+            parking: hook.map(|hook| Parking {
+                hook,
+                calls: 0,
+                turns: 0,
+            }),
         })
     }
 
@@ -118,6 +150,7 @@ impl<Q: Access> Future for Reaper<Q> {
         let doubtful = std::mem::take(&mut this.doubtful);
         let timer = this.wakeups.armed_for();
         let spun = std::mem::take(&mut this.spun);
+        let parks = this.parking.as_mut().map(Parking::is_called);
 
         let mut aftermath = Aftermath::default();
         let term = this.term;
@@ -127,7 +160,7 @@ impl<Q: Access> Future for Reaper<Q> {
             state.window.counters.spun += spun;
             // The timer may also go off while the queue is polled, which says nothing.
             // Nor does it where there are no interrupts.
-            let interrupts = state.mode() != PollMode::Busy;
+            let interrupts = state.has_interrupt();
             let look = if look != Look::Check || (slept && interrupts) {
                 look
             } else {
@@ -135,23 +168,35 @@ impl<Q: Access> Future for Reaper<Q> {
             };
             let mut taken = 0;
             let turn = if look == Look::Check && !doubtful && state.completion_ready() {
-                Turn::Doubt { check: now + GRACE }
+                Turn::Doubt
             } else {
                 taken = state.reap(look, now, &mut aftermath);
                 state.expire(now, &mut aftermath);
-                decide(state, now, idle_checks, timer)
+                let turn = decide(state, now);
+                match (turn, parks) {
+                    (Turn::Burst, Some(true)) => Turn::Sleep { pause: None },
+                    (Turn::Burst, Some(false)) => Turn::Again,
+                    (turn, _) => turn,
+                }
             };
             state.ring_deferred();
-            if let Some(check) = turn.sleeps_until() {
+            let check = match turn {
+                Turn::Again | Turn::Burst => None,
+                Turn::Sleep { .. } => earliest(state.next_check(now, idle_checks), timer),
+                Turn::Doubt => Some(now + GRACE),
+            };
+            if let Turn::Sleep { .. } | Turn::Doubt = turn {
                 state.counters.sleeps += u64::from(state.in_flight() > 0);
-                let waker = cx.waker().clone();
-                let next_look = check;
-                state.seat(term)?.place = Place::Asleep { waker, next_look };
+                state.seat(term)?.place = Place::Asleep {
+                    waker: cx.waker().clone(),
+                    next_look: check,
+                    pause: turn.pause(),
+                };
             }
-            Some((turn, look, taken, state.take_events()))
+            Some((turn, check, look, taken, state.take_events()))
         });
         aftermath.run();
-        let Some((turn, look, taken, events)) = turn.flatten() else {
+        let Some((turn, check, look, taken, events)) = turn.flatten() else {
             return Poll::Ready(());
         };
         for event in events {
@@ -175,18 +220,14 @@ impl<Q: Access> Future for Reaper<Q> {
                 this.burst(now);
                 cx.waker().wake_by_ref();
             }
-            Turn::Sleep { check, pause } => {
-                if let Some(check) = check {
-                    this.wakeups.arm(check, cx);
-                }
-                if let Some(pause) = pause {
-                    this.wakeups.pause(pause, cx);
-                }
-            }
-            Turn::Doubt { check } => {
-                this.doubtful = true;
-                this.wakeups.arm(check, cx);
-            }
+            Turn::Sleep { .. } => {}
+            Turn::Doubt => this.doubtful = true,
+        }
+        if let Some(check) = check {
+            this.wakeups.arm(check, cx);
+        }
+        if let Some(pause) = turn.pause() {
+            this.wakeups.pause(pause, cx);
         }
         Poll::Pending
     }
@@ -214,21 +255,22 @@ pub(crate) fn check_spawned<Q: Access>(queue: &Q, term: Term) -> Result<(), Fail
     }
 }
 
-fn decide(state: &mut State, now: Instant, idle_checks: u32, timer: Option<Instant>) -> Turn {
+fn decide(state: &mut State, now: Instant) -> Turn {
     if state.completion_ready() {
         return Turn::Again;
     }
-    let pause = match state.wait(now) {
-        Wait::Poll => return Turn::Burst,
-        Wait::Pause { until } => Some(until),
-        Wait::Sleep => None,
-    };
-    let check = state.next_check(now, idle_checks);
-    Turn::Sleep {
-        check: match (check, timer) {
-            (Some(check), Some(timer)) => Some(check.min(timer)),
-            (check, _) => check,
-        },
-        pause,
+    let wait = state.wait(now);
+    if state.completion_ready() {
+        return Turn::Again;
     }
+    match wait {
+        Wait::Poll => Turn::Burst,
+        Wait::Pause { until } => Turn::Sleep { pause: Some(until) },
+        Wait::Sleep => Turn::Sleep { pause: None },
+    }
+}
+
+/// A timer that is set goes off also if it is not needed any more.
+fn earliest(check: Option<Instant>, timer: Option<Instant>) -> Option<Instant> {
+    check.into_iter().chain(timer).min()
 }

@@ -8,8 +8,11 @@ use tokio::runtime::Handle;
 use super::Notification;
 use super::access::Access;
 use super::biased::{Biased, Owner};
+use super::park::{Hook, ParkedQueue};
 use super::reaper::{Reaper, check_spawned, vacate};
-use super::state::{Aftermath, Failure, Here, Outcome, Outcomes, QueueCounters, Remains, State};
+use super::state::{
+    Aftermath, Failure, Here, Outcome, Outcomes, QueueCounters, Remains, State, Term,
+};
 use super::window::WindowCounters;
 use crate::io::Holdings;
 
@@ -23,6 +26,8 @@ pub struct SharedQueue {
     outcomes: Mutex<Outcomes>,
     vector: Arc<OwnedFd>,
     on_event: OnceLock<Box<dyn Fn(Notification) + Send + Sync>>,
+    /// The other one of [`PollMode::Paired`](super::PollMode::Paired).
+    polled: OnceLock<Arc<Self>>,
 }
 
 impl SharedQueue {
@@ -32,6 +37,7 @@ impl SharedQueue {
             outcomes: Mutex::default(),
             vector,
             on_event: OnceLock::new(),
+            polled: OnceLock::new(),
         })
     }
 
@@ -93,6 +99,18 @@ impl SharedQueue {
         }
     }
 
+    /// Sets the queue pair beside this one that has no interrupt.
+    pub(crate) fn pair_with(&self, polled: &Arc<Self>) {
+        self.with(|state| polled.with(|polled| state.pair(polled)));
+        // Set once, at bring-up.
+        let _ = self.polled.set(polled.clone());
+    }
+
+    /// It, and the one beside it.
+    pub(crate) fn both(self: &Arc<Self>) -> impl Iterator<Item = &Arc<Self>> {
+        [Some(self), self.polled.get()].into_iter().flatten()
+    }
+
     /// Sets who is told of asynchronous events.
     pub(crate) fn set_on_event(&self, on_event: Box<dyn Fn(Notification) + Send + Sync>) {
         // Set once, at bring-up.
@@ -127,6 +145,15 @@ impl SharedQueue {
 impl Access for Arc<SharedQueue> {
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
         SharedQueue::with(self, f)
+    }
+
+    fn polled(&self) -> Option<&Self> {
+        self.polled.get()
+    }
+
+    fn park(&self, hook: &Hook, term: Term) {
+        let queue = self.clone();
+        hook.add(Box::new(ParkedQueue { queue, term }));
     }
 
     fn spawn_reaper(&self) -> Result<(), Failure> {

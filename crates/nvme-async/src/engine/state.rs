@@ -2,6 +2,7 @@
 
 mod drain;
 mod operation;
+mod pair;
 mod recovery;
 mod seat;
 mod waiting;
@@ -21,11 +22,12 @@ pub(crate) use self::operation::{
     Aftermath, Command, Failed, Failure, Outcome, Outcomes, Remains, Token,
 };
 use self::operation::{Operations, Stage};
+use self::pair::Partner;
 pub(crate) use self::seat::{Here, Place, Seat, Term};
 use super::trouble::{Inbox, Trouble};
 use super::window::{Window, WindowCounters};
 use super::{PollMode, QueueSettings};
-use crate::device::Doorbell;
+use crate::device::{Doorbell, VectorMask};
 use crate::memory::DmaWords;
 use crate::queue::{Class, Finished, QueueCore};
 use crate::recovery::ResetCause;
@@ -78,9 +80,20 @@ pub(crate) struct State {
     /// When it was last reported that none is.
     last_stall: Option<Instant>,
     settings: QueueSettings,
+    /// Holds the interrupt back while the queue is polled.
+    mask: Option<Mask>,
+    /// How often the hook of a runtime had been called at the last submission.
+    hook_calls: u64,
+    partner: Option<Partner>,
     drains: Slab<Draining>,
     events: Vec<Notification>,
     pub(crate) counters: QueueCounters,
+}
+
+/// The mask of an interrupt vector that only this queue uses.
+struct Mask {
+    vector: VectorMask,
+    closed: bool,
 }
 
 /// What those are told of who watch for a controller's events.
@@ -153,10 +166,21 @@ impl State {
             last_progress: Instant::now(),
             last_stall: None,
             settings,
+            mask: None,
+            hook_calls: 0,
+            partner: None,
             drains: Slab::new(),
             events: Vec::new(),
             counters: QueueCounters::default(),
         }
+    }
+
+    /// Has the interrupt masked while the queue is polled. The vector is nobody else's.
+    pub(crate) fn mask_by(&mut self, vector: VectorMask) {
+        self.mask = Some(Mask {
+            vector,
+            closed: false,
+        });
     }
 
     /// Why no command is accepted here, if so.
@@ -201,6 +225,7 @@ impl State {
         if was_idle {
             self.last_progress = now;
         }
+        self.tell_of_submission(was_idle, now);
         // Where a reaper is about to look, it does so once for many.
         if was_idle || waits || !self.is_attended(here) {
             self.reap(Look::Polled, now, aftermath);
@@ -230,8 +255,9 @@ impl State {
             }
         }
         if taken > 0 {
-            self.window.completed(look, taken, self.last_progress, now);
+            self.window.completed(look, taken, self.progress(), now);
             self.last_progress = now;
+            self.tell_of_completions(now);
             self.count(look, taken);
             // Before the lock is released: whoever reaps next starts from the head we tell.
             self.counters.completion_doorbells += u64::from(self.core.acknowledge());

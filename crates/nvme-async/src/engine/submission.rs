@@ -57,6 +57,12 @@ impl<'a, Q: Access> Submission<'a, Q> {
 
     fn start(&mut self, cx: &Context<'_>) -> Poll<Outcome> {
         let here = Here::now();
+        if let Some(polled) = self.queue.polled() {
+            let kind = self.command.kind();
+            if polled.with(|state| state.expects(kind)) == Some(true) {
+                self.queue = polled;
+            }
+        }
         loop {
             let mut aftermath = Aftermath::default();
             // Cloned here, since that too may run arbitrary code.

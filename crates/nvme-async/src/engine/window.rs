@@ -48,6 +48,10 @@ pub(crate) struct Window {
     watch: Option<Watch>,
     /// By situation.
     cuts: [Cuts; Situation::COUNT],
+    /// By situation, the age at which the last wait began: of what comes before nothing is known.
+    begins: [u64; Situation::COUNT],
+    /// Whether it is polled until the next completion, to find out when that comes.
+    probes: bool,
     pub(crate) counters: WindowCounters,
 }
 
@@ -56,6 +60,8 @@ pub(crate) struct Window {
 #[derive(Clone, Copy, Debug)]
 struct Watch {
     situation: Situation,
+    /// What its ages are counted from.
+    progress: Instant,
     began: u64,
     /// When it was last seen that nothing had completed.
     looked: u64,
@@ -91,6 +97,8 @@ impl Window {
             max: nanoseconds(max),
             watch: None,
             cuts: Default::default(),
+            begins: Default::default(),
+            probes: false,
             counters: WindowCounters::default(),
         }
     }
@@ -99,7 +107,7 @@ impl Window {
     pub(crate) fn wait(&mut self, situation: Situation, progress: Instant, now: Instant) -> Wait {
         let age = nanoseconds(now.saturating_duration_since(progress));
         let watch = match &mut self.watch {
-            Some(watch) if watch.situation == situation => watch,
+            Some(watch) if watch.situation == situation && watch.progress == progress => watch,
             other => {
                 let polled_from = other.and_then(|watch| watch.polled_from);
                 if let Some(watch) = other.take() {
@@ -112,8 +120,10 @@ impl Window {
                     self.policy
                         .observe(situation, began, looked, End::BrokenOff);
                 }
+                self.begins[situation.index()] = age;
                 other.insert(Watch {
                     situation,
+                    progress,
                     began: age,
                     looked: age,
                     polled_from,
@@ -123,6 +133,10 @@ impl Window {
         watch.looked = age.max(watch.looked);
         let cuts = &mut self.cuts[situation.index()];
         let wait = match (self.policy.plan(situation, age), watch.polled_from) {
+            (_, from) if self.probes && age - from.unwrap_or(age) < self.max => {
+                watch.polled_from = from.or(Some(age));
+                return Wait::Poll;
+            }
             (Plan::Poll { .. }, Some(from)) if age - from < self.max => return Wait::Poll,
             (Plan::Poll { .. }, Some(_)) => {
                 cuts.in_a_row = (cuts.in_a_row + 1).min(CUTS);
@@ -155,16 +169,44 @@ impl Window {
         self.max > 0 && !matches!(plan, Plan::Sleep)
     }
 
+    /// Has it polled until the next completion, but not for longer than it may be.
+    pub(crate) fn probe(&mut self) {
+        self.probes = true;
+    }
+
+    /// Whether a wait begins with a poll.
+    pub(crate) fn polls(&self, situation: Situation) -> bool {
+        let plan = self.policy.plan(situation, self.begins[situation.index()]);
+        self.max > 0 && matches!(plan, Plan::Poll { .. })
+    }
+
     /// Records that so many completions were found at `now`, the first ones since `progress`.
     pub(crate) fn completed(&mut self, look: Look, taken: usize, progress: Instant, now: Instant) {
         let Some(watch) = self.watch.take() else {
             return;
         };
+        self.probes = false;
+        // What its ages were counted from may have changed.
+        let progress = progress.max(watch.progress);
         let age = nanoseconds(now.saturating_duration_since(progress));
+        if progress != watch.progress {
+            let Watch {
+                situation,
+                began,
+                looked,
+                ..
+            } = watch;
+            return self
+                .policy
+                .observe(situation, began, looked, End::BrokenOff);
+        }
         let polled = watch.polled_from.is_some();
         let seen = age.saturating_sub(watch.looked) <= GAP + (age >> GAP_SHIFT);
+        let slept = age.saturating_sub(watch.looked);
         let (to, end) = match look {
             _ if polled && seen => (age, End::Polled),
+            // Somewhere in between, which is near enough.
+            Look::Polled if !polled && slept <= age / 2 => (age - slept / 2, End::Polled),
             Look::Interrupted if !polled => (age, End::Interrupted { completions: taken }),
             _ => (watch.looked, End::BrokenOff),
         };

@@ -113,8 +113,11 @@ impl NamespaceInner {
     }
 
     pub(super) async fn quiesce<Q: QueueAccess>(&self, queues: &[Q]) -> Result<(), Error> {
+        let all = queues
+            .iter()
+            .flat_map(|queue| [Some(queue), queue.polled()]);
         // All of them take their mark now, not one after the other.
-        futures::future::try_join_all(queues.iter().map(Drain::new))
+        futures::future::try_join_all(all.flatten().map(Drain::new))
             .await
             .map(drop)
             .map_err(|failed| failed.into_error(self.name("quiesce", None)))

@@ -127,9 +127,9 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.foreground.iter().sum()
     }
 
-    /// What those who wait for completions wait for.
-    pub(crate) fn situation(&self) -> Situation {
-        let in_flight = self.in_flight();
+    /// What those who wait for completions wait for, when `others` are outstanding elsewhere.
+    pub(crate) fn situation(&self, others: usize) -> Situation {
+        let in_flight = self.in_flight() + others;
         // It counts only where a single command is outstanding.
         let kind = [Kind::Read, Kind::Write, Kind::Other]
             .into_iter()

@@ -128,6 +128,10 @@ enum Poll {
     Interrupt,
     /// Polling only, with interrupts off.
     Busy,
+    /// As adaptive, with commands that are polled for on a queue pair without interrupts.
+    Paired,
+    /// As adaptive, with interrupts masked while queues are polled.
+    Masked,
 }
 
 /// Which runtime runs the tasks.
@@ -136,6 +140,8 @@ enum Poll {
 enum Flavor {
     /// One thread for all jobs (`current_thread`).
     Current,
+    /// The same, which polls in its park hook.
+    Park,
     /// A thread for each core (`multi_thread`).
     Multi,
 }
@@ -163,9 +169,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 }
 
 fn runtime(flavor: Flavor) -> Result<Runtime, Failure> {
-    let mut builder = match flavor {
-        Flavor::Current => Builder::new_current_thread(),
-        Flavor::Multi => Builder::new_multi_thread(),
-    };
-    Ok(builder.enable_all().build()?)
+    Ok(match flavor {
+        Flavor::Current => Builder::new_current_thread().enable_all().build()?,
+        Flavor::Park => nvme_async::runtime::Builder::new().build()?,
+        Flavor::Multi => Builder::new_multi_thread().enable_all().build()?,
+    })
 }

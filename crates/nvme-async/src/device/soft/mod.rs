@@ -56,7 +56,7 @@ pub use iommu::{SoftIommu, Stray};
 pub(crate) use open::open;
 
 use self::vectors::{Vectors, eventfd, signal};
-use crate::device::{Device, DeviceError, Doorbell, DoorbellCall, Notice};
+use crate::device::{Device, DeviceError, Doorbell, DoorbellCall, Notice, VectorMask};
 
 /// How a [`SoftDevice`] is attached to this process.
 #[derive(Clone, Debug)]
@@ -209,6 +209,16 @@ impl Device for SoftDevice {
 
     fn vectors(&self) -> &[Arc<OwnedFd>] {
         self.vectors.descriptors()
+    }
+
+    fn vector_mask(&self, vector: u16) -> Option<VectorMask> {
+        let exists = usize::from(vector) < self.vectors().len();
+        exists.then(|| {
+            VectorMask::new(Doorbell::Call {
+                target: self.vectors.clone(),
+                offset: vectors::control(vector),
+            })
+        })
     }
 
     fn mapper(&self) -> Arc<dyn DmaMapper> {

@@ -2,12 +2,12 @@
 
 use std::any::Any;
 use std::io;
-use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use nvme_spec::registers;
 
+use super::config::Msix;
 use super::info::Region;
 use super::sys::Mapping;
 use crate::device::{Doorbell, MappedRegisters};
@@ -125,15 +125,26 @@ pub(super) fn map_doorbells(
 /// They may lie in mapped pages. A doorbell written there, by a stride that the device made up,
 /// would redirect interrupts.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Reserved(pub(super) Vec<Range<u64>>);
+pub(super) struct Reserved(pub(super) Msix);
 
 impl Reserved {
     /// Whether the 32-bit register at `offset` touches such a part.
     pub(super) fn holds(&self, offset: u32) -> bool {
         let (first, end) = (u64::from(offset), u64::from(offset) + 4);
-        self.0
-            .iter()
+        let parts = [&self.0.table, &self.0.pending_bits];
+        parts
+            .into_iter()
+            .flatten()
             .any(|part| first < part.end && part.start < end)
+    }
+
+    /// Where the Vector Control word of a vector is (PCI local bus specification 3.0, section
+    /// 6.8.2.9).
+    pub(super) fn vector_control(&self, vector: u16) -> Option<u32> {
+        let table = self.0.table.as_ref()?;
+        let entry = table.start + u64::from(vector) * 16;
+        let fits = entry + 16 <= table.end;
+        u32::try_from(entry + 12).ok().filter(|_| fits)
     }
 }
 
@@ -282,7 +293,14 @@ mod tests {
 
     #[test]
     fn msix_table_is_no_doorbell() {
-        let reserved = Reserved(vec![0x2000..0x2410, 0x3000..0x3010]);
+        let reserved = Reserved(Msix {
+            table: Some(0x2000..0x2410),
+            pending_bits: Some(0x3000..0x3010),
+        });
+        assert_eq!(reserved.vector_control(0), Some(0x200c));
+        assert_eq!(reserved.vector_control(64), Some(0x240c));
+        assert_eq!(reserved.vector_control(65), None);
+        assert_eq!(Reserved::default().vector_control(0), None);
         for (offset, held) in [
             (0x1ffc, false),
             (0x1ffe, true),

@@ -22,19 +22,29 @@ pub(super) trait ReadConfig {
     fn read<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]>;
 }
 
-/// The parts of BAR 0 that belong to MSI-X: its table and its pending bits (section 6.8.2).
-pub(super) fn msix_in_bar0(config: &impl ReadConfig) -> io::Result<Vec<Range<u64>>> {
+/// The parts of BAR 0 that belong to MSI-X (section 6.8.2).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Msix {
+    pub(super) table: Option<Range<u64>>,
+    pub(super) pending_bits: Option<Range<u64>>,
+}
+
+/// Looks for MSI-X in BAR 0.
+pub(super) fn msix_in_bar0(config: &impl ReadConfig) -> io::Result<Msix> {
     let Some(at) = find_capability(config, MSIX)? else {
-        return Ok(Vec::new());
+        return Ok(Msix::default());
     };
     let vectors = u64::from(u16::from_le_bytes(config.read(at + 2)?) & 0x7ff) + 1;
     let table = u32::from_le_bytes(config.read(at + 4)?);
     let pending = u32::from_le_bytes(config.read(at + 8)?);
-    let parts = [(table, vectors * 16), (pending, vectors.div_ceil(64) * 8)];
-    let in_bar0 = parts.into_iter().filter(|(place, _)| place & 0x7 == 0);
-    Ok(in_bar0
-        .map(|(place, len)| u64::from(place & !0x7)..u64::from(place & !0x7) + len)
-        .collect())
+    let in_bar0 = |place: u32, len| {
+        let start = u64::from(place & !0x7);
+        (place & 0x7 == 0).then(|| start..start + len)
+    };
+    Ok(Msix {
+        table: in_bar0(table, vectors * 16),
+        pending_bits: in_bar0(pending, vectors.div_ceil(64) * 8),
+    })
 }
 
 fn find_capability(config: &impl ReadConfig, wanted: u8) -> io::Result<Option<u64>> {
@@ -84,18 +94,24 @@ mod tests {
     #[test]
     fn msix_table_and_pending_bits() {
         let parts = msix_in_bar0(&config_with_msix(0x2000, 0x3000)).unwrap();
-        assert_eq!(parts, [0x2000..0x2410, 0x3000..0x3010]);
+        assert_eq!(parts.table, Some(0x2000..0x2410));
+        assert_eq!(parts.pending_bits, Some(0x3000..0x3010));
     }
 
     #[test]
     fn msix_in_another_bar_does_not_matter() {
         let parts = msix_in_bar0(&config_with_msix(0x2004, 0x3004)).unwrap();
-        assert_eq!(parts, []);
+        assert_eq!(parts, Msix::default());
+        let parts = msix_in_bar0(&config_with_msix(0x2004, 0x3000)).unwrap();
+        assert_eq!(
+            (parts.table, parts.pending_bits),
+            (None, Some(0x3000..0x3010))
+        );
     }
 
     #[test]
     fn no_capabilities_no_msix() {
-        assert_eq!(msix_in_bar0(&[0; 256]).unwrap(), []);
+        assert_eq!(msix_in_bar0(&[0; 256]).unwrap(), Msix::default());
     }
 
     #[test]
@@ -103,6 +119,6 @@ mod tests {
         let mut config = config_with_msix(0x2000, 0x3000);
         config[0x40] = 0x09;
         config[0x41] = 0x80;
-        assert_eq!(msix_in_bar0(&config).unwrap(), []);
+        assert_eq!(msix_in_bar0(&config).unwrap(), Msix::default());
     }
 }

@@ -55,7 +55,7 @@ use self::function::Function;
 use self::group::Group;
 use self::lease::Lease;
 use self::pci::Roots;
-use crate::device::{Device, DeviceError, Doorbell, Notice};
+use crate::device::{Device, DeviceError, Doorbell, Notice, VectorMask};
 
 /// A PCI function that is bound to vfio-pci.
 pub struct VfioDevice {
@@ -151,6 +151,12 @@ impl VfioDevice {
         self.lease.group().id()
     }
 
+    /// A mapped word of BAR 0.
+    fn mapped(&self, offset: u32) -> Option<Doorbell> {
+        let mut mapped = self.doorbells.iter();
+        mapped.find_map(|doorbells| doorbells.doorbell(offset))
+    }
+
     fn error(&self, operation: String) -> impl FnOnce(io::Error) -> DeviceError {
         move |source| DeviceError {
             address: self.address().to_owned(),
@@ -190,11 +196,7 @@ impl Device for VfioDevice {
         if self.reserved.holds(offset) {
             return Err(refused("the MSI-X table or its pending bits are there"));
         }
-        let mapped = self
-            .doorbells
-            .iter()
-            .find_map(|doorbells| doorbells.doorbell(offset));
-        Ok(mapped.unwrap_or_else(|| Doorbell::Call {
+        Ok(self.mapped(offset).unwrap_or_else(|| Doorbell::Call {
             target: self.function.clone(),
             offset,
         }))
@@ -202,6 +204,13 @@ impl Device for VfioDevice {
 
     fn vectors(&self) -> &[Arc<OwnedFd>] {
         &self.vectors
+    }
+
+    /// Where the kernel lets the MSI-X table be mapped (since Linux 4.16), and it is in BAR 0.
+    fn vector_mask(&self, vector: u16) -> Option<VectorMask> {
+        let enabled = usize::from(vector) < self.vectors.len();
+        let word = self.reserved.vector_control(vector).filter(|_| enabled)?;
+        self.mapped(word).map(VectorMask::new)
     }
 
     /// Maps into a part of the container's addresses that this opening alone has, for as long as

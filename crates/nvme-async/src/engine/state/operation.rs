@@ -6,7 +6,9 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use iova::Mapped;
+use nvme_spec::opcode::NvmOpcode;
 use nvme_spec::{Cqe, Sqe};
+use poll_window::Kind;
 use smallvec::SmallVec;
 
 use super::{Core, REAP_BATCH, State};
@@ -83,6 +85,17 @@ pub(crate) struct Command {
     pub(crate) timeout: Option<Duration>,
     /// Whether it may be sent again although the device may have executed it.
     pub(crate) repeatable: bool,
+}
+
+impl Command {
+    /// What the time that an I/O command takes depends on.
+    pub(crate) fn kind(&self) -> Kind {
+        match NvmOpcode(self.sqe.opcode()) {
+            NvmOpcode::READ | NvmOpcode::COMPARE | NvmOpcode::VERIFY => Kind::Read,
+            NvmOpcode::WRITE => Kind::Write,
+            _ => Kind::Other,
+        }
+    }
 }
 
 /// A command that was accepted, with what it takes to send it again and with the memory that the

@@ -80,6 +80,7 @@ impl State {
         }
         self.core.unfence();
         self.gate = Gate::Open;
+        self.set_mask(false);
         self.last_progress = now;
         self.refill(now, aftermath);
         self.ring_deferred();

@@ -7,11 +7,16 @@ use tokio::runtime::{self, Handle};
 
 use super::{Aftermath, State};
 use crate::engine::PollMode;
+use crate::engine::park;
 use crate::engine::window::Wait;
 
 /// How often a sleeping queue with commands outstanding is looked at without an interrupt.
 const FIRST_CHECK: Duration = Duration::from_millis(10);
 const LAST_CHECK: Duration = Duration::from_millis(500);
+/// The first one where no interrupt is to come: the runtime's hook looks, but not while other tasks run.
+const SILENT_CHECK: Duration = Duration::from_millis(1);
+/// Of a queue without an interrupt that is not polled any more.
+const LEAST_PAUSE: Duration = Duration::from_micros(10);
 
 /// Tells one reaper from another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,6 +41,8 @@ pub(crate) enum Place {
         waker: Waker,
         /// When it looks again without being woken.
         next_look: Option<Instant>,
+        /// When it is awake again to poll.
+        pause: Option<Instant>,
     },
 }
 
@@ -57,7 +64,8 @@ impl Seat {
         }
     }
 
-    fn wake(&mut self, aftermath: &mut Aftermath) {
+    /// Wakes the reaper, if it sleeps.
+    pub(crate) fn wake(&mut self, aftermath: &mut Aftermath) {
         if let Place::Asleep { waker, .. } = std::mem::replace(&mut self.place, Place::Awake) {
             aftermath.wakers.push(waker);
         }
@@ -81,10 +89,11 @@ impl State {
         if !self.is_watched() {
             return None;
         }
-        let check = now
-            + FIRST_CHECK
-                .saturating_mul(1 << checks.min(8))
-                .min(LAST_CHECK);
+        let first = match self.has_interrupt() {
+            true => FIRST_CHECK,
+            false => SILENT_CHECK,
+        };
+        let check = now + first.saturating_mul(1 << checks.min(8)).min(LAST_CHECK);
         let delayed = self.delayed.iter().map(|(due, _)| *due);
         let waiting = self.waiting_again();
         let waiting = waiting.filter_map(|operation| operation.deadline(now));
@@ -139,18 +148,62 @@ impl State {
         self.seats.iter_mut().find(|seat| seat.term == term)
     }
 
-    /// How to wait from `now` on.
+    /// How to wait from `now` on, for what has not completed yet. Where the interrupt was masked there
+    /// may be completions afterwards, of which it did not tell.
     pub(crate) fn wait(&mut self, now: Instant) -> Wait {
         if self.in_flight() == 0 {
             return Wait::Sleep;
         }
-        match self.settings.mode {
+        let wait = match self.settings.mode {
             PollMode::Adaptive => {
-                let situation = self.core.situation();
-                self.window.wait(situation, self.last_progress, now)
+                let (situation, progress) = (self.situation(), self.progress());
+                self.window.wait(situation, progress, now)
             }
             PollMode::Interrupt => Wait::Sleep,
             PollMode::Busy => Wait::Poll,
+            PollMode::Paired => {
+                let (situation, progress) = (self.situation(), self.progress());
+                let wait = self.window.wait(situation, progress, now);
+                match wait {
+                    // Nothing would end it.
+                    Wait::Sleep => {
+                        let age = now.saturating_duration_since(progress);
+                        let pause = (age / 4).max(LEAST_PAUSE);
+                        Wait::Pause { until: now + pause }
+                    }
+                    Wait::Poll | Wait::Pause { .. } => wait,
+                }
+            }
+        };
+        self.set_mask(wait == Wait::Poll);
+        wait
+    }
+
+    /// Whether the runtime's hook will look at the queue. It does if nothing else has run all the time
+    /// since the last submission.
+    fn is_left_to_hook(&mut self, here: Here) -> bool {
+        park::calls(here.0)
+            .is_some_and(|calls| std::mem::replace(&mut self.hook_calls, calls) != calls)
+    }
+
+    fn is_masked(&self) -> bool {
+        self.mask.as_ref().is_some_and(|mask| mask.closed)
+    }
+
+    /// Whether a completion is told of by an interrupt at the moment.
+    pub(crate) fn has_interrupt(&self) -> bool {
+        self.settings.mode.has_interrupt() && !self.is_masked()
+    }
+
+    pub(super) fn set_mask(&mut self, closed: bool) {
+        if let Some(mask) = &mut self.mask
+            && mask.closed != closed
+        {
+            mask.closed = closed;
+            match closed {
+                true => mask.vector.mask(),
+                false => mask.vector.unmask(),
+            }
         }
     }
 
@@ -190,15 +243,17 @@ impl State {
         let polls = match self.settings.mode {
             _ if self.in_flight() == 0 => false,
             PollMode::Adaptive => {
-                let situation = self.core.situation();
-                self.window.wakes(situation, self.last_progress, now)
+                let (situation, progress) = (self.situation(), self.progress());
+                self.window.wakes(situation, progress, now)
             }
             PollMode::Interrupt => false,
-            PollMode::Busy => true,
+            PollMode::Busy | PollMode::Paired => true,
         };
         let watched = self.is_watched();
         let deadline = self.core.earliest_deadline();
-        let needed = polls || self.core.has_deferred();
+        // What nothing is known of while nothing was outstanding may stay masked.
+        let looks = polls || self.is_masked();
+        let needed = self.core.has_deferred() || (looks && !self.is_left_to_hook(here));
         for seat in &mut self.seats {
             let Place::Asleep { next_look, .. } = seat.place else {
                 continue;

@@ -2,9 +2,6 @@
 
 use std::time::Instant;
 
-use nvme_spec::opcode::NvmOpcode;
-use poll_window::Kind;
-
 use super::operation::Operation;
 use super::{Aftermath, Class, Failure, Stage, State, Token};
 
@@ -36,7 +33,7 @@ impl State {
     pub(super) fn submit(&mut self, key: usize, now: Instant) -> bool {
         let operation = &mut self.operations[key];
         let (sqe, deadline) = (operation.command.sqe, operation.deadline(now));
-        let class = Class::Foreground(kind(NvmOpcode(sqe.opcode())));
+        let class = Class::Foreground(operation.command.kind());
         let submitted = self
             .core
             .submit(sqe, Token::Operation(key), class, deadline);
@@ -79,14 +76,5 @@ impl State {
             !late
         });
         self.wake_drains(aftermath);
-    }
-}
-
-/// What the time that an I/O command takes depends on.
-fn kind(opcode: NvmOpcode) -> Kind {
-    match opcode {
-        NvmOpcode::READ | NvmOpcode::COMPARE | NvmOpcode::VERIFY => Kind::Read,
-        NvmOpcode::WRITE => Kind::Write,
-        _ => Kind::Other,
     }
 }

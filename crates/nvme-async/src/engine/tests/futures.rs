@@ -283,6 +283,12 @@ impl Access for Strict {
         Ok(())
     }
 
+    fn polled(&self) -> Option<&Self> {
+        None
+    }
+
+    fn park(&self, _: &crate::engine::park::Hook, _: crate::engine::state::Term) {}
+
     fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
         self.queue.late_outcome(key, holdings)
     }

@@ -1,13 +1,17 @@
 //! Who drives the queue, and when it is woken.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use poll_window::{Costs, Kind, Situation};
 
 use super::rig::{Rig, TIMEOUT, Wakes};
+use crate::device::{Doorbell, VectorMask};
 use crate::engine::PollMode;
 use crate::engine::state::{Here, Look, Place, Refusal};
 use crate::engine::window::{Wait, Window};
+use crate::queue::tests::device::Register;
+use crate::recovery::ResetCause;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -223,4 +227,83 @@ fn the_window_opens_with_work_and_closes_with_time() {
     assert_eq!(rig.state.wait(now + Duration::from_secs(1)), Wait::Sleep);
     rig.work();
     assert_eq!(rig.state.wait(now), Wait::Sleep, "nothing is outstanding");
+}
+
+#[test]
+fn the_interrupt_is_masked_while_the_queue_is_polled() {
+    let control = Register::default();
+    let mut rig = Rig::new(8, PollMode::Adaptive);
+    rig.state.mask_by(VectorMask::new(Doorbell::Call {
+        target: Arc::new(control.clone()),
+        offset: 0,
+    }));
+    let now = Instant::now();
+    rig.start();
+    assert_eq!(rig.state.wait(now), Wait::Poll);
+    assert_eq!(rig.state.wait(now), Wait::Poll);
+    assert_eq!(control.writes(), [1], "once");
+    assert!(!rig.state.has_interrupt());
+    rig.work();
+    assert_eq!(rig.state.wait(now), Wait::Sleep);
+    assert_eq!(control.writes(), [1], "there is nothing to be told of");
+
+    // So whoever sleeps is woken by a submission, even if polling does not pay.
+    rig.state.window = slow_window();
+    rig.sleep(Some(now + HOUR));
+    rig.start();
+    assert_eq!(rig.reaper.count(), 1);
+    assert_eq!(rig.state.wait(Instant::now()), Wait::Sleep);
+    assert_eq!(control.writes(), [1, 0]);
+    assert!(rig.state.has_interrupt());
+
+    // Nor does it stay masked when the queue pair was created anew.
+    rig.work();
+    rig.state.window = Window::new(Costs::default(), HOUR);
+    rig.start();
+    assert_eq!(rig.state.wait(Instant::now()), Wait::Poll);
+    rig.state.fence();
+    rig.after(|state, aftermath| {
+        state.release(ResetCause::Overdue, Instant::now(), aftermath);
+        state.resume(Instant::now(), aftermath);
+    });
+    assert_eq!(control.writes(), [1, 0, 1, 0]);
+}
+
+/// Nobody waits for ever for a queue without an interrupt.
+#[test]
+fn a_queue_without_an_interrupt_is_looked_at() {
+    let mut rig = Rig::new(8, PollMode::Paired);
+    rig.state.window = slow_window();
+    let start = Instant::now();
+    rig.start();
+    let mut now = start;
+    let mut looks = 0;
+    while now < start + Duration::from_millis(100) {
+        let Wait::Pause { until } = rig.state.wait(now) else {
+            panic!("{:?}", rig.state.wait(now));
+        };
+        let pause = until - now;
+        assert!(pause >= Duration::from_micros(10));
+        assert!(pause <= Duration::from_micros(10).max((now - start) / 4));
+        (now, looks) = (until, looks + 1);
+    }
+    assert!(looks < 60, "{looks}: ever less often");
+}
+
+#[test]
+fn commands_of_a_pair_go_where_they_are_polled_for() {
+    let mut interrupting = Rig::new(256, PollMode::Interrupt);
+    let mut polled = Rig::new(256, PollMode::Paired);
+    interrupting.state.pair(&mut polled.state);
+    assert!(polled.state.expects(Kind::Read), "nothing is known yet");
+    polled.state.window = slow_window();
+    let accepted = (0..200).filter(|_| polled.state.expects(Kind::Read));
+    assert_eq!(accepted.count(), 3, "now and then it is found out");
+    // That is polled for as long as may be.
+    polled.start();
+    assert_eq!(polled.state.wait(Instant::now()), Wait::Poll);
+    let late = Instant::now() + Duration::from_millis(1);
+    assert!(matches!(polled.state.wait(late), Wait::Pause { .. }));
+    polled.work();
+    assert!(matches!(polled.state.wait(late), Wait::Sleep));
 }

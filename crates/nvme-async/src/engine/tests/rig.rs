@@ -307,6 +307,7 @@ impl Rig {
         self.state.seats[0].place = Place::Asleep {
             waker: self.reaper.clone().into(),
             next_look,
+            pause: None,
         };
     }
 

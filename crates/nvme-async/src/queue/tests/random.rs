@@ -195,7 +195,7 @@ impl Model {
         assert_eq!(host.in_flight(), self.in_flight());
         if let Some(kind) = self.kinds().next() {
             let situation = Situation::new(self.in_flight(), kind);
-            assert_eq!(host.situation(), situation);
+            assert_eq!(host.situation(0), situation);
         }
         assert_eq!(
             host.lost(),

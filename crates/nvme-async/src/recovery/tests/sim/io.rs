@@ -240,7 +240,11 @@ impl Simulation {
             let next_look = state.next_check(now, idle_checks);
             state.ring_deferred();
             if !again {
-                state.seat(term)?.place = Place::Asleep { waker, next_look };
+                state.seat(term)?.place = Place::Asleep {
+                    waker,
+                    next_look,
+                    pause: None,
+                };
             }
             Some((taken, again, next_look, state.take_events()))
         });

@@ -1,0 +1,101 @@
+//! What runs beside a reaper that polls.
+
+use std::future::{Future, poll_fn};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+
+use super::rig::{command, state, vector};
+use crate::engine::access::Access;
+use crate::engine::park::Hook;
+use crate::engine::reaper::{BURST, Reaper};
+use crate::engine::state::{Failure, Here, Outcome, Term};
+use crate::engine::{Notification, PollMode, SharedQueue, State, Submission};
+use crate::io::Holdings;
+
+/// Counts how often the queue is looked at.
+#[derive(Clone)]
+struct Counted {
+    queue: Arc<SharedQueue>,
+    looks: Arc<AtomicUsize>,
+}
+
+impl Access for Counted {
+    fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
+        self.looks.fetch_add(1, Ordering::Relaxed);
+        self.queue.with(f)
+    }
+
+    fn polled(&self) -> Option<&Self> {
+        None
+    }
+
+    fn park(&self, hook: &Hook, term: Term) {
+        self.queue.park(hook, term);
+    }
+
+    fn spawn_reaper(&self) -> Result<(), Failure> {
+        unreachable!("it has one")
+    }
+
+    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+        self.queue.late_outcome(key, holdings)
+    }
+
+    fn report(&self, _: Notification) {}
+}
+
+/// The largest number of looks between two turns of a task that can always run, beside a command that
+/// never completes.
+async fn looks_between_turns() -> usize {
+    let (mut state, _device) = state(8, PollMode::Busy);
+    let mut aftermath = Default::default();
+    state.dismiss_reapers(&mut aftermath);
+    let term = state.claim_reaper(Here::now()).expect("the seat is free");
+    let (vector, _writer) = vector();
+    let queue = Counted {
+        queue: SharedQueue::new(state, vector.clone()),
+        looks: Arc::default(),
+    };
+    let reaper = Reaper::new(queue.clone(), term, &vector).expect("there are drivers");
+    let mut read = std::pin::pin!(Submission::new(&queue.queue, command(0).0));
+    let started = poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await;
+    assert!(started.is_pending());
+    let reaper = tokio::spawn(reaper);
+
+    let (mut turns, mut last, mut most) = (0, 0, 0);
+    poll_fn(|cx| {
+        let looks = queue.looks.load(Ordering::Relaxed);
+        most = most.max(looks - std::mem::replace(&mut last, looks));
+        turns += 1;
+        if turns == 1000 {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+    reaper.abort();
+    most
+}
+
+/// One look to take what is there, then a burst.
+#[test]
+fn one_burst_lies_between_two_turns() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let neighbour = runtime.spawn(looks_between_turns());
+    let most = runtime.block_on(neighbour).expect("does not panic");
+    assert_eq!(most, BURST as usize + 1);
+}
+
+/// It is not polled by the hook, which is never called, but looked at once in each round.
+#[test]
+fn one_look_lies_between_two_turns_beside_a_hook() {
+    let runtime = crate::runtime::Builder::new().build().expect("a runtime");
+    let neighbour = runtime.spawn(looks_between_turns());
+    let most = runtime.block_on(neighbour).expect("does not panic");
+    assert!((1..=2).contains(&most), "{most}");
+}
