@@ -1,8 +1,9 @@
 //! Tests of the workspace, those in a virtual machine included.
 //!
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
-//! QEMU's NVMe controllers; `cargo xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what
-//! does I/O under a sanitizer; `cargo xtask poll-sim` compares polling policies. All say `--help`.
+//! QEMU's NVMe controllers; `cargo xtask vm-bench` compares the driver with others there; `cargo
+//! xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
+//! `cargo xtask poll-sim` compares polling policies. All say `--help`.
 
 #![forbid(unsafe_code)]
 
@@ -21,6 +22,7 @@ mod sources;
 mod tally;
 mod test;
 mod vm;
+mod vm_bench;
 mod workspace;
 
 use std::process::ExitCode;
@@ -44,6 +46,7 @@ enum Task {
     Test(test::Arguments),
     Sanitize(sanitize::Arguments),
     Vm(vm::Arguments),
+    VmBench(vm_bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Sanitize(arguments) => sanitize::run(&workspace, &arguments),
         Task::Vm(arguments) => vm::run(&workspace, &arguments),
+        Task::VmBench(arguments) => vm_bench::run(&workspace, &arguments),
     });
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

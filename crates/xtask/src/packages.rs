@@ -42,9 +42,15 @@ pub(crate) struct Bed {
 impl Bed {
     /// Makes the bed, from what is there already and from packages.
     pub(crate) fn prepare(directory: &Path) -> Result<Self> {
+        Self::prepare_with(directory, &[])
+    }
+
+    /// Makes the bed, and installs further programs that run in it, each with the package that has
+    /// it.
+    pub(crate) fn prepare_with(directory: &Path, programs: &[(&str, &str)]) -> Result<Self> {
         fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
         let mut apt = Apt::new(directory);
-        install_missing(&mut apt)?;
+        install_missing(&mut apt, programs)?;
         let kernel = unpacked(directory, "kernel", || {
             let package = apt.dependency(KERNEL_PACKAGE, "linux-image-")?;
             apt.download(&package)
@@ -63,12 +69,12 @@ impl Bed {
 }
 
 /// Installs QEMU and programs where they are missing or too old.
-fn install_missing(apt: &mut Apt) -> Result<()> {
-    let mut wanted: Vec<&str> = PROGRAMS
-        .into_iter()
-        .filter(|(program, _)| !in_path(program))
-        .map(|(_, package)| package)
-        .collect();
+fn install_missing(apt: &mut Apt, programs: &[(&str, &str)]) -> Result<()> {
+    let missing = || {
+        let all = PROGRAMS.iter().chain(programs);
+        all.filter(|(program, _)| !in_path(program))
+    };
+    let mut wanted: Vec<&str> = missing().map(|(_, package)| *package).collect();
     if installed_qemu().is_none_or(|version| version < QEMU_VERSION) {
         wanted.push(QEMU_PACKAGE);
     }
@@ -76,6 +82,9 @@ fn install_missing(apt: &mut Apt) -> Result<()> {
         return Ok(());
     }
     apt.install(&wanted)?;
+    if let Some((program, package)) = missing().next() {
+        bail!("apt installed {package}, and there is no {program}");
+    }
     match installed_qemu() {
         Some(version) if version >= QEMU_VERSION => Ok(()),
         _ => bail!("{QEMU} {QEMU_VERSION} or later is needed, and apt did not install it"),

@@ -20,6 +20,9 @@ use crate::relay::{Event, KernelLog, Port, random};
 /// The exit status that says that the machine, not the command, failed.
 pub(crate) const HARNESS_FAILURE: u8 = 125;
 
+/// How often a machine is booted whose emulator crashes.
+pub(crate) const BOOT_ATTEMPTS: u32 = 3;
+
 /// Kernel parameters: an IOMMU; an end instead of a hang when the kernel fails; and no trust in
 /// what a busy host makes fail, which are the test of the timer at boot and the measured rate of
 /// the time stamp counter (found ten times too low, and time then runs ten times too fast).

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use crate::boots::{BOOTS, Boot};
 use crate::guest::GuestCommand;
 use crate::packages::Bed;
-use crate::run::{Job, Outcome};
+use crate::run::{BOOT_ATTEMPTS, Job, Outcome};
 use crate::tally::{Counting, Tally, counts};
 use crate::workspace::Workspace;
 
@@ -29,9 +29,6 @@ const LOOM: [(&str, &str, &str); 3] = [
 
 /// Features that nothing in the workspace turns on, and that have tests.
 pub(crate) const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory";
-
-/// How often a machine is booted whose emulator crashes.
-const BOOT_ATTEMPTS: u32 = 3;
 
 /// Runs every test: those of the workspace, the loom models, and those in virtual machines.
 ///

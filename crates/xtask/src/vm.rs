@@ -129,7 +129,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
     }))
 }
 
-fn build(workspace: &Workspace) -> Result<()> {
+/// Builds the program `nvme-async` for the guest.
+pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--quiet", "--release", "--package", "nvme-cli"]);
     ensure!(
