@@ -71,4 +71,5 @@ run() {
     fi
 }
 
-note "Linux $(uname -r), $(fio --version), $(qemu-img --version | head -n 1)"
+note "Linux $(uname -r), $(nproc) processors, $(fio --version), $(qemu-img --version | head -n 1)"
+[ $# = 0 ] || note "nvme-async bench $*"

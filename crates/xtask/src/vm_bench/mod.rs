@@ -143,6 +143,9 @@ fn job(
         .map(OsString::from)
         .to_vec();
     words.extend(arguments.arguments.iter().cloned());
+    let mut environment = machine.environment()?;
+    // What the programs say is passed on between lines of our own.
+    environment.push(("NO_COLOR".to_owned(), OsString::from("1")));
     let job = Job {
         bed,
         directory: &workspace.vm_directory(),
@@ -151,7 +154,7 @@ fn job(
             words,
             directory: workspace.root.clone(),
             programs: workspace.target.join("release"),
-            environment: machine.environment()?,
+            environment,
         },
         time_limit: plan.time_limit(),
         show_kernel_log: false,
