@@ -67,9 +67,11 @@ run() {
     # The last of these lines may have no end.
     printf '\nended %s %s\n' "$number" "$status"
     if [ "$peer" = libaio ] && [ "$status" = 0 ]; then
-        sed -n 's/^ *"iops" : \([1-9][0-9]*\).*/\1/p' /run/output | sort -n | tail -n 1 >"$rate_file"
+        sed -n 's/^ *"iops" : \([1-9][0-9]*\).*/\1/p' /run/output |
+            sort -n | tail -n 1 >"$rate_file"
     fi
 }
 
-note "Linux $(uname -r), $(nproc) processors, $(fio --version), $(qemu-img --version | head -n 1)"
+note "Linux $(uname -r), $(nproc) processors, $(fio --version)," \
+    "$(qemu-img --version | head -n 1)"
 [ $# = 0 ] || note "nvme-async bench $*"

@@ -36,9 +36,10 @@ const PROGRAMS: [(&str, &str); 2] = [("fio", "fio"), ("qemu-img", "qemu-utils")]
 /// with four requests in flight; but `qemu-img bench` goes through the blocks in order, and does not
 /// mix. The drive keeps nothing, so that what is measured is the way to it.
 ///
-/// Medians are printed, and their ratios to libaio's. A run that takes more than four times as long
-/// as it should is ended and reported as hung. It is a failure if one of ours does that, or reports
-/// an error; what others do is reported only.
+/// Medians are printed, and their ratios to libaio's. A run that takes four times as long as it
+/// should, and ten seconds more, is ended and reported as hung. It is a failure if one of ours does
+/// that, or reports an error; what others do is reported only. fio and qemu-img are installed where
+/// they are missing.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Seconds that each run measures.

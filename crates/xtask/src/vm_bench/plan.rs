@@ -129,8 +129,8 @@ impl Plan {
         runs + (self.rounds + 1) * ROUND
     }
 
-    /// The script, which takes additional arguments of `nvme-async bench`, and the controller's address
-    /// in the variable NVME0. Its runs are numbered as they are here.
+    /// The script, which takes additional arguments of `nvme-async bench`, and the controller's
+    /// address in the variable NVME0. Its runs are numbered as they are here.
     pub(super) fn script(&self) -> String {
         let mut script = format!(
             "seconds={} ramp_ms={} limit={}\n{}",
@@ -226,8 +226,8 @@ END
             "nvme-async unbind 0000:00:10.0\nnvme-async bind 0000:00:10.0\n"
         );
         for expected in [
-            ", version 9, version 9\nnote nvme-async bench --poll busy\nrun 0\nout fio --name=vm-bench --filename=/dev/null \
-             --ioengine=libaio --rw=randread --iodepth=1 ",
+            ", version 9, version 9\nnote nvme-async bench --poll busy\nrun 0\nout fio \
+             --name=vm-bench --filename=/dev/null --ioengine=libaio --rw=randread --iodepth=1 ",
             "--runtime=3s --ramp_time=500ms ",
             "\nout   \"iops\" : 0.000\nended 0 0\nrun 1\n",
             "\nout qemu-img bench -c 1200 -d 4 -s 4096 -f raw nvme://0000:00:10.0/1\n",
