@@ -3,7 +3,8 @@
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
 //! QEMU's NVMe controllers; `cargo xtask vm-bench` compares the driver with others there; `cargo
 //! xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
-//! `cargo xtask poll-sim` compares polling policies. All say `--help`.
+//! `cargo xtask poll-sim` compares polling policies; `cargo xtask instructions` counts those of a read.
+//! All say `--help`.
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +12,7 @@ mod boots;
 mod fuzz;
 mod guest;
 mod initramfs;
+mod instructions;
 mod kernel;
 mod machine;
 mod packages;
@@ -42,6 +44,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     Fuzz(fuzz::Arguments),
+    Instructions(instructions::Arguments),
     PollSim(poll_sim::Arguments),
     Test(test::Arguments),
     Sanitize(sanitize::Arguments),
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
     let task = Arguments::parse().task;
     let outcome = Workspace::find().and_then(|workspace| match task {
         Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
+        Task::Instructions(arguments) => instructions::run(&workspace, &arguments),
         Task::PollSim(arguments) => poll_sim::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Sanitize(arguments) => sanitize::run(&workspace, &arguments),

@@ -1,5 +1,5 @@
 //! What virtual machines need beyond cargo: QEMU, installed by apt; a kernel and busybox for the
-//! guest, only unpacked from their packages, never installed.
+//! guest, only unpacked from their packages, never installed. And valgrind.
 
 use std::env;
 use std::ffi::OsStr;
@@ -66,6 +66,25 @@ impl Bed {
             busybox,
         })
     }
+}
+
+/// Installs what counts instructions and knows where they are from, where it is missing. `directory` is
+/// for apt's files.
+pub(crate) fn install_valgrind(directory: &Path) -> Result<()> {
+    const NEEDED: [(&str, &str); 2] = [("valgrind", "valgrind"), ("addr2line", "binutils")];
+    let missing: Vec<_> = NEEDED
+        .into_iter()
+        .filter(|(program, _)| !in_path(program))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    Apt::new(directory).install(&packages)?;
+    for (program, package) in missing {
+        ensure!(in_path(program), "{package} of apt has no {program}");
+    }
+    Ok(())
 }
 
 /// Installs QEMU and programs where they are missing or too old.

@@ -57,32 +57,39 @@ impl Workspace {
     ///
     /// All at once and as members of the workspace, so that they share what `cargo test` built.
     pub(crate) fn build_vm_tests(&self) -> Result<PathBuf> {
+        let what = ["--features", "nvme-async-workspace/vm", "--test", "vm"];
+        let built = self.build(&[&["build", "--workspace", "--bin", "nvme-async"], &what[..]])?;
+        executable(&built, |target| target["kind"][0] == "test").context("cargo built no VM tests")
+    }
+
+    /// Builds a benchmark; returns the path of the program.
+    pub(crate) fn build_bench(&self, name: &str) -> Result<PathBuf> {
+        let built = self.build(&[&["bench", "--no-run", "--bench", name]])?;
+        executable(&built, |target| target["name"] == name)
+            .with_context(|| format!("cargo built no benchmark {name}"))
+    }
+
+    /// What cargo says of what it builds.
+    fn build(&self, arguments: &[&[&str]]) -> Result<Vec<Value>> {
         let output = self
             .cargo()
-            .args([
-                "build",
-                "--workspace",
-                "--message-format=json-render-diagnostics",
-            ])
-            .args([
-                "--features",
-                "nvme-async-workspace/vm",
-                "--test",
-                "vm",
-                "--bin",
-                "nvme-async",
-            ])
+            .args(arguments.concat())
+            .arg("--message-format=json-render-diagnostics")
             .stderr(Stdio::inherit())
             .output()
-            .context("cargo build")?;
-        ensure!(output.status.success(), "the VM tests do not build");
-        String::from_utf8_lossy(&output.stdout)
+            .context("cargo")?;
+        ensure!(output.status.success(), "the build failed");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let messages = text
             .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .filter(|message| message["target"]["kind"][0] == "test")
-            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-            .context("cargo built no VM tests")
+            .filter_map(|line| serde_json::from_str(line).ok());
+        Ok(messages.collect())
     }
+}
+
+fn executable(messages: &[Value], is_it: impl Fn(&Value) -> bool) -> Option<PathBuf> {
+    let mut targets = messages.iter().filter(|message| is_it(&message["target"]));
+    targets.find_map(|message| message["executable"].as_str().map(PathBuf::from))
 }
 
 fn cargo() -> Command {
