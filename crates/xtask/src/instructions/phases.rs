@@ -19,7 +19,7 @@ pub(super) enum Phase {
 
 /// Functions, and modules with `::` at the end, the innermost of which says what an instruction is for.
 /// A function may also be in a module of the one that is named.
-const RULES: [(&str, Phase); 17] = [
+const RULES: [(&str, Phase); 18] = [
     ("instructions::admin::", Phase::Device),
     ("instructions::device::", Phase::Device),
     ("instructions::memory::", Phase::Device),
@@ -29,7 +29,8 @@ const RULES: [(&str, Phase); 17] = [
     ("nvme_async::engine::state::finish", Phase::Reap),
     ("nvme_async::engine::state::finish_operation", Phase::Reap),
     ("nvme_async::engine::state::settle", Phase::Reap),
-    ("nvme_async::engine::window::observe", Phase::Reap),
+    ("nvme_async::engine::window::completed", Phase::Reap),
+    ("poll_window::", Phase::Reap),
     ("nvme_async::queue::core::next_completion", Phase::Reap),
     ("nvme_async::queue::core::acknowledge", Phase::Reap),
     // `Aftermath::run` calls the wakers.

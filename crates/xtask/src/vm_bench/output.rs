@@ -31,6 +31,7 @@ pub(super) struct Counters {
     pub(super) ios: u64,
     pub(super) interrupts: u64,
     pub(super) lost_interrupts: u64,
+    /// Of submission and completion queues together.
     pub(super) doorbell_writes: u64,
     pub(super) polled_completions: u64,
     /// Of one processor.
@@ -105,7 +106,7 @@ fn ours(output: &str) -> Result<Figures> {
             ios,
             interrupts: count("/interrupts")?,
             lost_interrupts: count("/lost_interrupts")?,
-            doorbell_writes: count("/doorbell_writes")?,
+            doorbell_writes: count("/submission_doorbells")? + count("/completion_doorbells")?,
             polled_completions: count("/polled_completions")?,
             cpu_percent: number(&report, "/cpu_percent")?,
         }),
@@ -176,7 +177,8 @@ mod tests {
   "cpu_percent": 35.948592497430454,
   "controller_cpu_percent": null,
   "interrupts": 59358,
-  "doorbell_writes": 118714,
+  "submission_doorbells": 59357,
+  "completion_doorbells": 59357,
   "polled_completions": 6621,
   "lost_interrupts": 2
 }
