@@ -28,7 +28,7 @@ const LOOM: [(&str, &str, &str); 3] = [
 ];
 
 /// Features that nothing in the workspace turns on, and that have tests.
-pub(crate) const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory";
+pub(crate) const FEATURES: &str = "iova/testing,iova/vfio,iova/vm-memory,nvme-async/metrics";
 
 /// Runs every test: those of the workspace, the loom models, and those in virtual machines.
 ///

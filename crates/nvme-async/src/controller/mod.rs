@@ -2,6 +2,7 @@
 
 pub(crate) mod admin;
 mod bring_up;
+mod counters;
 mod event_stream;
 pub(crate) mod events;
 mod logs;
@@ -21,13 +22,13 @@ use nvme_spec::registers::{Capabilities, Version};
 use tokio::runtime::{Handle, worker_index};
 use tokio::sync::watch;
 
+pub use self::counters::Counters;
 pub use self::event_stream::{ControllerEvent, EventStream, NamespaceChange};
 
 use self::admin::Admin;
 use self::events::Events;
 use self::tenure::Tenure;
-use crate::engine::eventfd::signal_count;
-use crate::engine::{QueueCounters, SharedQueue};
+use crate::engine::SharedQueue;
 use crate::io::{DmaContext, Registration};
 use crate::memory::{DmaBuf, Registered};
 use crate::queue_pair::QueuePair;
@@ -86,39 +87,6 @@ pub(crate) struct CommandLimits {
     pub(crate) discard_range_blocks: u64,
     /// Logical blocks of all of its ranges (DMSL).
     pub(crate) discard_blocks: u64,
-}
-
-/// Events counted since the controller was opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Counters {
-    /// I/O commands completed.
-    pub completions: u64,
-    /// Those found by looking, without having been told by an interrupt.
-    pub polled_completions: u64,
-    /// Times that completions were taken, each time all that were there: completions by this are the
-    /// mean batch.
-    pub reaps: u64,
-    /// Writes of the tail doorbells of I/O submission queues.
-    pub submission_doorbells: u64,
-    /// Writes of the head doorbells of I/O completion queues.
-    pub completion_doorbells: u64,
-    /// Interrupts of the vectors of I/O queues.
-    pub interrupts: u64,
-    /// Times that an adaptive queue was polled until there was a completion.
-    pub window_hits: u64,
-    /// Times that an adaptive queue was polled in vain, and went to sleep.
-    pub window_misses: u64,
-    /// Time in which queues were polled and nothing else was done.
-    pub polling: Duration,
-    /// Times that somebody went to sleep with I/O commands outstanding.
-    pub sleeps: u64,
-    /// Completions that were found waiting although no interrupt had come.
-    pub lost_interrupts: u64,
-    /// I/O commands that were sent again.
-    pub retries: u64,
-    /// Bytes copied because the device could not reach them in place.
-    pub bounced_bytes: u64,
 }
 
 impl Controller {
@@ -219,48 +187,6 @@ impl Controller {
         self.inner.supervision.watch()
     }
 
-    /// What happened since it was opened.
-    pub fn counters(&self) -> Counters {
-        let mut sum = Counters {
-            bounced_bytes: self.inner.dma.bounced_bytes(),
-            ..Counters::default()
-        };
-        let mut vectors: Vec<_> = Vec::new();
-        for queue in self.inner.all_queues() {
-            let (counters, window) = queue.counters();
-            let QueueCounters {
-                completions,
-                polled_completions,
-                reaps,
-                submission_doorbells,
-                completion_doorbells,
-                sleeps,
-                lost_interrupts,
-                retries,
-            } = counters;
-            sum.completions += completions;
-            sum.polled_completions += polled_completions;
-            sum.reaps += reaps;
-            sum.submission_doorbells += submission_doorbells;
-            sum.completion_doorbells += completion_doorbells;
-            sum.window_hits += window.hits;
-            sum.window_misses += window.misses;
-            sum.polling += window.spun;
-            sum.sleeps += sleeps;
-            sum.lost_interrupts += lost_interrupts;
-            sum.retries += retries;
-            // Queues may share a vector.
-            if !vectors
-                .iter()
-                .any(|known| Arc::ptr_eq(known, queue.vector()))
-            {
-                vectors.push(queue.vector().clone());
-            }
-        }
-        sum.interrupts = vectors.iter().map(|vector| signal_count(vector)).sum();
-        sum
-    }
-
     /// The kernel's number of the thread that the embedded software controller runs in; nothing
     /// for other controllers.
     pub fn software_thread(&self) -> Option<u32> {
@@ -284,6 +210,7 @@ impl Controller {
     /// When it is dropped after its first poll, the controller stays half shut down and refuses
     /// commands; call it again or drop all handles.
     pub async fn shutdown(&self) -> Result<(), Error> {
+        tracing::debug!(address = self.address(), counters = ?self.counters(), "shutdown");
         shutdown::shut_down(&self.inner).await
     }
 }
