@@ -1,7 +1,7 @@
 //! Builders for the admin commands (Base, section 5 "Admin Command Set").
 //!
 //! Each returns an entry with command identifier 0 and, where the command has data, an empty data
-//! pointer for [`Sqe::with_data`].
+//! pointer for [`Sqe::with_data`]. Those that tell the controller of memory fill it in.
 
 use crate::identify::Cns;
 use crate::opcode::AdminOpcode;
@@ -164,6 +164,17 @@ pub const fn abort(queue_id: u16, cid: u16) -> Sqe {
 /// [`AsyncEvent`](crate::event::AsyncEvent) in its completion (Base, section 5.2).
 pub const fn async_event_request() -> Sqe {
     command(AdminOpcode::ASYNC_EVENT_REQUEST)
+}
+
+/// Doorbell Buffer Config: from its completion on the host writes doorbell values to the page at
+/// `shadow`, and the controller says in the page at `event_index` which of them it wants to have in the
+/// registers too (Base, section 5.8 and annex B.5). Both are aligned to the memory page size; where the
+/// entries are says [`doorbell_buffer_offset`](crate::registers::doorbell_buffer_offset).
+pub const fn doorbell_buffer_config(shadow: u64, event_index: u64) -> Sqe {
+    command(AdminOpcode::DOORBELL_BUFFER_CONFIG).with_data(DataPointer::Prp {
+        prp1: shadow,
+        prp2: event_index,
+    })
 }
 
 /// QPRIO of a submission queue (Base, section 5.5, figure "Create I/O Submission Queue - Command

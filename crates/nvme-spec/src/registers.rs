@@ -381,15 +381,20 @@ pub enum DoorbellKind {
 /// An offset past 32 bits, which only a nonsensical `dstrd` can lead to, is returned as `u32::MAX`:
 /// never a doorbell, as it is no multiple of 4, and outside of every BAR.
 pub const fn doorbell_offset(queue_id: u16, kind: DoorbellKind, dstrd: u8) -> u32 {
-    // DSTRD has 4 bits; a larger shift could leave 64 bits.
-    let stride = 4u64 << (dstrd & 0xf);
-    let index = 2 * queue_id as u64 + kind as u64;
-    let offset = offset::DOORBELLS as u64 + index * stride;
+    let offset = offset::DOORBELLS as u64 + doorbell_buffer_offset(queue_id, kind, dstrd);
     if offset > u32::MAX as u64 {
         u32::MAX
     } else {
         offset as u32
     }
+}
+
+/// The byte offset of a doorbell's 32-bit entry in a shadow doorbell buffer and in an EventIdx buffer
+/// (Base, section 5.8): as in the registers, from the first of them on.
+pub const fn doorbell_buffer_offset(queue_id: u16, kind: DoorbellKind, dstrd: u8) -> u64 {
+    // DSTRD has 4 bits; a larger shift could leave 64 bits.
+    let stride = 4u64 << (dstrd & 0xf);
+    (2 * queue_id as u64 + kind as u64) * stride
 }
 
 #[cfg(test)]

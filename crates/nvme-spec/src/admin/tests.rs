@@ -102,6 +102,15 @@ fn abort_and_events() {
 }
 
 #[test]
+fn doorbell_buffers() {
+    let command = doorbell_buffer_config(0x0012_3456_7000, 0x89ab_cdef_0000);
+    let mut expected = [0; 16];
+    expected[0] = 0x7c;
+    expected[6..10].copy_from_slice(&[0x3456_7000, 0x12, 0xcdef_0000, 0x89ab]);
+    assert_eq!(command.dwords(), expected);
+}
+
+#[test]
 #[cfg(debug_assertions)]
 #[should_panic(expected = "count >= least")]
 fn a_count_out_of_range_is_caught_in_debug_builds() {

@@ -118,6 +118,19 @@ fn doorbells_by_hand() {
     assert_eq!(doorbell_offset(u16::MAX, CompletionHead, 15), u32::MAX);
 }
 
+#[test]
+fn doorbell_buffers_by_hand() {
+    use DoorbellKind::{CompletionHead, SubmissionTail};
+    assert_eq!(doorbell_buffer_offset(0, SubmissionTail, 0), 0);
+    assert_eq!(doorbell_buffer_offset(0, CompletionHead, 0), 4);
+    assert_eq!(doorbell_buffer_offset(3, SubmissionTail, 0), 24);
+    assert_eq!(doorbell_buffer_offset(3, CompletionHead, 2), 7 * 16);
+    assert_eq!(
+        doorbell_buffer_offset(u16::MAX, CompletionHead, 15),
+        0x1_ffff * 0x2_0000
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
