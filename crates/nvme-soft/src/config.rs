@@ -36,6 +36,9 @@ pub struct Config {
     pub volatile_write_cache: bool,
     /// Doorbells are 4 bytes shifted left by this apart (CAP.DSTRD), at most 15.
     pub doorbell_stride: u8,
+    /// Whether there is Doorbell Buffer Config (OACS), for hosts to which a register write is
+    /// expensive. The doorbells of all queues are then to fit into the smallest page.
+    pub doorbell_buffers: bool,
     /// How long becoming ready may take, as announced (CAP.TO, CRTO); rounded up to 500 ms.
     pub ready_timeout: Duration,
     /// Abort commands that may be outstanding (ACL), 1 to 256.
@@ -99,6 +102,7 @@ impl Default for Config {
             sgl: true,
             volatile_write_cache: true,
             doorbell_stride: 0,
+            doorbell_buffers: false,
             ready_timeout: Duration::from_secs(5),
             abort_limit: 4,
             async_event_limit: 4,
@@ -255,6 +259,15 @@ impl Config {
             15,
             "0..=15",
         )?;
+        if self.doorbell_buffers {
+            within(
+                "io_queue_pairs, with doorbell_buffers",
+                self.io_queue_pairs.into(),
+                1,
+                ((4096 << self.mpsmin) / (8 << self.doorbell_stride) as u64).saturating_sub(1),
+                "what fits into one page: 1..=(4096 << mpsmin) / (8 << doorbell_stride) - 1",
+            )?;
+        }
         within("abort_limit", self.abort_limit.into(), 1, 256, "1..=256")?;
         within(
             "async_event_limit",
@@ -383,6 +396,12 @@ mod tests {
     #[test]
     fn the_default_is_accepted() {
         Config::default().check().expect("the default");
+        let doorbell_buffers = Config {
+            doorbell_buffers: true,
+            io_queue_pairs: 511,
+            ..Config::default()
+        };
+        doorbell_buffers.check().expect("512 pairs fill a page");
     }
 
     #[test]
@@ -394,6 +413,15 @@ mod tests {
         assert_eq!(
             refused(|config| config.serial = "Ä".into()),
             "serial: not at most 20 printable ASCII characters: \"Ä\""
+        );
+        assert_eq!(
+            refused(|config| {
+                config.doorbell_buffers = true;
+                (config.mpsmin, config.doorbell_stride) = (1, 2);
+                config.io_queue_pairs = 256;
+            }),
+            "io_queue_pairs, with doorbell_buffers: 256 is not within what fits into one page: \
+             1..=(4096 << mpsmin) / (8 << doorbell_stride) - 1"
         );
         let store = |size| MemoryStore::new(size).expect("small");
         assert_eq!(

@@ -8,6 +8,7 @@ use crate::control::Shared;
 use crate::{AccessFault, HostMemory};
 
 /// Host memory, with refusals counted.
+#[derive(Clone)]
 pub(crate) struct Dma {
     memory: Arc<dyn HostMemory>,
     shared: Arc<Shared>,
@@ -36,6 +37,13 @@ impl Dma {
     pub(crate) fn store_release(&self, address: u64, value: u32) -> Result<(), Status> {
         self.memory
             .store_release(address, value)
+            .map_err(|fault| self.refused(&fault))
+    }
+
+    /// Reads an aligned word before everything that is read after it.
+    pub(crate) fn load_acquire(&self, address: u64) -> Result<u32, Status> {
+        self.memory
+            .load_acquire(address)
             .map_err(|fault| self.refused(&fault))
     }
 

@@ -1,9 +1,14 @@
 //! The doorbell registers (NVMe over PCIe transport specification 1.0, sections 3.1.2.1 and
 //! 3.1.2.2): the only thing a host touches per command besides its own memory.
 
+mod shadow;
+
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use nvme_spec::registers::DoorbellKind;
+
+pub(crate) use self::shadow::HostDoorbells;
 use crate::wake::{Urgency, Wake};
 
 /// Where the doorbells begin in BAR 0.
@@ -24,6 +29,8 @@ pub struct Doorbells {
     attention: AtomicU32,
     redundant_heads: AtomicU64,
     invalid: AtomicU64,
+    /// The host has set up shadow doorbells.
+    has_shadow: AtomicBool,
     /// The function is not there, and all its queues are closed.
     vanished: AtomicBool,
     wake: Wake,
@@ -55,6 +62,7 @@ impl Doorbells {
             attention: AtomicU32::new(0),
             redundant_heads: AtomicU64::new(0),
             invalid: AtomicU64::new(0),
+            has_shadow: AtomicBool::new(false),
             vanished: AtomicBool::new(false),
             wake: Wake::new(),
         }
@@ -83,7 +91,10 @@ impl Doorbells {
             });
         }
         if is_head {
-            if doorbell.value.load(Ordering::Relaxed) == value {
+            // With shadow doorbells the head may have gone round the queue in between.
+            if doorbell.value.load(Ordering::Relaxed) == value
+                && !self.has_shadow.load(Ordering::Relaxed)
+            {
                 self.redundant_heads.fetch_add(1, Ordering::Relaxed);
                 return self.complain(ATTENTION_INVALID_VALUE);
             }
@@ -117,6 +128,26 @@ impl Doorbells {
     /// Whether writes go nowhere. The queues are to be closed too.
     pub(crate) fn set_vanished(&self, vanished: bool) {
         self.vanished.store(vanished, Ordering::Relaxed);
+    }
+
+    /// Whether the host writes most values elsewhere than to the registers.
+    fn set_has_shadow(&self, has_shadow: bool) {
+        self.has_shadow.store(has_shadow, Ordering::Relaxed);
+    }
+
+    /// CAP.DSTRD.
+    fn stride(&self) -> u8 {
+        (self.stride_shift - 2) as u8
+    }
+
+    /// Sets a doorbell as if the host had written the register.
+    fn set(&self, id: u16, kind: DoorbellKind, value: u32) {
+        let queue = &self.queues[usize::from(id)];
+        let doorbell = match kind {
+            DoorbellKind::SubmissionTail => &queue.submission_tail,
+            DoorbellKind::CompletionHead => &queue.completion_head,
+        };
+        doorbell.value.store(value, Ordering::Relaxed);
     }
 
     pub(crate) fn raise_attention(&self, what: u32) {

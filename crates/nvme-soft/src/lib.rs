@@ -6,6 +6,9 @@
 //! interrupts as two small traits, [`HostMemory`] and [`Interrupts`], and passes on the host's
 //! register and doorbell accesses.
 //!
+//! A host that finds register writes expensive may have shadow doorbells
+//! ([`Config::doorbell_buffers`]), in which it writes a register only to wake the controller.
+//!
 //! The controller works on one thread of its own, which sleeps, without a timer, when there is
 //! nothing to do. Each kind of bad command is answered with the status that the specification
 //! names, and access to host memory that is refused ends the command and is counted.
@@ -31,6 +34,9 @@
 //!     }
 //!     fn store_release(&self, address: u64, _value: u32) -> Result<(), AccessFault> {
 //!         Err(AccessFault::write(address, 4))
+//!     }
+//!     fn load_acquire(&self, address: u64) -> Result<u32, AccessFault> {
+//!         Err(AccessFault::read(address, 4))
 //!     }
 //! }
 //!
@@ -96,13 +102,21 @@ pub trait HostMemory: Send + Sync {
     /// [`AccessFault`] if any byte may not be written; bytes that may be written may have been.
     fn write(&self, address: u64, data: &[u8]) -> Result<(), AccessFault>;
 
-    /// Stores one little-endian 32-bit word, after all writes before it, as a host thread that
-    /// loads the word with Acquire observes it. `address` is a multiple of 4.
+    /// Stores one little-endian 32-bit word atomically, after all writes before it, as a host thread
+    /// that loads the word with Acquire observes it. `address` is a multiple of 4.
     ///
     /// # Errors
     ///
     /// [`AccessFault`] if the word may not be written.
     fn store_release(&self, address: u64, value: u32) -> Result<(), AccessFault>;
+
+    /// Loads one little-endian 32-bit word atomically, before all reads after it: what a host thread
+    /// wrote before it stored the word with Release is then visible. `address` is a multiple of 4.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessFault`] if the word may not be read.
+    fn load_acquire(&self, address: u64) -> Result<u32, AccessFault>;
 }
 
 /// The IOMMU refused an access.

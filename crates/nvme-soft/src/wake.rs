@@ -5,6 +5,11 @@
 //! SeqCst fence between its store and its load, so that at least one of them sees the other:
 //! either the sleeper finds the work, or the waker finds the announcement.
 //!
+//! A host with shadow doorbells (base specification 2.0, annex B.5) publishes its work with a store to
+//! its own memory, and calls [`Wake::notify`], by writing the register, only if the sleeper's EventIdx
+//! says so. The sleeper therefore writes EventIdx before it announces that it sleeps. The host, too, has
+//! a fence between its store and its look at EventIdx, so the one in [`Wake::sleep`] does for both.
+//!
 //! Not every kind of work is worth a wake-up every time, so the sleeper says what it listens for.
 
 #[cfg(loom)]
@@ -84,13 +89,14 @@ impl Wake {
         limit: Option<Duration>,
         idle: impl FnOnce() -> bool,
     ) -> bool {
-        self.sleeping.store(listen as u32, Ordering::Relaxed);
+        // Swaps, whose order loom knows among those of wakers, where a store would do.
+        self.sleeping.swap(listen as u32, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         let idle = idle();
         if idle {
             park(limit);
         }
-        self.sleeping.store(AWAKE, Ordering::Relaxed);
+        self.sleeping.swap(AWAKE, Ordering::Relaxed);
         idle
     }
 }
@@ -144,6 +150,62 @@ mod tests {
                 thread.join().expect("wakers do not panic");
             }
         });
+    }
+
+    /// Runs a host that publishes the tails up to `tails` in a shadow doorbell and wakes the sleeper as
+    /// EventIdx says, which the sleeper sets before its last look or, wrongly, after it.
+    fn sleeper_sees_all_shadow_tails(tails: u32, listens_in_time: bool) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(move || {
+            let wake = Arc::new(Wake::new());
+            let shadow = Arc::new(AtomicU32::new(0));
+            // As it was left by the last sleep, a lap ago.
+            let event_index = Arc::new(AtomicU32::new(u32::from(u16::MAX) - 100));
+            wake.attach();
+            let host = {
+                let (wake, shadow, event_index) =
+                    (wake.clone(), shadow.clone(), event_index.clone());
+                thread::spawn(move || {
+                    for (old, new) in (0..tails).zip(1..) {
+                        shadow.store(new, Ordering::Release);
+                        fence(Ordering::SeqCst);
+                        let event_index = event_index.load(Ordering::Acquire);
+                        let passed = new.wrapping_sub(event_index).wrapping_sub(1) as u16;
+                        if passed < (new - old) as u16 {
+                            wake.notify(Urgency::High);
+                        }
+                    }
+                })
+            };
+            let mut seen = 0;
+            while seen < tails {
+                if listens_in_time {
+                    event_index.store(seen, Ordering::Release);
+                }
+                wake.sleep(Urgency::High, None, || {
+                    let idle = shadow.load(Ordering::Acquire) == seen;
+                    if !listens_in_time {
+                        event_index.store(seen, Ordering::Release);
+                    }
+                    idle
+                });
+                seen = shadow.load(Ordering::Acquire);
+            }
+            host.join().expect("the host does not panic");
+        });
+    }
+
+    #[test]
+    fn shadow_tails() {
+        sleeper_sees_all_shadow_tails(3, true);
+    }
+
+    /// Shows that the order matters.
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn shadow_tails_with_an_event_index_that_comes_late() {
+        sleeper_sees_all_shadow_tails(1, false);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use nvme_spec::feature::AsyncEventConfiguration;
 use nvme_spec::identify::{
     ActiveNamespaces, Cns, IdentifyController, IdentifyNamespace, IdentifyNvmController, LbaFormat,
-    NamespaceDescriptor, NamespaceDescriptors, NamespaceFeatures, OptionalNvmCommands,
-    SglAlignment, SglSupport,
+    NamespaceDescriptor, NamespaceDescriptors, NamespaceFeatures, OptionalAdminCommands,
+    OptionalNvmCommands, SglAlignment, SglSupport,
 };
 use nvme_spec::{Sqe, Status};
 use zerocopy::IntoBytes;
@@ -93,6 +93,10 @@ impl Engine {
                 .into(),
             // An I/O controller.
             cntrltype: 1,
+            oacs: OptionalAdminCommands::new()
+                .with_doorbell_buffer_config(config.doorbell_buffers)
+                .into_bits()
+                .into(),
             acl: (config.abort_limit - 1) as u8,
             aerl: (config.async_event_limit - 1) as u8,
             // One slot, read only.

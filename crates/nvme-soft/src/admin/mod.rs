@@ -1,5 +1,6 @@
 //! The commands of the admin queue (base specification 2.0, section 5).
 
+mod doorbells;
 pub(crate) mod events;
 pub(crate) mod features;
 pub(crate) mod health;
@@ -72,6 +73,9 @@ impl Engine {
             AdminOpcode::ABORT => Self::abort,
             AdminOpcode::SET_FEATURES => Self::set_features,
             AdminOpcode::GET_FEATURES => Self::get_features,
+            AdminOpcode::DOORBELL_BUFFER_CONFIG if self.config.doorbell_buffers => {
+                Self::doorbell_buffer_config
+            }
             AdminOpcode::ASYNC_EVENT_REQUEST => return self.async_event_request(command),
             _ => return Reply::Now(Err(Status::INVALID_OPCODE)),
         };

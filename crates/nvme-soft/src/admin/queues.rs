@@ -25,7 +25,7 @@ impl Engine {
             return Err(Status::INVALID_INTERRUPT_VECTOR);
         }
         self.queues
-            .create_completion(&self.doorbells, id, address, entries, vector);
+            .create_completion(&mut self.doorbells, id, address, entries, vector);
         Ok(0)
     }
 
@@ -48,7 +48,7 @@ impl Engine {
         // The priority means something only with an arbitration that is not supported.
         let (address, entries) = self.new_queue_memory(command)?;
         self.queues
-            .create_submission(&self.doorbells, id, address, entries, completion_queue);
+            .create_submission(&mut self.doorbells, id, address, entries, completion_queue);
         Ok(0)
     }
 

@@ -404,7 +404,7 @@ impl Engine {
         let shared = Arc::clone(&self.shared);
         let mut control = shared.lock();
         control.vanished = true;
-        self.doorbells.set_vanished(true);
+        self.doorbells.registers.set_vanished(true);
         self.power_off(&mut control);
         self.state = State::Gone;
     }
@@ -423,7 +423,7 @@ impl Engine {
             control.bus_master = true;
             control.vanished = false;
             self.bus_master = true;
-            self.doorbells.set_vanished(false);
+            self.doorbells.registers.set_vanished(false);
             self.state = State::Disabled;
         }
     }

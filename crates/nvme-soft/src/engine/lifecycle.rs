@@ -15,7 +15,7 @@ use crate::fault::{Behaviour, EnableRefusal, FaultEvent};
 impl Engine {
     /// Looks at what the embedder's threads have set; returns false when the thread is to end.
     pub(super) fn attend(&mut self) -> bool {
-        let what = self.doorbells.take_attention();
+        let what = self.doorbells.registers.take_attention();
         if what & ATTENTION_CONTROL != 0 && !self.control() {
             return false;
         }
@@ -108,14 +108,14 @@ impl Engine {
         self.limits.page_size = 4096 << configuration.mps();
         let attributes = registers.admin_queues;
         self.queues.create_completion(
-            &self.doorbells,
+            &mut self.doorbells,
             0,
             registers.completion_base,
             u32::from(attributes.acqs()) + 1,
             Some(0),
         );
         self.queues.create_submission(
-            &self.doorbells,
+            &mut self.doorbells,
             0,
             registers.submission_base,
             u32::from(attributes.asqs()) + 1,
@@ -182,6 +182,7 @@ impl Engine {
         self.state = State::Disabled;
         self.ready_at = None;
         self.queues.delete_all(&self.doorbells);
+        self.doorbells.forget_buffers();
         self.deferred.clear();
         self.forget_struck();
         self.admin.reset(&self.config);

@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::control::{Hold, Shared};
 use crate::data::Transfer;
 use crate::dma::Dma;
-use crate::doorbells::Doorbells;
+use crate::doorbells::HostDoorbells;
 use crate::namespace::Namespaces;
 use crate::wake::Urgency;
 use crate::{HostMemory, Interrupts};
@@ -80,7 +80,7 @@ pub(crate) struct Limits {
 pub(crate) struct Engine {
     pub(crate) config: Config,
     pub(crate) shared: Arc<Shared>,
-    pub(crate) doorbells: Arc<Doorbells>,
+    pub(crate) doorbells: HostDoorbells,
     pub(crate) dma: Dma,
     pub(crate) interrupts: Arc<dyn Interrupts>,
     pub(crate) limits: Limits,
@@ -132,7 +132,7 @@ impl Engine {
                 max_write_zeroes: limit(config.wzsl),
                 max_verify: limit(config.vsl),
             },
-            doorbells: shared.doorbells.clone(),
+            doorbells: HostDoorbells::new(shared.doorbells.clone()),
             dma: Dma::new(memory, shared.clone()),
             queues: Queues::new(config.io_queue_pairs),
             admin: Admin::new(&config, namespaces.max(), interrupts.count()),
@@ -165,7 +165,7 @@ impl Engine {
             let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
         }
         loop {
-            if self.doorbells.wants_attention() && !self.attend() {
+            if self.doorbells.registers.wants_attention() && !self.attend() {
                 return;
             }
             if !self.turn() {
@@ -228,13 +228,10 @@ impl Engine {
         if !self.may_fetch(id) || !self.is_serving() {
             return 0;
         }
-        let Some(queue) = self.queues.submission(id) else {
-            return 0;
+        let completion_queue = match self.queues.submission(id) {
+            Some(queue) => queue.completion_queue,
+            None => return 0,
         };
-        if !queue.has_work(id, &self.doorbells) {
-            return 0;
-        }
-        let completion_queue = queue.completion_queue;
         if self.queues.is_congested(completion_queue) {
             return 0;
         }
@@ -242,6 +239,10 @@ impl Engine {
             return 0;
         };
         let tail = queue.look(id, &self.doorbells);
+        if !queue.has_entries() {
+            self.check_queue(tail);
+            return 0;
+        }
         let fetched = queue.fetch(&self.dma, &mut self.fetched);
         let head = self.queues.look_at_head(completion_queue, &self.doorbells);
         self.check_queue(tail);
@@ -400,8 +401,16 @@ impl Engine {
         } else {
             Urgency::High
         };
+        if self.is_serving() {
+            let listening = self.queues.listen(&mut self.doorbells);
+            if self.check_queue(listening).is_none() {
+                return;
+            }
+        }
+        // The fence in `sleep` is the one that `HostDoorbells::listen` wants.
         if self
             .doorbells
+            .registers
             .wake()
             .sleep(listen, limit, || !self.has_work())
         {
@@ -410,7 +419,7 @@ impl Engine {
     }
 
     fn has_work(&self) -> bool {
-        self.doorbells.wants_attention()
+        self.doorbells.registers.wants_attention()
             || (self.is_serving()
                 && self
                     .queues

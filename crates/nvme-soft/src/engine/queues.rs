@@ -1,13 +1,15 @@
 //! Submission and completion queues as the controller keeps them
 //! (base specification 2.0, section 3.3.1).
 
+mod listen;
+
 use std::collections::VecDeque;
 
 use nvme_spec::{Cqe, Sqe, Status};
 use zerocopy::IntoBytes;
 
 use crate::dma::Dma;
-use crate::doorbells::Doorbells;
+use crate::doorbells::HostDoorbells;
 use crate::fault::{Change, CompletionField};
 
 const SQE_SIZE: u64 = 64;
@@ -62,17 +64,27 @@ pub(crate) struct SubmissionQueue {
 
 impl SubmissionQueue {
     /// Whether the host has rung for entries that were not fetched yet.
-    pub(crate) fn has_work(&self, id: u16, doorbells: &Doorbells) -> bool {
-        self.head != self.tail || doorbells.submission_tail(id) != self.doorbell
+    pub(crate) fn has_work(&self, id: u16, doorbells: &HostDoorbells) -> bool {
+        self.has_entries() || doorbells.submission_tail(id) != Ok(self.doorbell)
+    }
+
+    /// Whether there are entries to be fetched, as far as the controller knows.
+    pub(crate) fn has_entries(&self) -> bool {
+        self.head != self.tail
     }
 
     /// Takes note of the doorbell.
-    pub(crate) fn look(&mut self, id: u16, doorbells: &Doorbells) -> Result<(), QueueError> {
-        let value = doorbells.submission_tail(id);
+    pub(crate) fn look(&mut self, id: u16, doorbells: &HostDoorbells) -> Result<(), QueueError> {
+        let value = doorbells
+            .submission_tail(id)
+            .map_err(|_| QueueError::HostMemory)?;
         if value == self.doorbell {
             return Ok(());
         }
         self.doorbell = value;
+        if value >= self.entries {
+            return Err(QueueError::InvalidDoorbell);
+        }
         let added = distance(self.tail, value, self.entries);
         let used = distance(self.head, self.tail, self.entries);
         if used + added >= self.entries {
@@ -184,18 +196,28 @@ impl CompletionQueue {
     }
 
     /// Whether something waits for room and the host has moved the head.
-    fn can_go_on(&self, id: u16, doorbells: &Doorbells) -> bool {
+    fn can_go_on(&self, id: u16, doorbells: &HostDoorbells) -> bool {
         if self.waiting.is_empty() {
             return false;
         }
-        let head = doorbells.completion_head(id);
-        head != self.head && Some(head) != self.refused_head
+        // A head that is out of reach is found to be by the next look at it.
+        doorbells.completion_head(id) != Ok(self.seen_head())
+    }
+
+    /// The doorbell's value when it was last looked at.
+    fn seen_head(&self) -> u32 {
+        self.refused_head.unwrap_or(self.head)
     }
 
     /// Takes note of the doorbell. The host may only have moved the head over posted entries.
-    fn look(&mut self, id: u16, doorbells: &Doorbells) -> Result<(), QueueError> {
-        let head = doorbells.completion_head(id);
-        if distance(self.head, head, self.entries) > distance(self.head, self.tail, self.entries) {
+    fn look(&mut self, id: u16, doorbells: &HostDoorbells) -> Result<(), QueueError> {
+        let head = doorbells
+            .completion_head(id)
+            .map_err(|_| QueueError::HostMemory)?;
+        if head >= self.entries
+            || distance(self.head, head, self.entries)
+                > distance(self.head, self.tail, self.entries)
+        {
             if self.refused_head.replace(head) == Some(head) {
                 return Ok(());
             }
@@ -264,7 +286,7 @@ impl Queues {
 
     pub(crate) fn create_completion(
         &mut self,
-        doorbells: &Doorbells,
+        doorbells: &mut HostDoorbells,
         id: u16,
         address: u64,
         entries: u32,
@@ -287,7 +309,7 @@ impl Queues {
 
     pub(crate) fn create_submission(
         &mut self,
-        doorbells: &Doorbells,
+        doorbells: &mut HostDoorbells,
         id: u16,
         address: u64,
         entries: u32,
@@ -309,8 +331,8 @@ impl Queues {
         doorbells.open_submission(id, entries);
     }
 
-    pub(crate) fn delete_submission(&mut self, doorbells: &Doorbells, id: u16) {
-        doorbells.close_submission(id);
+    pub(crate) fn delete_submission(&mut self, doorbells: &HostDoorbells, id: u16) {
+        doorbells.registers.close_submission(id);
         if let Some(queue) = self.submission[usize::from(id)].take()
             && let Some(completion) = self.completion(queue.completion_queue)
         {
@@ -323,22 +345,22 @@ impl Queues {
         self.active.retain(|active| *active != id);
     }
 
-    pub(crate) fn delete_completion(&mut self, doorbells: &Doorbells, id: u16) {
-        doorbells.close_completion(id);
+    pub(crate) fn delete_completion(&mut self, doorbells: &HostDoorbells, id: u16) {
+        doorbells.registers.close_completion(id);
         self.completion[usize::from(id)] = None;
         self.congested.retain(|congested| *congested != id);
         self.unsignalled.retain(|unsignalled| *unsignalled != id);
     }
 
-    pub(crate) fn delete_all(&mut self, doorbells: &Doorbells) {
+    pub(crate) fn delete_all(&mut self, doorbells: &HostDoorbells) {
         for (id, slot) in (0..).zip(&mut self.submission) {
             if slot.take().is_some() {
-                doorbells.close_submission(id);
+                doorbells.registers.close_submission(id);
             }
         }
         for (id, slot) in (0..).zip(&mut self.completion) {
             if slot.take().is_some() {
-                doorbells.close_completion(id);
+                doorbells.registers.close_completion(id);
             }
         }
         self.active.clear();
@@ -352,7 +374,7 @@ impl Queues {
     pub(crate) fn look_at_head(
         &mut self,
         id: u16,
-        doorbells: &Doorbells,
+        doorbells: &HostDoorbells,
     ) -> Result<(), QueueError> {
         self.completion(id)
             .map_or(Ok(()), |queue| queue.look(id, doorbells))
@@ -365,7 +387,7 @@ impl Queues {
     }
 
     /// Whether a fetch from the queues that `fetch` selects, or a post, would get something done.
-    pub(crate) fn has_work(&self, doorbells: &Doorbells, fetch: impl Fn(u16) -> bool) -> bool {
+    pub(crate) fn has_work(&self, doorbells: &HostDoorbells, fetch: impl Fn(u16) -> bool) -> bool {
         self.active.iter().any(|&id| {
             fetch(id)
                 && self.submission[usize::from(id)]
@@ -389,7 +411,7 @@ impl Queues {
     pub(crate) fn complete(
         &mut self,
         dma: &Dma,
-        doorbells: &Doorbells,
+        doorbells: &HostDoorbells,
         completion: Completion,
     ) -> Result<(), QueueError> {
         let Some(submission) = &self.submission[usize::from(completion.submission_queue)] else {
@@ -420,7 +442,7 @@ impl Queues {
     pub(crate) fn post_waiting(
         &mut self,
         dma: &Dma,
-        doorbells: &Doorbells,
+        doorbells: &HostDoorbells,
     ) -> Result<bool, QueueError> {
         let mut posted = false;
         let mut result = Ok(());

@@ -91,6 +91,13 @@ impl HostMemory for Memory {
         assert_eq!(address % 4, 0);
         self.write(address, &value.to_le_bytes())
     }
+
+    fn load_acquire(&self, address: u64) -> Result<u32, AccessFault> {
+        assert_eq!(address % 4, 0);
+        let mut bytes = [0; 4];
+        self.read(address, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
 }
 
 /// Counts interrupts.
@@ -300,6 +307,16 @@ impl Host {
         let address = pair.submission + u64::from(pair.tail) * 64;
         pair.tail = (pair.tail + 1) % pair.entries;
         self.memory.set(address, command.as_bytes());
+    }
+
+    /// Where the next command goes.
+    pub(crate) fn tail(&mut self, id: u16) -> u32 {
+        self.pair(id).tail
+    }
+
+    /// Where the next completion is looked for.
+    pub(crate) fn head(&mut self, id: u16) -> u32 {
+        self.pair(id).head
     }
 
     /// Rings for everything that was placed.

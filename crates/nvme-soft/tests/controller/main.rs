@@ -4,6 +4,7 @@ mod admin_commands;
 mod checks;
 mod copies;
 mod data;
+mod doorbell_buffers;
 mod events;
 mod faults;
 mod host;

@@ -313,6 +313,18 @@ impl nvme_soft::HostMemory for SoftIommu {
             memory.store_release(offset, value)
         })
     }
+
+    fn load_acquire(&self, address: u64) -> Result<u32, AccessFault> {
+        let len = size_of::<u32>();
+        if !address.is_multiple_of(len as u64) {
+            return Err(self.refuse(AccessFault::read(address, len)));
+        }
+        let mut value = 0;
+        self.access(address, len, false, |memory, offset, _| {
+            value = memory.load_acquire(offset);
+        })?;
+        Ok(value)
+    }
 }
 
 impl fmt::Debug for SoftIommu {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use iova::MapError;
 
@@ -93,6 +93,23 @@ impl Memory {
         }
     }
 
+    /// Loads an aligned little-endian word before all that is read after it; 0 if it is not inside of
+    /// the memory, or not aligned.
+    pub(super) fn load_acquire(&self, offset: usize) -> u32 {
+        match self.at(offset, size_of::<u32>()) {
+            Some(from) if from.cast::<u32>().is_aligned() => {
+                // SAFETY: `at` checked the bounds, the alignment is checked, and by the invariant the
+                // word is readable while `self` lives. The host stores it atomically.
+                let word = unsafe { AtomicU32::from_ptr(from.cast().as_ptr()) };
+                // The memory may be mapped for reading only, which allows a relaxed load alone.
+                let value = word.load(Ordering::Relaxed);
+                fence(Ordering::Acquire);
+                u32::from_le(value)
+            }
+            _ => 0,
+        }
+    }
+
     fn at(&self, offset: usize, len: usize) -> Option<NonNull<u8>> {
         if offset.checked_add(len)? > self.len {
             return None;
@@ -151,5 +168,24 @@ impl Drop for OwnMapping {
     fn drop(&mut self) {
         // SAFETY: exactly what `new` mapped; whoever had its address has dropped it with us.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_loaded_where_they_are_stored() {
+        let words = [const { AtomicU32::new(0) }; 2];
+        let base = NonNull::from(&words).cast();
+        // SAFETY: the words outlive the memory, and are only accessed as atomics.
+        let memory = unsafe { Memory::of_host(base, size_of_val(&words)) };
+        memory.store_release(4, 0x0102_0304);
+        assert_eq!(words[1].load(Ordering::Acquire), 0x0102_0304_u32.to_le());
+        assert_eq!(memory.load_acquire(4), 0x0102_0304);
+        assert_eq!(memory.load_acquire(0), 0);
+        // Not aligned, and outside.
+        assert_eq!((memory.load_acquire(2), memory.load_acquire(8)), (0, 0));
     }
 }
