@@ -7,7 +7,8 @@
 //! register and doorbell accesses.
 //!
 //! A host that finds register writes expensive may have shadow doorbells
-//! ([`Config::doorbell_buffers`]), in which it writes a register only to wake the controller.
+//! ([`Config::doorbell_buffers`]) and then writes a register hardly but to wake the controller.
+//! Interrupts of I/O queues are put off where the host has set Interrupt Coalescing.
 //!
 //! The controller works on one thread of its own, which sleeps, without a timer, when there is
 //! nothing to do. Each kind of bad command is answered with the status that the specification

@@ -4,8 +4,9 @@
 use std::collections::BTreeSet;
 
 use nvme_spec::feature::{
-    AsyncEventConfiguration, ErrorRecovery, FeatureCapabilities, InterruptVectorConfiguration,
-    NumberOfQueues, PowerManagement, TemperatureThreshold, VolatileWriteCache, id,
+    AsyncEventConfiguration, ErrorRecovery, FeatureCapabilities, InterruptCoalescing,
+    InterruptVectorConfiguration, NumberOfQueues, PowerManagement, TemperatureThreshold,
+    VolatileWriteCache, id,
 };
 use nvme_spec::{Sqe, Status, admin};
 
@@ -28,7 +29,7 @@ pub(crate) struct Features {
     write_cache_enabled: bool,
     queues: NumberOfQueues,
     max_queue_pairs: u16,
-    interrupt_coalescing: u32,
+    interrupt_coalescing: InterruptCoalescing,
     vectors: u16,
     /// Vectors without coalescing.
     uncoalesced: BTreeSet<u16>,
@@ -48,7 +49,7 @@ impl Features {
             write_cache_enabled: config.volatile_write_cache,
             queues: NumberOfQueues::pairs(config.io_queue_pairs),
             max_queue_pairs: config.io_queue_pairs,
-            interrupt_coalescing: 0,
+            interrupt_coalescing: InterruptCoalescing::new(),
             vectors,
             uncoalesced: BTreeSet::new(),
             write_atomicity: 0,
@@ -81,6 +82,16 @@ impl Features {
         temperature >= self.over_temperature || temperature <= self.under_temperature
     }
 
+    /// When interrupts of I/O queues may wait for more completions.
+    pub(crate) fn interrupt_coalescing(&self) -> InterruptCoalescing {
+        self.interrupt_coalescing
+    }
+
+    /// Whether that holds for a vector.
+    pub(crate) fn is_coalesced(&self, vector: u16) -> bool {
+        !self.uncoalesced.contains(&vector)
+    }
+
     /// Which events the host has asked for.
     pub(crate) fn async_events(&self) -> AsyncEventConfiguration {
         self.async_events
@@ -109,7 +120,7 @@ impl Features {
                 .with_wce(self.write_cache_enabled)
                 .into_bits(),
             id::NUMBER_OF_QUEUES => self.queues.into_bits(),
-            id::INTERRUPT_COALESCING => self.interrupt_coalescing,
+            id::INTERRUPT_COALESCING => self.interrupt_coalescing.into_bits(),
             id::INTERRUPT_VECTOR_CONFIGURATION => {
                 let vector = InterruptVectorConfiguration::from_bits(dword11).iv();
                 self.check_vector(vector)?;
@@ -153,7 +164,9 @@ impl Features {
                     .with_ncq(asked.ncq().min(most));
                 return Ok(self.queues.into_bits());
             }
-            id::INTERRUPT_COALESCING => self.interrupt_coalescing = value & 0xffff,
+            id::INTERRUPT_COALESCING => {
+                self.interrupt_coalescing = InterruptCoalescing::from_bits(value & 0xffff);
+            }
             id::INTERRUPT_VECTOR_CONFIGURATION => {
                 let vector = InterruptVectorConfiguration::from_bits(value);
                 self.check_vector(vector.iv())?;
@@ -238,6 +251,9 @@ impl Engine {
                 self.flush_all()?;
             }
             id::TEMPERATURE_THRESHOLD | id::ASYNC_EVENT_CONFIGURATION => self.check_health(),
+            id::INTERRUPT_COALESCING | id::INTERRUPT_VECTOR_CONFIGURATION => {
+                self.configure_coalescing();
+            }
             _ => {}
         }
         Ok(result)

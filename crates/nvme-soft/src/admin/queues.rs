@@ -68,7 +68,11 @@ impl Engine {
         if queue.users > 0 {
             return Err(Status::INVALID_QUEUE_DELETION);
         }
+        let vector = queue.vector;
         self.queues.delete_completion(&self.doorbells, id);
+        if let Some(vector) = vector {
+            self.end_vector(vector);
+        }
         Ok(0)
     }
 

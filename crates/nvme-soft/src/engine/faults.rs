@@ -354,8 +354,7 @@ impl Engine {
             && let Some(queue) = self.queues.completion(completion_queue)
             && let Some(vector) = queue.vector
         {
-            self.shared.counters.interrupts.add(1);
-            self.interrupts.raise(vector);
+            self.raise(vector);
         }
     }
 

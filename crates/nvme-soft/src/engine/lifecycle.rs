@@ -184,6 +184,7 @@ impl Engine {
         self.queues.delete_all(&self.doorbells);
         self.doorbells.forget_buffers();
         self.deferred.clear();
+        self.coalescing = None;
         self.forget_struck();
         self.admin.reset(&self.config);
     }
@@ -205,6 +206,7 @@ impl Engine {
     fn stop_serving(&mut self) {
         // With the controller disabled there is nothing to stop, and it may be enabled later.
         if self.state == State::Ready {
+            self.end_coalescing();
             self.state = State::ShutDown;
         }
     }

@@ -4,6 +4,7 @@ mod changes;
 mod deferred;
 mod faults;
 pub(crate) mod group;
+mod interrupts;
 mod lifecycle;
 pub(crate) mod queues;
 
@@ -16,6 +17,7 @@ use nvme_spec::{Sqe, Status};
 use self::deferred::Deferred;
 use self::faults::Faults;
 use self::group::SyncGroup;
+use self::interrupts::Coalescing;
 use self::queues::{Completion, QueueError, Queues, Tamper};
 use crate::admin::Admin;
 use crate::config::Config;
@@ -98,6 +100,8 @@ pub(crate) struct Engine {
     ready_at: Option<Instant>,
     /// In the order in which it is due.
     deferred: VecDeque<Deferred>,
+    /// There is none until the host sets some.
+    coalescing: Option<Coalescing>,
     /// There is none until a fault is injected.
     faults: Option<Box<Faults>>,
     fetched: [Sqe; BATCH],
@@ -145,6 +149,7 @@ impl Engine {
             hold: Hold::Nothing,
             ready_at: None,
             deferred: VecDeque::new(),
+            coalescing: None,
             faults: None,
             fetched: [Sqe::default(); BATCH],
             config,
@@ -189,6 +194,7 @@ impl Engine {
             busy |= self.check_queue(posted).unwrap_or(false);
         }
         busy |= self.serve_due();
+        busy |= self.raise_due();
         let mut index = 0;
         // By index, since commands of the admin queue create and delete queues.
         while let Some(&id) = self.queues.active().get(index) {
@@ -351,14 +357,6 @@ impl Engine {
         }
     }
 
-    /// Raises the interrupts of what was posted since the last call.
-    fn signal(&mut self) {
-        while let Some(vector) = self.queues.next_interrupt() {
-            self.shared.counters.interrupts.add(1);
-            self.interrupts.raise(vector);
-        }
-    }
-
     /// Turns trouble with a queue into what the host sees of it.
     fn check_queue<T>(&mut self, result: Result<T, QueueError>) -> Option<T> {
         match result {
@@ -429,7 +427,8 @@ impl Engine {
 
     fn next_due(&self) -> Option<Instant> {
         if self.is_serving() {
-            self.first_due()
+            let interrupt = self.first_interrupt_due();
+            self.first_due().into_iter().chain(interrupt).min()
         } else {
             self.ready_at
         }

@@ -2,12 +2,14 @@
 //! (base specification 2.0, section 3.3.1).
 
 mod listen;
+mod posted;
 
 use std::collections::VecDeque;
 
 use nvme_spec::{Cqe, Sqe, Status};
 use zerocopy::IntoBytes;
 
+pub(super) use self::posted::Posted;
 use crate::dma::Dma;
 use crate::doorbells::HostDoorbells;
 use crate::fault::{Change, CompletionField};
@@ -186,8 +188,8 @@ pub(crate) struct CompletionQueue {
     pub(crate) users: u32,
     /// What waits for room.
     waiting: VecDeque<Completion>,
-    /// Entries were posted since the last interrupt.
-    unsignalled: bool,
+    /// Entries that were posted since the controller last saw to interrupts, and call for one.
+    unsignalled: u32,
 }
 
 impl CompletionQueue {
@@ -302,7 +304,7 @@ impl Queues {
             vector,
             users: 0,
             waiting: VecDeque::new(),
-            unsignalled: false,
+            unsignalled: 0,
         });
         doorbells.open_completion(id, entries);
     }
@@ -502,23 +504,12 @@ impl Queues {
             queue.tail = 0;
             queue.phase = !queue.phase;
         }
-        if !queue.unsignalled && completion.tamper != Tamper::NoInterrupt {
-            queue.unsignalled = true;
-            self.unsignalled.push(id);
+        if completion.tamper != Tamper::NoInterrupt {
+            if queue.unsignalled == 0 {
+                self.unsignalled.push(id);
+            }
+            queue.unsignalled += 1;
         }
         Ok(())
-    }
-
-    /// The next completion queue's interrupt vector that is to be raised.
-    pub(crate) fn next_interrupt(&mut self) -> Option<u16> {
-        while let Some(id) = self.unsignalled.pop() {
-            if let Some(queue) = self.completion(id) {
-                queue.unsignalled = false;
-                if let Some(vector) = queue.vector {
-                    return Some(vector);
-                }
-            }
-        }
-        None
     }
 }

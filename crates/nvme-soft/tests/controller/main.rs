@@ -2,6 +2,7 @@
 
 mod admin_commands;
 mod checks;
+mod coalescing;
 mod copies;
 mod data;
 mod doorbell_buffers;
