@@ -5,6 +5,7 @@ mod support;
 
 mod cancellation;
 mod commands;
+mod doorbells;
 mod drops;
 mod errors;
 mod events;

@@ -25,6 +25,11 @@ pub(crate) fn before_doorbell() {
     fence(Ordering::Release);
 }
 
+/// Orders the store of a shadow doorbell before the load of its event index.
+pub(crate) fn between_value_and_event_index() {
+    fence(Ordering::SeqCst);
+}
+
 /// The rare side of a pair of barriers. With [`asymmetric_light`] in one thread and this in another
 /// it holds that of two stores, each before its barrier, and two loads after them, at least one load
 /// sees the other side's store.

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use nvme_spec::feature::InterruptCoalescing;
+
 use crate::device::Device;
 use crate::engine::PollMode;
 use crate::url::Target;
@@ -33,6 +35,8 @@ pub struct OpenOptions {
     pub(crate) poll_mode: PollMode,
     pub(crate) max_window: Duration,
     pub(crate) mask_interrupts: bool,
+    pub(crate) coalescing: InterruptCoalescing,
+    pub(crate) shadow_doorbells: bool,
     pub(crate) timeout: Option<Duration>,
     pub(crate) retries: u32,
     pub(crate) repeat_writes: bool,
@@ -69,6 +73,8 @@ impl Default for OpenOptions {
             poll_mode: PollMode::default(),
             max_window: Duration::from_micros(50),
             mask_interrupts: false,
+            coalescing: InterruptCoalescing::new(),
+            shadow_doorbells: true,
             timeout: Some(Duration::from_secs(30)),
             retries: 5,
             repeat_writes: false,
@@ -147,6 +153,30 @@ impl OpenOptions {
     /// and unmasks a vector when it moves it to another processor.
     pub fn mask_interrupts(mut self, mask: bool) -> Self {
         self.mask_interrupts = mask;
+        self
+    }
+
+    /// Has the controller wait with the interrupt until there are so many completions, or so much time
+    /// has passed since the first one (feature Interrupt Coalescing, NVMe base specification 2.0,
+    /// section 5.27.1.6); by default it does not. The number is 1 to 256, where 1 is off; the time is
+    /// rounded up to 100 µs, up to 25.5 ms, and with zero it is the controller's choice.
+    ///
+    /// It saves interrupts where many commands are outstanding and nobody polls, and makes single
+    /// completions late. A controller that refuses it is used without.
+    pub fn coalesce_interrupts(mut self, completions: u16, time: Duration) -> Self {
+        let threshold = completions.clamp(1, 256) - 1;
+        let units = time.as_micros().div_ceil(100).min(u8::MAX.into());
+        self.coalescing = InterruptCoalescing::new()
+            .with_thr(threshold as u8)
+            .with_time(units as u8);
+        self
+    }
+
+    /// Whether doorbell values are left in memory where the controller offers that (Doorbell Buffer
+    /// Config, NVMe base specification 2.0, section 5.8), and written to a register only when it asks for
+    /// it; by default they are. Emulated controllers offer it, to which a register access is expensive.
+    pub fn shadow_doorbells(mut self, shadow: bool) -> Self {
+        self.shadow_doorbells = shadow;
         self
     }
 

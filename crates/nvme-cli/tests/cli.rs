@@ -150,6 +150,7 @@ fn bench_prints_one_object() {
                 "interrupts",
                 "submission_doorbells",
                 "completion_doorbells",
+                "unwritten_doorbells",
                 "window_hits",
                 "window_misses",
                 "polling_ns",

@@ -5,9 +5,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use iova::{AddressSpace, Retention};
-use nvme_spec::feature;
+use nvme_spec::admin::{doorbell_buffer_config, set_features};
+use nvme_spec::feature::{self, InterruptCoalescing};
 use nvme_spec::identify::{IdentifyController, SglAlignment};
-use nvme_spec::registers::{Capabilities, ControllerConfiguration, DoorbellKind, doorbell_offset};
+use nvme_spec::registers::{
+    Capabilities, ControllerConfiguration, DoorbellKind, doorbell_buffer_offset, doorbell_offset,
+};
 use poll_window::Costs;
 use zerocopy::IntoBytes;
 
@@ -24,7 +27,7 @@ use crate::engine::{Failed, Failure, PollMode, QueueSettings, SharedQueue, State
 use crate::io::DmaContext;
 use crate::memory::{DEVICE_PAGE, DmaBuf, DmaWords, Pool};
 use crate::queue::data_pointer::SglSupport;
-use crate::queue::{CompletionRing, QueueCore, SubmissionRing};
+use crate::queue::{CompletionRing, DoorbellBuffers, QueueCore, QueueDoorbell, SubmissionRing};
 use crate::recovery::{Plant, QueueLayout, Settings, Supervision};
 use crate::{CommandName, Error, OnRecovery, OpenOptions};
 
@@ -108,7 +111,11 @@ pub(super) async fn bring_up(
     let retry_delays = [&identify.crdt1, &identify.crdt2, &identify.crdt3]
         .map(|units| Duration::from_millis(u64::from(units.get()) * 100));
     let host_behavior = this.enable_retry_delays(&admin, retry_delays).await?;
-    let queues = this.create_queues(&admin, retry_delays).await?;
+    let coalescing = this.coalesce_interrupts(&admin).await;
+    let doorbell_buffers = this.share_doorbells(&admin, &identify).await?;
+    let queues = this
+        .create_queues(&admin, retry_delays, doorbell_buffers.as_ref())
+        .await?;
     // The second one of a pair is reached by the first one.
     let step = if options.poll_mode == PollMode::Paired {
         2
@@ -127,6 +134,8 @@ pub(super) async fn bring_up(
         admin_rings,
         admin: admin.queue.clone(),
         queues,
+        coalescing,
+        doorbell_buffers,
         identify: this.pool.alloc(DEVICE_PAGE)?,
         // VID, SSVID and SN, the first fields.
         identity: identify.as_bytes()[..24].into(),
@@ -137,6 +146,8 @@ pub(super) async fn bring_up(
     let settings = this.recovery_settings(&identify, plant.host_behavior.is_some(), ready_timeout);
     let settings = Settings {
         queues: plant.queues.len() as u16,
+        coalescing: plant.coalescing.is_some(),
+        doorbell_buffers: plant.doorbell_buffers.is_some(),
         ..settings
     };
     let supervision = match Supervision::start(plant, settings, device.notices()) {
@@ -288,7 +299,7 @@ impl BringUp<'_> {
             max_window: Duration::ZERO,
             ..self.queue_settings([Duration::ZERO; 3])
         };
-        let core = self.core(0, ADMIN_ENTRIES, submission, completion)?;
+        let core = self.core(0, ADMIN_ENTRIES, submission, completion, None)?;
         let vector = device.vectors()[0].clone();
         let admin = Admin {
             address: self.address.clone(),
@@ -322,6 +333,7 @@ impl BringUp<'_> {
             mode: self.options.poll_mode,
             costs: self.costs,
             max_window: self.options.max_window,
+            coalescing_time: Duration::from_micros(100) * self.options.coalescing.time().into(),
             retries: self.options.retries,
             fails_fast: self.options.on_recovery == OnRecovery::Fail,
             retry_delays,
@@ -356,6 +368,48 @@ impl BringUp<'_> {
         }
     }
 
+    /// Has the controller put interrupts off, if that is wanted; returns what it was told.
+    async fn coalesce_interrupts(&self, admin: &Admin) -> Option<InterruptCoalescing> {
+        let coalescing = self.options.coalescing;
+        if coalescing == InterruptCoalescing::new() {
+            return None;
+        }
+        let value = coalescing.into_bits();
+        let set = set_features(feature::id::INTERRUPT_COALESCING, value, false);
+        match admin.run(set).await {
+            Ok(_) => Some(coalescing),
+            Err(error) => {
+                tracing::warn!(%error, "the controller does not coalesce interrupts");
+                None
+            }
+        }
+    }
+
+    /// Leaves doorbells in memory, if the controller offers that and all queues have room there.
+    async fn share_doorbells(
+        &self,
+        admin: &Admin,
+        identify: &IdentifyController,
+    ) -> Result<Option<Arc<DoorbellBuffers>>, Error> {
+        let (last, dstrd) = (self.options.queue_pairs(), self.capabilities.dstrd());
+        let end = doorbell_buffer_offset(last, DoorbellKind::CompletionHead, dstrd);
+        let offered = identify.optional_admin_commands().doorbell_buffer_config();
+        if !self.options.shadow_doorbells || !offered || !DoorbellBuffers::holds(end) {
+            return Ok(None);
+        }
+        let buffers = DoorbellBuffers::new(&self.pool)?;
+        let (values, event_index) = buffers.iovas();
+        match admin.run(doorbell_buffer_config(values, event_index)).await {
+            Ok(_) => Ok(Some(buffers)),
+            // With any other outcome it may look for them there.
+            Err(Error::Command(error)) => {
+                tracing::debug!(%error, "doorbells are not left in memory");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// For a controller without I/O queues.
     fn recovery_settings(
         &self,
@@ -374,6 +428,8 @@ impl BringUp<'_> {
             max_resets: MAX_RESETS,
             reset_window: RESET_WINDOW,
             host_behavior,
+            coalescing: false,
+            doorbell_buffers: false,
         }
     }
 
@@ -419,6 +475,7 @@ impl BringUp<'_> {
         &self,
         admin: &Admin,
         retry_delays: [Duration; 3],
+        buffers: Option<&Arc<DoorbellBuffers>>,
     ) -> Result<Vec<(QueueLayout, Arc<SharedQueue>)>, Error> {
         let wanted = self.options.queue_pairs();
         let granted = admin.request_queue_pairs(wanted).await?;
@@ -453,7 +510,7 @@ impl BringUp<'_> {
                 completion: completion.iova(),
                 vector: settings.mode.has_interrupt().then_some(vector as u16),
             };
-            let core = self.core(id, entries, submission, completion)?;
+            let core = self.core(id, entries, submission, completion, buffers)?;
             let mut state = State::new(core, settings);
             let is_alone = usize::from(granted) < vectors.len();
             if self.options.mask_interrupts && settings.mode == PollMode::Adaptive && is_alone {
@@ -485,11 +542,19 @@ impl BringUp<'_> {
         entries: u16,
         submission: DmaWords,
         completion: DmaWords,
+        buffers: Option<&Arc<DoorbellBuffers>>,
     ) -> Result<Core, Error> {
+        let dstrd = self.capabilities.dstrd();
         let doorbell = |kind| {
-            self.registers
-                .device
-                .doorbell(doorbell_offset(id, kind, self.capabilities.dstrd()))
+            let offset = doorbell_offset(id, kind, dstrd);
+            let register = self.registers.device.doorbell(offset)?;
+            Ok::<_, Error>(match buffers {
+                None => QueueDoorbell::new(register),
+                Some(buffers) => {
+                    let offset = doorbell_buffer_offset(id, kind, dstrd);
+                    QueueDoorbell::with_shadow(register, buffers.clone(), offset)
+                }
+            })
         };
         Ok(QueueCore::new(
             id,

@@ -22,6 +22,9 @@ pub struct Counters {
     pub submission_doorbells: u64,
     /// Writes of the head doorbells of I/O completion queues.
     pub completion_doorbells: u64,
+    /// Those of both kinds that the controller found in memory and did not want to have in a register
+    /// ([`OpenOptions::shadow_doorbells`](crate::OpenOptions::shadow_doorbells)).
+    pub unwritten_doorbells: u64,
     /// Interrupts of the vectors of I/O queues.
     pub interrupts: u64,
     /// Times that an adaptive queue was polled until there was a completion.
@@ -43,7 +46,7 @@ pub struct Counters {
 impl Counters {
     /// All of them, by names as metrics have.
     #[cfg(feature = "metrics")]
-    fn named(&self) -> [(&'static str, u64); 13] {
+    fn named(&self) -> [(&'static str, u64); 14] {
         let polling = self.polling.as_nanos().min(u64::MAX.into()) as u64;
         [
             ("nvme_async_completions_total", self.completions),
@@ -59,6 +62,10 @@ impl Counters {
             (
                 "nvme_async_completion_doorbells_total",
                 self.completion_doorbells,
+            ),
+            (
+                "nvme_async_unwritten_doorbells_total",
+                self.unwritten_doorbells,
             ),
             ("nvme_async_interrupts_total", self.interrupts),
             ("nvme_async_lost_interrupts_total", self.lost_interrupts),
@@ -88,6 +95,7 @@ impl Controller {
                 reaps,
                 submission_doorbells,
                 completion_doorbells,
+                unwritten_doorbells,
                 sleeps,
                 lost_interrupts,
                 retries,
@@ -97,6 +105,7 @@ impl Controller {
             sum.reaps += reaps;
             sum.submission_doorbells += submission_doorbells;
             sum.completion_doorbells += completion_doorbells;
+            sum.unwritten_doorbells += unwritten_doorbells;
             sum.window_hits += window.hits;
             sum.window_misses += window.misses;
             sum.polling += window.spun;
@@ -125,6 +134,7 @@ impl Controller {
     /// | `nvme_async_reaps_total` | times that completions were taken |
     /// | `nvme_async_submission_doorbells_total` | writes of tail doorbells |
     /// | `nvme_async_completion_doorbells_total` | writes of head doorbells |
+    /// | `nvme_async_unwritten_doorbells_total` | those of both that were left in memory |
     /// | `nvme_async_interrupts_total` | interrupts of I/O queues |
     /// | `nvme_async_lost_interrupts_total` | completions that no interrupt told of |
     /// | `nvme_async_window_hits_total` | polls that ended with a completion |
@@ -185,7 +195,7 @@ mod tests {
         let kept = Kept::default();
         metrics::with_local_recorder(&kept, || namespace.controller().record_metrics());
         let kept = kept.0.into_inner().expect("nobody panics");
-        assert_eq!(kept.len(), 13);
+        assert_eq!(kept.len(), 14);
         let completions = &kept[&("nvme_async_completions_total".to_owned(), "mem:".to_owned())];
         assert_eq!(completions.load(Ordering::Relaxed), 1);
         namespace.controller().shutdown().await.expect("closes");

@@ -70,6 +70,8 @@ pub(crate) struct QueueSettings {
     pub(crate) costs: Costs,
     /// The longest time without a completion for which an adaptive queue polls.
     pub(crate) max_window: Duration,
+    /// For how long the controller may put off an interrupt.
+    pub(crate) coalescing_time: Duration,
     /// How often a command may be sent again.
     pub(crate) retries: u32,
     /// Whether commands fail while recovery is under way, instead of waiting for its end.

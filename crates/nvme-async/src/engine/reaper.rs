@@ -183,7 +183,7 @@ impl<Q: Access> Future for Reaper<Q> {
             let check = match turn {
                 Turn::Again | Turn::Burst => None,
                 Turn::Sleep { .. } => earliest(state.next_check(now, idle_checks), timer),
-                Turn::Doubt => Some(now + GRACE),
+                Turn::Doubt => Some(now + GRACE + state.coalescing_time()),
             };
             if let Turn::Sleep { .. } | Turn::Doubt = turn {
                 state.counters.sleeps += u64::from(state.in_flight() > 0);

@@ -27,9 +27,9 @@ pub(crate) use self::seat::{Here, Place, Seat, Term};
 use super::trouble::{Inbox, Trouble};
 use super::window::{Window, WindowCounters};
 use super::{PollMode, QueueSettings};
-use crate::device::{Doorbell, VectorMask};
+use crate::device::VectorMask;
 use crate::memory::DmaWords;
-use crate::queue::{Class, Finished, QueueCore};
+use crate::queue::{Class, Finished, QueueCore, QueueDoorbell};
 use crate::recovery::ResetCause;
 
 /// So many completions are taken before those who wait for them are woken.
@@ -38,7 +38,7 @@ const REAP_BATCH: usize = 32;
 const STALL: Duration = Duration::from_secs(1);
 
 /// The protocol core of a queue pair on a device.
-pub(crate) type Core = QueueCore<Token, DmaWords, Doorbell>;
+pub(crate) type Core = QueueCore<Token, DmaWords, QueueDoorbell>;
 
 /// How far [`State::start`] got with a command.
 pub(crate) enum Progress {
@@ -128,6 +128,8 @@ pub(crate) struct QueueCounters {
     pub(crate) reaps: u64,
     pub(crate) submission_doorbells: u64,
     pub(crate) completion_doorbells: u64,
+    /// Those of both kinds that the device found in memory and did not want to have in a register.
+    pub(crate) unwritten_doorbells: u64,
     /// Times that a reaper went to sleep while commands were outstanding.
     pub(crate) sleeps: u64,
     /// Completions that were found waiting although no interrupt had come.
@@ -371,7 +373,16 @@ impl State {
 
     /// What has happened so far.
     pub(crate) fn counters(&self) -> (QueueCounters, WindowCounters) {
-        (self.counters, self.window.counters)
+        let counters = QueueCounters {
+            unwritten_doorbells: self.core.unwritten_doorbells(),
+            ..self.counters
+        };
+        (counters, self.window.counters)
+    }
+
+    /// For how long an interrupt may be put off on purpose.
+    pub(crate) fn coalescing_time(&self) -> Duration {
+        self.settings.coalescing_time
     }
 
     pub(crate) fn mode(&self) -> PollMode {

@@ -340,6 +340,11 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.slots.iter().flatten().map(|entry| &entry.token)
     }
 
+    /// How many doorbell values the device did not want to have in a register.
+    pub(crate) fn unwritten_doorbells(&self) -> u64 {
+        self.submission.doorbell().unwritten() + self.completion.doorbell().unwritten()
+    }
+
     /// The identifier of the queue pair.
     pub(crate) fn id(&self) -> u16 {
         self.id

@@ -7,12 +7,14 @@
 pub(crate) mod core;
 pub(crate) mod data_pointer;
 pub(crate) mod ring;
+pub(crate) mod shadow;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub(crate) use self::core::{Class, Finished, QueueCore, Reclaimed};
 pub(crate) use self::ring::{CompletionRing, SubmissionRing};
+pub(crate) use self::shadow::{DoorbellBuffers, QueueDoorbell};
 
 /// Something that the device said which it may not say.
 ///

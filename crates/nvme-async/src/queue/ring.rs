@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nvme_spec::{Cqe, Sqe};
 
-use crate::device::Doorbell;
 use crate::memory::DmaWords;
 
 /// Ring memory as 32-bit little-endian words.
@@ -26,11 +25,13 @@ impl RingMemory for DmaWords {
 pub(crate) trait RingDoorbell {
     /// Writes the register, after everything that was written to memory before.
     fn ring(&self, value: u32);
-}
 
-impl RingDoorbell for Doorbell {
-    fn ring(&self, value: u32) {
-        Self::ring(self, value);
+    /// The device forgot the queue, whose next value counts from 0 again.
+    fn restart(&self) {}
+
+    /// How many values the device did not want to have in the register.
+    fn unwritten(&self) -> u64 {
+        0
     }
 }
 
@@ -95,7 +96,13 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
 
     /// Begins anew, for a device that forgot the ring.
     pub(crate) fn restart(&mut self) {
+        self.doorbell.restart();
         (self.tail, self.rung, self.head) = (0, 0, 0);
+    }
+
+    /// The doorbell.
+    pub(crate) fn doorbell(&self) -> &D {
+        &self.doorbell
     }
 
     /// Takes the head from a completion; `false` if the device can't have got there.
@@ -155,6 +162,11 @@ impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
         }
     }
 
+    /// The doorbell.
+    pub(crate) fn doorbell(&self) -> &D {
+        &self.doorbell
+    }
+
     /// Whether the entry at the head is new.
     pub(crate) fn ready(&self) -> bool {
         let last = self.memory.words()[self.head as usize * CQE_WORDS + 3].load(Ordering::Relaxed);
@@ -203,6 +215,7 @@ impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
         for word in self.memory.words() {
             word.store(0, Ordering::Relaxed);
         }
+        self.doorbell.restart();
         (self.head, self.acknowledged, self.phase) = (0, 0, true);
     }
 

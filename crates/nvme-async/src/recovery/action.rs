@@ -24,6 +24,10 @@ pub(crate) struct Settings {
     pub(crate) reset_window: Duration,
     /// Whether the controller is to be told that delays before retries are understood (ACRE).
     pub(crate) host_behavior: bool,
+    /// Whether interrupts are to be coalesced.
+    pub(crate) coalescing: bool,
+    /// Whether doorbells are left in memory.
+    pub(crate) doorbell_buffers: bool,
 }
 
 /// Tells one admin command of a recovery from another.
@@ -51,6 +55,10 @@ pub(crate) enum AdminStep {
     /// Identify Controller: it must be the same one.
     Identify,
     HostBehavior,
+    /// Interrupt Coalescing.
+    Coalescing,
+    /// Doorbell Buffer Config.
+    DoorbellBuffers,
     QueueCount,
     CreateCompletionQueue(u16),
     CreateSubmissionQueue(u16),

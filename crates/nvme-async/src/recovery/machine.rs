@@ -308,7 +308,9 @@ impl Recovery {
                 let step = step.step;
                 let done = match step {
                     // Without these it is a controller all the same.
-                    AdminStep::HostBehavior | AdminStep::Events => cqe.is_some(),
+                    AdminStep::HostBehavior | AdminStep::Coalescing | AdminStep::Events => {
+                        cqe.is_some()
+                    }
                     AdminStep::QueueCount => succeeded && grants_enough,
                     _ => succeeded,
                 };
@@ -446,10 +448,23 @@ impl Recovery {
 
     /// Goes on with setting up the controller after a step of it.
     fn did_set_up(&mut self, now: Instant, done: AdminStep) {
+        let Settings {
+            host_behavior,
+            coalescing,
+            doorbell_buffers,
+            ..
+        } = self.settings;
         let next = match done {
-            AdminStep::Identify if self.settings.host_behavior => AdminStep::HostBehavior,
-            AdminStep::Identify | AdminStep::HostBehavior => AdminStep::QueueCount,
-            AdminStep::QueueCount => AdminStep::CreateCompletionQueue(1),
+            AdminStep::Identify if host_behavior => AdminStep::HostBehavior,
+            AdminStep::Identify | AdminStep::HostBehavior if coalescing => AdminStep::Coalescing,
+            AdminStep::Identify | AdminStep::HostBehavior | AdminStep::Coalescing => {
+                AdminStep::QueueCount
+            }
+            // Before there are queues whose doorbells would be looked for elsewhere.
+            AdminStep::QueueCount if doorbell_buffers => AdminStep::DoorbellBuffers,
+            AdminStep::QueueCount | AdminStep::DoorbellBuffers => {
+                AdminStep::CreateCompletionQueue(1)
+            }
             AdminStep::CreateCompletionQueue(queue) => AdminStep::CreateSubmissionQueue(queue),
             AdminStep::CreateSubmissionQueue(queue) if queue < self.settings.queues => {
                 AdminStep::CreateCompletionQueue(queue + 1)

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nvme_spec::feature::InterruptCoalescing;
 use nvme_spec::registers::ControllerConfiguration;
 use nvme_spec::{Cqe, DataPointer, Sqe, admin, feature};
 use tokio::sync::watch;
@@ -17,6 +18,7 @@ use crate::engine::state::{Aftermath, Failure, Look};
 use crate::engine::trouble::{Inbox, Trouble};
 use crate::engine::{SharedQueue, State};
 use crate::memory::DmaBuf;
+use crate::queue::DoorbellBuffers;
 
 /// Between two looks at the admin queue while its commands are waited for; grows from the first to
 /// the last.
@@ -59,6 +61,10 @@ pub(crate) struct Plant {
     pub(crate) identity: Box<[u8]>,
     /// The data of Host Behavior Support, if that is to be set.
     pub(crate) host_behavior: Option<DmaBuf>,
+    /// Interrupt Coalescing, if that is to be set.
+    pub(crate) coalescing: Option<InterruptCoalescing>,
+    /// Where doorbells are left, if not in registers alone.
+    pub(crate) doorbell_buffers: Option<Arc<DoorbellBuffers>>,
     /// Asynchronous Event Configuration, and the requests that are kept outstanding.
     pub(crate) events: u32,
     pub(crate) event_requests: u8,
@@ -278,6 +284,14 @@ impl Supervisor {
             }
             AdminStep::HostBehavior => set(feature::id::HOST_BEHAVIOR_SUPPORT, 0)
                 .with_data(data(self.plant.host_behavior.as_ref()?)?),
+            AdminStep::Coalescing => {
+                let value = self.plant.coalescing?.into_bits();
+                set(feature::id::INTERRUPT_COALESCING, value)
+            }
+            AdminStep::DoorbellBuffers => {
+                let (values, event_index) = self.plant.doorbell_buffers.as_ref()?.iovas();
+                admin::doorbell_buffer_config(values, event_index)
+            }
             AdminStep::QueueCount => {
                 let pairs = self.plant.queues.len() as u16;
                 let value = feature::NumberOfQueues::pairs(pairs).into_bits();

@@ -33,6 +33,7 @@ pub(super) struct Report {
     interrupts: u64,
     submission_doorbells: u64,
     completion_doorbells: u64,
+    unwritten_doorbells: u64,
     /// Completions by times that they were taken.
     mean_batch: f64,
     polled_completions: u64,
@@ -118,6 +119,7 @@ impl Report {
             interrupts: counters.interrupts,
             submission_doorbells: counters.submission_doorbells,
             completion_doorbells: counters.completion_doorbells,
+            unwritten_doorbells: counters.unwritten_doorbells,
             mean_batch: counters.completions as f64 / counters.reaps.max(1) as f64,
             polled_completions: counters.polled_completions,
             window_hits: counters.window_hits,
@@ -205,11 +207,13 @@ impl fmt::Display for Report {
             ),
         )?;
         let counted = format!(
-            "{} interrupts ({} lost), {} + {} doorbell writes, {} completions polled",
+            "{} interrupts ({} lost), {} + {} doorbell writes ({} in memory only), {} completions \
+             polled",
             self.interrupts,
             self.lost_interrupts,
             self.submission_doorbells,
             self.completion_doorbells,
+            self.unwritten_doorbells,
             self.polled_completions
         );
         row(f, "queues", counted)?;
@@ -234,6 +238,7 @@ pub(super) fn difference(later: Counters, earlier: Counters) -> Counters {
     difference.reaps -= earlier.reaps;
     difference.submission_doorbells -= earlier.submission_doorbells;
     difference.completion_doorbells -= earlier.completion_doorbells;
+    difference.unwritten_doorbells -= earlier.unwritten_doorbells;
     difference.window_hits -= earlier.window_hits;
     difference.window_misses -= earlier.window_misses;
     difference.polling -= earlier.polling;

@@ -22,7 +22,7 @@ use crate::engine::{PollMode, QueueSettings, State};
 use crate::io::{Holdings, Payload};
 use crate::memory::{DmaWords, Pool};
 use crate::queue::tests::device::{ModelDevice, Words};
-use crate::queue::{CompletionRing, QueueCore, SubmissionRing};
+use crate::queue::{CompletionRing, QueueCore, QueueDoorbell, SubmissionRing};
 
 pub(super) const ID: u16 = 1;
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
@@ -108,9 +108,11 @@ pub(in crate::engine) fn state(entries: u16, mode: PollMode) -> (State, Device) 
         files.words(&submission),
         files.words(&completion),
     );
-    let doorbell = |register: &crate::queue::tests::device::Register| Doorbell::Call {
-        target: Arc::new(register.clone()),
-        offset: 0,
+    let doorbell = |register: &crate::queue::tests::device::Register| {
+        QueueDoorbell::new(Doorbell::Call {
+            target: Arc::new(register.clone()),
+            offset: 0,
+        })
     };
     let core = QueueCore::new(
         ID,
@@ -122,6 +124,7 @@ pub(in crate::engine) fn state(entries: u16, mode: PollMode) -> (State, Device) 
         mode,
         costs: Costs::default(),
         max_window: Duration::from_micros(50),
+        coalescing_time: Duration::ZERO,
         retries: RETRIES,
         fails_fast: false,
         retry_delays: [1, 2, 3].map(Duration::from_secs),

@@ -108,6 +108,10 @@ faults! {
     AnotherIdentity: Recovery 500,
     HostBehaviorFails: Recovery 500,
     HostBehaviorUnanswered: Recovery 500,
+    CoalescingFails: Recovery 500,
+    CoalescingUnanswered: Recovery 500,
+    DoorbellBuffersFail: Recovery 500,
+    DoorbellBuffersUnanswered: Recovery 500,
     QueueCountFails: Recovery 500,
     QueueCountUnanswered: Recovery 500,
     FewerQueues: Recovery 500,
@@ -175,6 +179,12 @@ impl Fault {
             (AdminOpcode::IDENTIFY, _) => [Self::IdentifyFails, Self::IdentifyUnanswered],
             (AdminOpcode::SET_FEATURES, feature::id::HOST_BEHAVIOR_SUPPORT) => {
                 [Self::HostBehaviorFails, Self::HostBehaviorUnanswered]
+            }
+            (AdminOpcode::SET_FEATURES, feature::id::INTERRUPT_COALESCING) => {
+                [Self::CoalescingFails, Self::CoalescingUnanswered]
+            }
+            (AdminOpcode::DOORBELL_BUFFER_CONFIG, _) => {
+                [Self::DoorbellBuffersFail, Self::DoorbellBuffersUnanswered]
             }
             (AdminOpcode::SET_FEATURES, feature::id::NUMBER_OF_QUEUES) => {
                 [Self::QueueCountFails, Self::QueueCountUnanswered]

@@ -52,6 +52,8 @@ impl Rig {
             max_resets: 2,
             reset_window: millis(10_000),
             host_behavior: false,
+            coalescing: false,
+            doorbell_buffers: false,
         };
         change(&mut settings);
         Self {

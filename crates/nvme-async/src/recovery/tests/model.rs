@@ -14,6 +14,7 @@ use std::collections::BinaryHeap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use fastrand::Rng;
+use nvme_spec::feature::InterruptCoalescing;
 use nvme_spec::{Sqe, Status};
 
 use super::faults::{Fault, Plan};
@@ -29,6 +30,9 @@ use self::rings::Pair;
 pub(super) const BLOCKS: usize = 12;
 /// What the controller is known by: the first bytes of its identify data.
 pub(super) const IDENTITY: [u32; 6] = [0x1b36_1af4, 0x30_3053, 0x31, 0x32, 0x33, 0x34];
+/// What the host wants of interrupts, if anything.
+pub(super) const COALESCING: InterruptCoalescing =
+    InterruptCoalescing::new().with_thr(3).with_time(2);
 /// What command dword 3 of an operation is if its user allows that it is sent again.
 const MAY_REPEAT: u32 = 1;
 
@@ -175,6 +179,8 @@ pub(super) struct Model {
     created: [u32; 8],
     commands: Vec<Option<Command>>,
     host: HostView,
+    /// Where the values of doorbells are in memory, and the event indices.
+    doorbell_buffers: Option<(u64, u64)>,
     /// What completion queues had in them when the host gave them up.
     old_rings: Vec<(u64, Vec<u32>)>,
     pub(super) blocks: [u32; BLOCKS],
@@ -245,6 +251,7 @@ impl Model {
             created: [0; 8],
             commands: Vec::new(),
             host: HostView::default(),
+            doorbell_buffers: None,
             old_rings: Vec::new(),
             blocks: [0; BLOCKS],
             fetched: Vec::new(),
@@ -287,7 +294,8 @@ impl Model {
     }
 
     /// Brings it up, with the admin queue first.
-    pub(super) fn begin(&mut self, layouts: &[QueueLayout]) {
+    pub(super) fn begin(&mut self, layouts: &[QueueLayout], buffers: Option<(u64, u64)>) {
+        self.doorbell_buffers = buffers;
         self.bus_master = true;
         self.configuration = 1;
         self.host.ready = true;
@@ -456,6 +464,7 @@ impl Model {
         self.is_unidentified = false;
         self.epoch += 1;
         self.pairs = Default::default();
+        self.doorbell_buffers = None;
         let goes_on = self.sabotage == Some(Sabotage::EarlyRelease);
         for command in &mut self.commands {
             if !goes_on || command.as_ref().is_some_and(|command| command.queue == 0) {

@@ -67,7 +67,11 @@ fn a_whole_reset() {
 
 #[test]
 fn what_is_set_up() {
-    let mut rig = Rig::with(|settings| settings.host_behavior = true);
+    let mut rig = Rig::with(|settings| {
+        settings.host_behavior = true;
+        settings.coalescing = true;
+        settings.doorbell_buffers = true;
+    });
     rig.machine.stalled();
     rig.status(FATAL);
     rig.status(DISABLED);
@@ -82,7 +86,9 @@ fn what_is_set_up() {
     let expected = [
         AdminStep::Identify,
         AdminStep::HostBehavior,
+        AdminStep::Coalescing,
         AdminStep::QueueCount,
+        AdminStep::DoorbellBuffers,
         AdminStep::CreateCompletionQueue(1),
         AdminStep::CreateSubmissionQueue(1),
         AdminStep::CreateCompletionQueue(2),

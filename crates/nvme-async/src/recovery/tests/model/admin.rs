@@ -7,7 +7,7 @@ use nvme_spec::opcode::AdminOpcode;
 use nvme_spec::{Sqe, Status};
 
 use super::commands::prp1;
-use super::{Command, Effect, Event, IDENTITY, Model, OnAbort, Pair, Sabotage};
+use super::{COALESCING, Command, Effect, Event, IDENTITY, Model, OnAbort, Pair, Sabotage};
 use crate::recovery::tests::faults::Fault;
 use crate::recovery::tests::memory::Owner;
 
@@ -104,6 +104,14 @@ impl Model {
                 done
             }
             AdminOpcode::SET_FEATURES => self.set_feature(&sqe, data),
+            AdminOpcode::DOORBELL_BUFFER_CONFIG => {
+                let second = u64::from(sqe.dwords()[9]) << 32 | u64::from(sqe.dwords()[8]);
+                if self.pairs.iter().skip(1).any(Option::is_some) {
+                    self.violate("doorbell buffers are set up beside queues".to_owned());
+                }
+                self.doorbell_buffers = Some((data, second));
+                done
+            }
             AdminOpcode::CREATE_IO_COMPLETION_QUEUE if known => {
                 if self.pairs[pair].is_some() {
                     self.violate(format!("completion queue {queue} is created again"));
@@ -186,6 +194,12 @@ impl Model {
                 done
             }
             feature::id::ASYNC_EVENT_CONFIGURATION => done,
+            feature::id::INTERRUPT_COALESCING => {
+                if sqe.cdw11() != COALESCING.into_bits() {
+                    self.violate(format!("coalescing {:#x}", sqe.cdw11()));
+                }
+                done
+            }
             other => {
                 self.violate(format!("feature {other:#x} is set"));
                 (Status::INVALID_FIELD, 0)

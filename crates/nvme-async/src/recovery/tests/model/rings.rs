@@ -111,6 +111,7 @@ impl Model {
         if !is_head {
             self.note_told(queue, value);
         }
+        self.check_shadow(queue, index, value);
         let lost = queue != 0
             && self.strikes(if is_head {
                 Fault::LostHead
@@ -148,6 +149,23 @@ impl Model {
         } else {
             pair.told_tail = value;
             self.fetch(queue);
+        }
+    }
+
+    /// What the host writes to a register it has left in memory before. It is asked for the next one too.
+    fn check_shadow(&mut self, queue: u16, index: u32, value: u32) {
+        let Some((values, event_indices)) = self.doorbell_buffers.filter(|_| queue > 0) else {
+            return;
+        };
+        let word = self.memory.word(values + u64::from(index) * 4);
+        let shadow = word.map(|word| u32::from_le(word.load(Ordering::Acquire)));
+        if shadow != Some(value) {
+            self.violate(format!(
+                "doorbell {value} of queue {queue} is {shadow:?} in memory"
+            ));
+        }
+        if let Some(word) = self.memory.word(event_indices + u64::from(index) * 4) {
+            word.store(value.to_le(), Ordering::SeqCst);
         }
     }
 

@@ -7,7 +7,9 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use fastrand::Rng;
-use nvme_spec::registers::{ControllerConfiguration, DoorbellKind, doorbell_offset};
+use nvme_spec::registers::{
+    ControllerConfiguration, DoorbellKind, doorbell_buffer_offset, doorbell_offset,
+};
 use poll_window::Costs;
 use tokio::sync::watch;
 
@@ -19,13 +21,15 @@ use crate::device::Doorbell;
 use crate::engine::trouble::Inbox;
 use crate::engine::{PollMode, QueueSettings, SharedQueue, State};
 use crate::memory::{DEVICE_PAGE, DmaBuf, DmaWords};
-use crate::queue::{CompletionRing, QueueCore, SubmissionRing};
+use crate::queue::{CompletionRing, DoorbellBuffers, QueueCore, QueueDoorbell, SubmissionRing};
 use crate::recovery::supervisor::Supervisor;
 use crate::recovery::tests::disk::History;
 use crate::recovery::tests::faults::Plan;
 use crate::recovery::tests::host::Reaper;
 use crate::recovery::tests::memory::{Clock, Ledger, Memory, Owner};
-use crate::recovery::tests::model::{Controller, IDENTITY, Model, Sabotage, Times, Traits};
+use crate::recovery::tests::model::{
+    COALESCING, Controller, IDENTITY, Model, Sabotage, Times, Traits,
+};
 use crate::recovery::tests::runs::replayed;
 use crate::recovery::{ControllerState, Plant, QueueLayout, Settings};
 
@@ -46,6 +50,7 @@ fn queue(
     id: u16,
     entries: u16,
     settings: QueueSettings,
+    buffers: Option<&Arc<DoorbellBuffers>>,
 ) -> (Arc<SharedQueue>, QueueLayout) {
     let submission = DmaWords::new(&memory.pool, usize::from(entries) * 16).unwrap();
     let completion = DmaWords::new(&memory.pool, usize::from(entries) * 4).unwrap();
@@ -58,9 +63,18 @@ fn queue(
     };
     ledger.set(layout.submission, Owner::Rings);
     ledger.set(layout.completion, Owner::Rings);
-    let doorbell = |kind| Doorbell::Call {
-        target: controller.clone(),
-        offset: doorbell_offset(id, kind, 0),
+    let doorbell = |kind| {
+        let register = Doorbell::Call {
+            target: controller.clone(),
+            offset: doorbell_offset(id, kind, 0),
+        };
+        match buffers.filter(|_| id > 0) {
+            None => QueueDoorbell::new(register),
+            Some(buffers) => {
+                let offset = doorbell_buffer_offset(id, kind, 0);
+                QueueDoorbell::with_shadow(register, buffers.clone(), offset)
+            }
+        }
     };
     let core = QueueCore::new(
         id,
@@ -70,6 +84,14 @@ fn queue(
     );
     let state = State::new(core, settings);
     (SharedQueue::new(state, VECTOR.clone()), layout)
+}
+
+fn doorbell_buffers(memory: &Memory, ledger: &Ledger) -> Arc<DoorbellBuffers> {
+    let buffers = DoorbellBuffers::new(&memory.pool).unwrap();
+    let (values, event_indices) = buffers.iovas();
+    ledger.set(values, Owner::Rings);
+    ledger.set(event_indices, Owner::Rings);
+    buffers
 }
 
 /// A page for the data of a recovery's commands.
@@ -98,6 +120,7 @@ impl Simulation {
         };
         let fails_fast = rng.u8(0..5) == 0;
         let host_behavior = rng.bool();
+        let coalescing = rng.bool().then_some(COALESCING);
         let remaining = OPERATIONS + rng.usize(0..50);
         let length = rng.u64(300_000..2_000_000);
         let clock = Arc::new(Clock::new(replayed().is_some()));
@@ -117,11 +140,16 @@ impl Simulation {
             mode: PollMode::Interrupt,
             costs: Costs::default(),
             max_window: Duration::ZERO,
+            coalescing_time: Duration::ZERO,
             retries: rng.u32(0..4),
             fails_fast,
             retry_delays: [1000, timeout / 3, timeout * 2].map(micros),
         };
-        let make = |id, entries| queue(&controller, memory, &ledger, id, entries, settings);
+        let buffers = rng.bool().then(|| doorbell_buffers(memory, &ledger));
+        let make = |id, entries| {
+            let buffers = buffers.as_ref();
+            queue(&controller, memory, &ledger, id, entries, settings, buffers)
+        };
         let (admin, admin_layout) = make(0, rng.u16(16..=32));
         let queues: Vec<_> = (1..=traits.queues)
             .map(|id| {
@@ -134,7 +162,8 @@ impl Simulation {
             .into_iter()
             .chain(queues.iter().map(|(layout, _)| *layout))
             .collect();
-        controller.lock().begin(&layouts);
+        let iovas = buffers.as_ref().map(|buffers| buffers.iovas());
+        controller.lock().begin(&layouts, iovas);
 
         let device = controller.clone();
         let release = Release::default();
@@ -156,6 +185,8 @@ impl Simulation {
                 .flat_map(|word| word.to_le_bytes())
                 .collect(),
             host_behavior: host_behavior.then_some(host_behavior_data),
+            coalescing,
+            doorbell_buffers: buffers.clone(),
             events: 0x1f,
             event_requests: traits.event_limit as u8,
         };
@@ -169,6 +200,8 @@ impl Simulation {
             max_resets: *rng.choice(&[0, 1, 2, 8, 8, 8]).expect("not empty"),
             reset_window: Duration::from_millis(rng.u64(500..10_000)),
             host_behavior,
+            coalescing: coalescing.is_some(),
+            doorbell_buffers: buffers.is_some(),
         };
         let inbox = Arc::new(Inbox::new().expect("a file descriptor"));
         let state = Arc::new(watch::Sender::new(ControllerState::Live));
