@@ -5,11 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
+use nvme_async::device::Device;
+use nvme_async::device::vfio::VfioDevice;
+use nvme_async::runtime::Builder;
 use nvme_async::{Counters, Namespace, OpenOptions, PollMode};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::harness::{self, full, run, url};
+use crate::harness::{self, full, run, url, within};
 
 /// Bytes of a read.
 const LEN: usize = 4096;
@@ -99,7 +102,12 @@ fn many_futures_of_one_task() {
 }
 
 async fn in_mode(mode: PollMode) -> Counters {
-    let options = OpenOptions::new().url(&url("plain", 1)).poll_mode(mode);
+    with(OpenOptions::new().poll_mode(mode)).await
+}
+
+async fn with(options: OpenOptions) -> Counters {
+    let mode = format!("{options:?}");
+    let options = options.url(&url("plain", 1));
     let namespace = options.open().await.expect("opens");
     let count = if full() { 5000 } else { 500 };
     for depth in [1, 4, 32] {
@@ -107,12 +115,12 @@ async fn in_mode(mode: PollMode) -> Counters {
         let counters = namespace.controller().counters();
         assert!(
             reads.is_ok(),
-            "{mode:?} hangs at depth {depth}: {counters:?}"
+            "hangs at depth {depth}: {counters:?}, {mode}"
         );
     }
     let counters = namespace.controller().counters();
     assert_eq!(counters.completions, 3 * count);
-    println!("{mode:?}: {counters:?}");
+    println!("{counters:?}");
     harness::close(namespace).await;
     counters
 }
@@ -139,4 +147,56 @@ fn by_adaptive_polling() {
     run(200, async || {
         in_mode(PollMode::Adaptive).await;
     });
+}
+
+#[test]
+fn by_pairs_of_queues() {
+    run(200, async || {
+        in_mode(PollMode::Paired).await;
+    });
+}
+
+/// In the MSI-X table, which the kernel maps here.
+#[test]
+fn with_interrupts_masked() {
+    run(200, async || {
+        let address = harness::address("plain").parse().expect("an address");
+        let device = VfioDevice::open(address, 2).expect("opens");
+        assert!(device.vector_mask(0).is_some() && device.vector_mask(1).is_some());
+        assert!(device.vector_mask(2).is_none(), "it is not enabled");
+        drop(device);
+        with(OpenOptions::new().mask_interrupts(true)).await;
+    });
+}
+
+#[test]
+fn with_interrupts_coalesced() {
+    run(200, async || {
+        let options = OpenOptions::new()
+            .poll_mode(PollMode::Interrupt)
+            .coalesce_interrupts(8, Duration::from_micros(200));
+        with(options).await;
+    });
+}
+
+/// QEMU's controller offers shadow doorbells.
+#[test]
+fn with_and_without_shadow_doorbells() {
+    run(200, async || {
+        let counters = in_mode(PollMode::Adaptive).await;
+        assert!(counters.unwritten_doorbells > 0, "{counters:?}");
+        let counters = with(OpenOptions::new().shadow_doorbells(false)).await;
+        assert_eq!(counters.unwritten_doorbells, 0);
+    });
+}
+
+/// In a runtime that polls in its park hook.
+#[test]
+fn in_the_park_hook() {
+    for mode in [PollMode::Adaptive, PollMode::Busy, PollMode::Paired] {
+        within(200, move || {
+            let runtime = Builder::new().build().expect("a runtime");
+            runtime.block_on(in_mode(mode));
+        });
+    }
 }
