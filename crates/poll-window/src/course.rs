@@ -4,13 +4,23 @@ use crate::bins::{BINS, bin, start};
 use crate::history::History;
 use crate::{Costs, Plan};
 
-/// A pause must be cheaper by so much than what else there is.
+/// A pause must be cheaper by so much than what else there is: a timer is less certain than an
+/// interrupt.
 const PAUSE_GAIN: f32 = 0.9;
 
 /// What to do at each age of a wait, in steps.
 #[derive(Clone, Debug)]
 pub(crate) struct Course {
     steps: [Step; BINS],
+}
+
+/// What a wait comes to that has just begun.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Outlook {
+    /// What it costs on average.
+    pub(crate) cost: f32,
+    /// How likely it is that an interrupt ends it.
+    pub(crate) sleeps: f32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,17 +32,22 @@ enum Step {
 }
 
 impl Course {
-    /// The cheapest on average, if waits go as they went.
+    /// The cheapest on average, if waits go as they went and `sleep` is the price of one that an
+    /// interrupt ends.
     ///
     /// From the last moment to the first: what is cheapest later is known then.
-    pub(crate) fn through(history: &History, costs: &Costs, crowd: f32) -> Self {
+    pub(crate) fn through(
+        history: &History,
+        costs: &Costs,
+        sleep: f32,
+        is_alone: bool,
+    ) -> (Self, Outlook) {
         let hazards = history.hazards();
         // How likely it is that a wait comes so far.
         let mut reached = [1.0; BINS];
         for step in 1..BINS {
             reached[step] = reached[step - 1] * (1.0 - hazards[step - 1]);
         }
-        let sleep = costs.sleep(crowd);
         let pause_gain = sleep - costs.wake_cpu as f32;
         // Going to sleep and waking up take that long already.
         let least_pause = costs.wake_cpu.saturating_add(costs.wake_latency);
@@ -40,6 +55,8 @@ impl Course {
         // What it costs to wait from a step on, times how likely that is. Nothing is polled for in the
         // last step, which has no end.
         let mut cheapest = reached.map(|reached| reached * sleep);
+        // How likely it is to come to a step and to sleep from there on.
+        let mut sleeps = reached;
         // Where to wake up from a pause does not depend on where it begins: where most is gained
         // against the interrupt, of the steps that are far enough away.
         let mut targets = (0..BINS).rev().peekable();
@@ -50,6 +67,7 @@ impl Course {
             let poll = ends_here * width / 2.0 + reached[step + 1] * width + cheapest[step + 1];
             if poll < cheapest[step] {
                 cheapest[step] = poll;
+                sleeps[step] = sleeps[step + 1];
                 steps[step] = match steps[step + 1] {
                     Step::Poll(end) => Step::Poll(end),
                     _ => Step::Poll(step as u8 + 1),
@@ -65,15 +83,21 @@ impl Course {
                 }
             }
             if let Some((gain, target)) = best_target {
-                // A timer is less certain than an interrupt.
-                let pause = (sleep * reached[step] - gain) / PAUSE_GAIN;
-                if pause < cheapest[step] {
-                    cheapest[step] = pause;
+                let pause = sleep * reached[step] - gain;
+                if pause < PAUSE_GAIN * cheapest[step] {
+                    // Where many are outstanding, some time is polled before a pause: the next one may
+                    // belong to the one before, and come later after it than any did so far.
+                    cheapest[step] = if is_alone { pause / PAUSE_GAIN } else { pause };
+                    sleeps[step] = reached[step] - reached[target] + sleeps[target];
                     steps[step] = Step::Pause(target as u8);
                 }
             }
         }
-        Self { steps }
+        let outlook = Outlook {
+            cost: cheapest[0],
+            sleeps: sleeps[0],
+        };
+        (Self { steps }, outlook)
     }
 
     pub(crate) fn at(&self, age: u64, wake_latency: u64) -> Plan {

@@ -13,6 +13,10 @@
 //! the beginning, which course costs least on average: the answer to the ski-rental problem for a
 //! distribution that is known.
 //!
+//! Where several commands are outstanding, a sleep makes all those late that are completed meanwhile,
+//! but saves the waits for them, and it counts whether the last completion was found by polling, after
+//! which more may be about to come, or after a sleep, which has gathered them.
+//!
 //! To ask is a look-up. To tell it of a wait is an addition, but after every 64th, and after one that was
 //! like none of late, the course is computed anew, in a pass over 240 steps.
 //!
@@ -65,13 +69,11 @@ impl Default for Costs {
 }
 
 impl Costs {
-    /// The price of a sleep that an interrupt ends, when so many completions are there.
+    /// What a sleep costs that an interrupt ends, when so many completions are there.
     fn sleep(&self, crowd: f32) -> f32 {
         let latency = self.wake_latency as f32 * self.latency_price as f32 / 100.0;
-        let crowd = crowd.max(1.0);
-        // They share the CPU time. The first one is as late as can be, the others, which came after it,
-        // half as late on average.
-        self.wake_cpu as f32 / crowd + latency * (1.0 + crowd) / 2.0
+        // All are as late as the first one: the later they came, the more are taken before them.
+        self.wake_cpu as f32 + latency * crowd
     }
 }
 
@@ -91,8 +93,11 @@ pub enum Kind {
 pub struct Situation(u8);
 
 impl Situation {
-    /// How many there are.
-    pub const COUNT: usize = 7;
+    /// With fewer, one command is outstanding.
+    const FIRST_OF_MANY: usize = Kind::Other as usize + 1;
+    const COUNT: usize = Self::FIRST_OF_MANY + 4;
+    /// Where many are outstanding, it also matters what ended the wait before.
+    const PLACES: usize = 2 * Self::COUNT - Self::FIRST_OF_MANY;
 
     /// So many commands are outstanding, of which the oldest is of this kind.
     ///
@@ -107,9 +112,21 @@ impl Situation {
         })
     }
 
-    /// Its number, less than [`COUNT`](Self::COUNT).
-    pub fn index(self) -> usize {
-        self.0.into()
+    fn is_alone(self) -> bool {
+        self.after_poll() < Self::FIRST_OF_MANY
+    }
+
+    /// Where the waits in this situation are learned that follow a completion found by polling.
+    fn after_poll(self) -> usize {
+        usize::from(self.0)
+    }
+
+    /// Where those are learned that follow an interrupt.
+    fn after_interrupt(self) -> usize {
+        match self.after_poll() {
+            alone @ ..Self::FIRST_OF_MANY => alone,
+            many => many + Self::COUNT - Self::FIRST_OF_MANY,
+        }
     }
 }
 
@@ -150,7 +167,10 @@ pub enum Plan {
 #[derive(Clone, Debug)]
 pub struct Policy {
     costs: Costs,
-    learned: [Learned; Situation::COUNT],
+    learned: [Learned; Situation::PLACES],
+    /// Whether the last wait was a sleep: commands that are completed together were gathered then,
+    /// while after one that was found by polling the others are still to come.
+    has_slept: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -159,6 +179,8 @@ struct Learned {
     course: Course,
     /// How many completions there are when an interrupt ends a sleep: all of them are late.
     crowd: f32,
+    /// What a completion costs on average, on this course.
+    each: f32,
     /// So many more observations, and the course is set anew.
     due: u16,
 }
@@ -166,31 +188,38 @@ struct Learned {
 /// After so many observations a course is set anew, if there was nothing new among them.
 const INTERVAL: u16 = 64;
 
+/// So much counts of what a sleep saves, which is less certain than what it costs: who polls more meets
+/// completions that are spread more evenly.
+const SAVED: f32 = 0.8;
+
 impl Policy {
     /// A policy that knows nothing yet, but believes that what has lasted long goes on for long: it
-    /// polls for about three times as long as a sleep would cost.
+    /// polls for about three times as long as a sleep would cost. Half of those outstanding are believed
+    /// to be completed when a sleep ends.
     pub fn new(costs: Costs) -> Self {
-        let history = History::default();
-        let learned = Learned {
-            course: Course::through(&history, &costs, 1.0),
-            history,
-            crowd: 1.0,
-            due: INTERVAL,
-        };
+        let learned = std::array::from_fn(|place| {
+            let many = place.checked_sub(Situation::FIRST_OF_MANY);
+            let class = many.map_or(0, |many| {
+                many % (Situation::COUNT - Situation::FIRST_OF_MANY)
+            });
+            Learned::untaught((1 << class) as f32, &costs, many.is_none())
+        });
         Self {
             costs,
-            learned: std::array::from_fn(|_| learned.clone()),
+            learned,
+            has_slept: false,
         }
     }
 
     /// Records a wait in this situation, from one age to another. As in [`plan`](Self::plan), ages are
-    /// counted from the last completion, or from the first submission since then.
+    /// counted from the last completion, or from the first submission since then. Waits are told in
+    /// their order, but not all of them need to be.
     pub fn observe(&mut self, situation: Situation, from: u64, to: u64, end: End) {
-        let learned = &mut self.learned[situation.index()];
+        let learned = &mut self.learned[self.place(situation)];
         let is_new = match end {
             End::Polled => learned.history.add_completed(from, to),
             End::Interrupted { completions } => {
-                learned.crowd += (completions as f32 - learned.crowd) / 8.0;
+                learned.crowd += (completions.max(1) as f32 - learned.crowd) / 8.0;
                 // When it came, as far as one can tell.
                 let to = to.saturating_sub(self.costs.wake_latency).max(from);
                 learned.history.add_completed(from, to)
@@ -201,15 +230,49 @@ impl Policy {
         // What was never seen tells most: how the device is used may have changed because of what was
         // said about it.
         if is_new || learned.due == 0 {
-            learned.course = Course::through(&learned.history, &self.costs, learned.crowd);
-            learned.due = INTERVAL;
+            // What a sleep gathers would have followed a completion found by polling.
+            let each = self.learned[situation.after_poll()].each;
+            self.learned[self.place(situation)].renew(&self.costs, each, situation.is_alone());
         }
+        self.has_slept = end != End::Polled;
     }
 
     /// How to wait, `age` after the last completion, or after the first submission since then.
     pub fn plan(&self, situation: Situation, age: u64) -> Plan {
-        let course = &self.learned[situation.index()].course;
+        let course = &self.learned[self.place(situation)].course;
         course.at(age, self.costs.wake_latency)
+    }
+
+    fn place(&self, situation: Situation) -> usize {
+        match self.has_slept {
+            false => situation.after_poll(),
+            true => situation.after_interrupt(),
+        }
+    }
+}
+
+impl Learned {
+    fn untaught(crowd: f32, costs: &Costs, is_alone: bool) -> Self {
+        let history = History::default();
+        let (course, outlook) = Course::through(&history, costs, costs.sleep(crowd), is_alone);
+        Self {
+            history,
+            course,
+            crowd,
+            each: outlook.cost,
+            due: INTERVAL,
+        }
+    }
+
+    /// Sets the course anew, if every other completion that a sleep gathers would have cost so much.
+    fn renew(&mut self, costs: &Costs, each: f32, is_alone: bool) {
+        let others = SAVED * (self.crowd - 1.0);
+        let sleep = costs.sleep(self.crowd);
+        let saved = (others * each).min(sleep);
+        let (course, outlook) = Course::through(&self.history, costs, sleep - saved, is_alone);
+        self.course = course;
+        self.each = (outlook.cost + outlook.sleeps * saved) / (1.0 + outlook.sleeps * others);
+        self.due = INTERVAL;
     }
 }
 

@@ -17,6 +17,7 @@ fn taught(gaps: impl IntoIterator<Item = u64>) -> Policy {
 }
 
 const READ: Situation = Situation(Kind::Read as u8);
+const MANY: Situation = Situation(4);
 
 #[test]
 fn untaught_it_polls_until_nobody_would() {
@@ -84,17 +85,72 @@ fn a_sleep_that_makes_many_late_is_dear() {
     let teach = |completions| {
         let mut policy = Policy::new(COSTS);
         for index in 0..300 {
-            policy.observe(
-                READ,
-                0,
-                37_000 + index % 9 * 4_000,
-                End::Interrupted { completions },
-            );
+            let to = 37_000 + index % 9 * 4_000;
+            policy.observe(MANY, 0, to, End::Interrupted { completions });
         }
-        policy.plan(READ, 9_000)
+        policy.plan(MANY, 9_000)
     };
     assert_eq!(teach(1), Plan::Sleep);
     assert!(matches!(teach(30), Plan::Poll { .. }));
+}
+
+#[test]
+fn a_sleep_that_gathers_many_is_cheap_where_each_would_be_waited_for() {
+    let teach = |completions| {
+        let mut policy = Policy::new(COSTS);
+        for _ in 0..300 {
+            // Whatever a completion follows, it takes 8 µs.
+            policy.observe(MANY, 0, 8_000, End::Polled);
+            let to = 8_000 + COSTS.wake_latency;
+            for _ in 0..2 {
+                policy.observe(MANY, 0, to, End::Interrupted { completions });
+            }
+        }
+        policy.plan(MANY, 0)
+    };
+    // A sleep costs 10 µs for one, which is more than polling, and 25 µs for four, which is less.
+    assert!(matches!(teach(1), Plan::Poll { .. }));
+    assert_eq!(teach(4), Plan::Sleep);
+}
+
+#[test]
+fn those_completed_together_are_polled_for_unless_a_sleep_gathered_them() {
+    let mut policy = Policy::new(COSTS);
+    for index in 0..300 {
+        // Four are completed together every 80 µs. They are found by polling, one after the other, or
+        // all at once after a sleep.
+        if index % 2 == 0 {
+            policy.observe(MANY, 60_000, 80_000, End::Polled);
+            for _ in 0..3 {
+                policy.observe(MANY, 0, 900, End::Polled);
+            }
+        }
+        policy.observe(MANY, 0, 85_000, End::Interrupted { completions: 4 });
+    }
+    let waits_for_another = |plan| matches!(plan, Plan::Poll { until } if until >= 900);
+    let plan = policy.plan(MANY, 0);
+    assert!(!waits_for_another(plan), "{plan:?}");
+    // What breaks a wait off changes nothing about that.
+    policy.observe(MANY, 0, 1_000, End::BrokenOff);
+    assert_eq!(policy.plan(MANY, 0), plan);
+    policy.observe(MANY, 60_000, 80_000, End::Polled);
+    let plan = policy.plan(MANY, 0);
+    assert!(waits_for_another(plan), "{plan:?}");
+}
+
+#[test]
+fn untaught_it_polls_for_longer_where_a_sleep_would_make_many_late() {
+    let policy = Policy::new(COSTS);
+    let gives_up = |outstanding| {
+        let situation = Situation::new(outstanding, Kind::Read);
+        let plan = |&age: &u64| policy.plan(situation, age);
+        (0..10_000_000)
+            .step_by(1_000)
+            .find(|age| plan(age) == Plan::Sleep)
+    };
+    assert!(gives_up(8) > gives_up(1));
+    assert!(gives_up(16) > gives_up(8));
+    assert!(gives_up(16).is_some());
 }
 
 #[test]
@@ -108,12 +164,15 @@ fn a_device_that_is_slow_now_and_then_does_not_change_the_window() {
 }
 
 #[test]
-fn before_a_slow_device_it_sleeps_and_then_polls() {
+fn before_a_slow_device_it_sleeps_at_once_and_then_polls() {
     let policy = taught((0..200).map(|index| 80_000 + index % 5 * 500));
-    let Plan::Pause { until } = policy.plan(READ, 0) else {
-        panic!("{:?}", policy.plan(READ, 0));
-    };
-    assert!((70_000..75_000).contains(&until), "{until}");
+    for age in (0..60_000).step_by(500) {
+        let plan = policy.plan(READ, age);
+        assert!(
+            matches!(plan, Plan::Pause { until } if (70_000..75_000).contains(&until)),
+            "{age}: {plan:?}"
+        );
+    }
     let Plan::Poll { until } = policy.plan(READ, 78_000) else {
         panic!("{:?}", policy.plan(READ, 78_000));
     };
