@@ -4,8 +4,9 @@ use crate::bins::{BINS, bin};
 
 /// The weight of one wait, before it ages.
 const WEIGHT: u16 = 32;
-/// With this weight in all, everything counts half from then on: about the last thousand waits tell.
-const FULL: u32 = 512 * WEIGHT as u32;
+/// With this weight in all steps, everything counts half from then on: about the last thousand waits
+/// tell.
+const FULL: u32 = 512 * WEIGHT as u32 * BINS as u32;
 
 /// For each step, how many waits were under way in it, and how many of them ended there with a
 /// completion. What is older counts less.
@@ -13,7 +14,7 @@ const FULL: u32 = 512 * WEIGHT as u32;
 pub(crate) struct History {
     completed: [u16; BINS],
     /// Those that began in a step, less those that were broken off in it.
-    joined: [i16; BINS],
+    joined: [i32; BINS],
     total: u32,
 }
 
@@ -33,18 +34,19 @@ impl History {
         let completed = &mut self.completed[bin(to)];
         let is_new = *completed < WEIGHT;
         *completed += WEIGHT;
-        self.joined[bin(from)] += WEIGHT as i16;
-        self.age();
+        self.joined[bin(from)] += i32::from(WEIGHT);
+        self.age(BINS);
         is_new
     }
 
-    /// Adds a wait that something else ended.
+    /// Adds a wait that something else ended, perhaps for a moment only.
     pub(crate) fn add_broken_off(&mut self, from: u64, to: u64) {
         let (from, to) = (bin(from), bin(to));
-        if from != to {
-            self.joined[from] += WEIGHT as i16;
-            self.joined[to] -= WEIGHT as i16;
-            self.age();
+        if from < to {
+            self.joined[from] += i32::from(WEIGHT);
+            self.joined[to] -= i32::from(WEIGHT);
+            // Many of these may be pieces of one.
+            self.age(to - from);
         }
     }
 
@@ -57,7 +59,7 @@ impl History {
     pub(crate) fn hazards(&self) -> [f32; BINS] {
         let mut under_way = 0i32;
         std::array::from_fn(|step| {
-            under_way += i32::from(self.joined[step]);
+            under_way += self.joined[step];
             let completed = i32::from(self.completed[step]);
             // Halves are rounded.
             let watched = under_way.max(completed);
@@ -67,8 +69,9 @@ impl History {
         })
     }
 
-    fn age(&mut self) {
-        self.total += u32::from(WEIGHT);
+    /// Lets the old fade, after a wait that has told of so many steps.
+    fn age(&mut self, steps: usize) {
+        self.total += u32::from(WEIGHT) * steps as u32;
         if self.total >= FULL {
             self.completed.iter_mut().for_each(|weight| *weight /= 2);
             self.joined.iter_mut().for_each(|weight| *weight /= 2);
@@ -101,6 +104,22 @@ mod tests {
         assert!(hazards[bin(62_000)] < 0.01, "{}", hazards[bin(62_000)]);
         // Of this nothing is known.
         assert_eq!(hazards[bin(10_000)], BELIEF);
+    }
+
+    #[test]
+    fn a_wait_in_pieces_does_not_count_for_many() {
+        let mut history = History::default();
+        for _ in 0..100 {
+            history.add_completed(0, 20_000);
+        }
+        for _ in 0..50 {
+            for piece in 0..114 {
+                history.add_broken_off(piece * 700, (piece + 1) * 700);
+            }
+            history.add_completed(79_800, 80_000);
+        }
+        let hazard = history.hazards()[bin(20_000)];
+        assert!((0.6..0.7).contains(&hazard), "{hazard}");
     }
 
     #[test]
