@@ -95,7 +95,8 @@ pub struct Situation(u8);
 impl Situation {
     /// With fewer, one command is outstanding.
     const FIRST_OF_MANY: usize = Kind::Other as usize + 1;
-    const COUNT: usize = Self::FIRST_OF_MANY + 4;
+    /// How many there are.
+    pub const COUNT: usize = Self::FIRST_OF_MANY + 4;
     /// Where many are outstanding, it also matters what ended the wait before.
     const PLACES: usize = 2 * Self::COUNT - Self::FIRST_OF_MANY;
 
@@ -112,13 +113,18 @@ impl Situation {
         })
     }
 
+    /// Its number, less than [`COUNT`](Self::COUNT).
+    pub fn index(self) -> usize {
+        self.0.into()
+    }
+
     fn is_alone(self) -> bool {
-        self.after_poll() < Self::FIRST_OF_MANY
+        self.index() < Self::FIRST_OF_MANY
     }
 
     /// Where the waits in this situation are learned that follow a completion found by polling.
     fn after_poll(self) -> usize {
-        usize::from(self.0)
+        self.index()
     }
 
     /// Where those are learned that follow an interrupt.
