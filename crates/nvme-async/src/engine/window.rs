@@ -88,6 +88,18 @@ impl Cuts {
     }
 }
 
+impl Watch {
+    fn is_of(&self, situation: Situation, progress: Instant) -> bool {
+        self.situation == situation && self.progress == progress
+    }
+
+    /// What the device did then is not known.
+    fn break_off(self, policy: &mut Policy) {
+        let end = End::BrokenOff;
+        policy.observe(self.situation, self.began, self.looked, end);
+    }
+}
+
 impl Window {
     /// A policy that never polls for longer than `max` without a completion, and not at all if that is
     /// zero.
@@ -106,67 +118,84 @@ impl Window {
     /// How to wait in this situation at `now`, when nothing has completed since `progress`.
     pub(crate) fn wait(&mut self, situation: Situation, progress: Instant, now: Instant) -> Wait {
         let age = nanoseconds(now.saturating_duration_since(progress));
-        let watch = match &mut self.watch {
-            Some(watch) if watch.situation == situation && watch.progress == progress => watch,
-            other => {
-                let polled_from = other.and_then(|watch| watch.polled_from);
-                if let Some(watch) = other.take() {
-                    let Watch {
-                        situation,
-                        began,
-                        looked,
-                        ..
-                    } = watch;
-                    self.policy
-                        .observe(situation, began, looked, End::BrokenOff);
-                }
-                self.begins[situation.index()] = age;
-                other.insert(Watch {
-                    situation,
-                    progress,
-                    began: age,
-                    looked: age,
-                    polled_from,
-                })
-            }
+        let mut watch = match self.watch {
+            Some(watch) if watch.is_of(situation, progress) => watch,
+            _ => self.begin_watch(situation, progress, age),
         };
         watch.looked = age.max(watch.looked);
-        let cuts = &mut self.cuts[situation.index()];
-        let wait = match (self.policy.plan(situation, age), watch.polled_from) {
-            (_, from) if self.probes && age - from.unwrap_or(age) < self.max => {
-                watch.polled_from = from.or(Some(age));
-                return Wait::Poll;
-            }
-            (Plan::Poll { .. }, Some(from)) if age - from < self.max => return Wait::Poll,
+        let plan = self.policy.plan(situation, age);
+        let polled = watch.polled_from;
+        let may_go_on = age - polled.unwrap_or(age) < self.max;
+        let polls = match (plan, polled) {
+            _ if self.probes => may_go_on,
+            (Plan::Poll { .. }, Some(_)) if may_go_on => true,
             (Plan::Poll { .. }, Some(_)) => {
+                let cuts = &mut self.cuts[situation.index()];
                 cuts.in_a_row = (cuts.in_a_row + 1).min(CUTS);
-                Wait::Sleep
+                false
             }
             (Plan::Poll { until }, None) => {
-                if self.max > 0 && (until - age <= self.max || cuts.allow()) {
-                    watch.polled_from = Some(age);
-                    return Wait::Poll;
-                }
-                Wait::Sleep
+                let is_short = until - age <= self.max;
+                self.max > 0 && (is_short || self.cuts[situation.index()].allow())
             }
-            (Plan::Pause { until }, _) => Wait::Pause {
+            (Plan::Pause { .. } | Plan::Sleep, _) => false,
+        };
+        watch.polled_from = polls.then(|| polled.unwrap_or(age));
+        self.counters.misses += u64::from(polled.is_some() && !polls);
+        self.watch = Some(watch);
+        match plan {
+            _ if polls => Wait::Poll,
+            Plan::Pause { until } => Wait::Pause {
                 until: progress + Duration::from_nanos(until),
             },
-            (Plan::Sleep, _) => Wait::Sleep,
-        };
-        self.counters.misses += u64::from(watch.polled_from.take().is_some());
-        wait
+            Plan::Poll { .. } | Plan::Sleep => Wait::Sleep,
+        }
     }
 
-    /// Whether somebody who sleeps would better be awake in this situation.
-    pub(crate) fn wakes(&self, situation: Situation, progress: Instant, now: Instant) -> bool {
-        if self.watch.is_some_and(|watch| watch.situation == situation) {
+    /// Whether somebody who sleeps would better be awake in this situation. Otherwise the wait goes on,
+    /// or begins, asleep.
+    pub(crate) fn wakes(&mut self, situation: Situation, progress: Instant, now: Instant) -> bool {
+        if self
+            .watch
+            .is_some_and(|watch| watch.is_of(situation, progress))
+        {
             // That was decided when it went to sleep.
             return false;
         }
         let age = nanoseconds(now.saturating_duration_since(progress));
         let plan = self.policy.plan(situation, age);
-        self.max > 0 && !matches!(plan, Plan::Sleep)
+        let wakes = self.max > 0 && !matches!(plan, Plan::Sleep);
+        if !wakes {
+            let watch = self.begin_watch(situation, progress, age);
+            self.watch = Some(Watch {
+                polled_from: None,
+                ..watch
+            });
+        }
+        wakes
+    }
+
+    /// A wait that begins, after the one that is under way is broken off.
+    fn begin_watch(&mut self, situation: Situation, progress: Instant, age: u64) -> Watch {
+        let earlier = self.watch.take();
+        if let Some(Watch {
+            situation,
+            began,
+            looked,
+            ..
+        }) = earlier
+        {
+            self.policy
+                .observe(situation, began, looked, End::BrokenOff);
+        }
+        self.begins[situation.index()] = age;
+        Watch {
+            situation,
+            progress,
+            began: age,
+            looked: age,
+            polled_from: earlier.and_then(|watch| watch.polled_from),
+        }
     }
 
     /// Has it polled until the next completion, but not for longer than it may be.
@@ -190,15 +219,7 @@ impl Window {
         let progress = progress.max(watch.progress);
         let age = nanoseconds(now.saturating_duration_since(progress));
         if progress != watch.progress {
-            let Watch {
-                situation,
-                began,
-                looked,
-                ..
-            } = watch;
-            return self
-                .policy
-                .observe(situation, began, looked, End::BrokenOff);
+            return watch.break_off(&mut self.policy);
         }
         let polled = watch.polled_from.is_some();
         let seen = age.saturating_sub(watch.looked) <= GAP + (age >> GAP_SHIFT);
@@ -327,6 +348,23 @@ mod tests {
         let mut slow = learned(10_000 * ONE);
         assert!(!slow.wakes(one(), start, start));
         assert_eq!(slow.wait(one(), start, start), Wait::Sleep);
+    }
+
+    /// Nobody is awake to begin such waits, but they are learned from.
+    #[test]
+    fn a_sleeper_notices_that_the_device_has_become_faster() {
+        let mut window = learned(10_000 * ONE);
+        let mut waits = 0;
+        loop {
+            let start = Instant::now();
+            if window.wakes(one(), start, start) {
+                break;
+            }
+            window.completed(Look::Interrupted, 1, start, start + 20 * ONE);
+            waits += 1;
+            assert!(waits < 2000, "it sleeps for ever");
+        }
+        assert_eq!(wait(&mut window, 5 * ONE), 5 * ONE);
     }
 
     #[test]
