@@ -2,7 +2,7 @@
 
 use crate::bins::{BINS, bin, start};
 use crate::history::History;
-use crate::{Costs, Plan};
+use crate::{Costs, Plan, Sleep};
 
 /// A pause must be cheaper by so much than what else there is: a timer is less certain than an
 /// interrupt.
@@ -32,14 +32,14 @@ enum Step {
 }
 
 impl Course {
-    /// The cheapest on average, if waits go as they went and `sleep` is the price of one that an
+    /// The cheapest on average, if waits go as they went and `sleep` tells the price of one that an
     /// interrupt ends.
     ///
     /// From the last moment to the first: what is cheapest later is known then.
     pub(crate) fn through(
         history: &History,
         costs: &Costs,
-        sleep: f32,
+        sleep: Sleep,
         is_alone: bool,
     ) -> (Self, Outlook) {
         let hazards = history.hazards();
@@ -48,13 +48,20 @@ impl Course {
         for step in 1..BINS {
             reached[step] = reached[step - 1] * (1.0 - hazards[step - 1]);
         }
-        let pause_gain = sleep - costs.wake_cpu as f32;
+        let (wake_cpu, timer_cpu) = (costs.wake_cpu as f32, costs.timer_cpu as f32);
+        // What it costs to sleep from a step on, times how likely it is to come there.
+        let mut asleep = [0.0; BINS];
+        asleep[BINS - 1] = reached[BINS - 1] * sleep.price(start(BINS - 1));
+        for step in (0..BINS - 1).rev() {
+            let ends_here = reached[step] - reached[step + 1];
+            asleep[step] = asleep[step + 1] + ends_here * sleep.price(start(step + 1));
+        }
         // Going to sleep and waking up take that long already.
         let least_pause = costs.wake_cpu.saturating_add(costs.wake_latency);
         let mut steps = [Step::Sleep; BINS];
         // What it costs to wait from a step on, times how likely that is. Nothing is polled for in the
         // last step, which has no end.
-        let mut cheapest = reached.map(|reached| reached * sleep);
+        let mut cheapest = asleep;
         // How likely it is to come to a step and to sleep from there on.
         let mut sleeps = reached;
         // Where to wake up from a pause does not depend on where it begins: where most is gained
@@ -76,14 +83,14 @@ impl Course {
             let awake = start(step).saturating_add(least_pause);
             let is_far = |&target: &usize| target > step && start(target) > awake;
             while let Some(target) = targets.next_if(is_far) {
-                let gain = reached[target] * pause_gain - cheapest[target];
+                let gain = asleep[target] - reached[target] * wake_cpu - cheapest[target];
                 let is_better = best_target.is_none_or(|(most, _)| gain > most);
                 if is_better && matches!(steps[target], Step::Poll(_)) {
                     best_target = Some((gain, target));
                 }
             }
             if let Some((gain, target)) = best_target {
-                let pause = sleep * reached[step] - gain;
+                let pause = asleep[step] + reached[step] * timer_cpu - gain;
                 if pause < PAUSE_GAIN * cheapest[step] {
                     // Where many are outstanding, some time is polled before a pause: the next one may
                     // belong to the one before, and come later after it than any did so far.

@@ -54,15 +54,24 @@ pub struct Costs {
     pub wake_cpu: u64,
     /// How much later than by polling a completion is noticed that ends a sleep.
     pub wake_latency: u64,
-    /// The CPU time that may be spent to notice a completion sooner, in percent of the time gained.
+    /// CPU time of setting a timer to end a sleep.
+    pub timer_cpu: u64,
+    /// The CPU time that may be spent to notice a completion sooner, in percent of the time gained. For
+    /// a single command that takes [`LATENCY_SCALE`] it is half of that, and so on: what matters is how
+    /// late it is measured by the time that it takes anyway.
     pub latency_price: u64,
 }
+
+/// Waits that are much shorter than this, in nanoseconds, have the full [price](Costs::latency_price) of
+/// latency.
+pub const LATENCY_SCALE: u64 = 40_000;
 
 impl Default for Costs {
     fn default() -> Self {
         Self {
             wake_cpu: 5_000,
             wake_latency: 15_000,
+            timer_cpu: 0,
             latency_price: 100,
         }
     }
@@ -70,10 +79,32 @@ impl Default for Costs {
 
 impl Costs {
     /// What a sleep costs that an interrupt ends, when so many completions are there.
-    fn sleep(&self, crowd: f32) -> f32 {
+    fn sleep(&self, crowd: f32, is_alone: bool) -> Sleep {
         let latency = self.wake_latency as f32 * self.latency_price as f32 / 100.0;
         // All are as late as the first one: the later they came, the more are taken before them.
-        self.wake_cpu as f32 + latency * crowd
+        Sleep {
+            cpu: self.wake_cpu as f32,
+            latency: latency * crowd,
+            is_alone,
+        }
+    }
+}
+
+/// The price of a sleep that an interrupt ends.
+#[derive(Clone, Copy, Debug)]
+struct Sleep {
+    cpu: f32,
+    latency: f32,
+    is_alone: bool,
+}
+
+impl Sleep {
+    /// For a completion that comes at this age.
+    fn price(self, age: u64) -> f32 {
+        // Of many, the time since the last completion is not what one of them takes.
+        let age = if self.is_alone { age as f32 } else { 0.0 };
+        let scale = LATENCY_SCALE as f32;
+        self.cpu + self.latency * scale / (scale + age)
     }
 }
 
@@ -260,7 +291,8 @@ impl Policy {
 impl Learned {
     fn untaught(crowd: f32, costs: &Costs, is_alone: bool) -> Self {
         let history = History::default();
-        let (course, outlook) = Course::through(&history, costs, costs.sleep(crowd), is_alone);
+        let (course, outlook) =
+            Course::through(&history, costs, costs.sleep(crowd, is_alone), is_alone);
         Self {
             history,
             course,
@@ -273,9 +305,10 @@ impl Learned {
     /// Sets the course anew, if every other completion that a sleep gathers would have cost so much.
     fn renew(&mut self, costs: &Costs, each: f32, is_alone: bool) {
         let others = SAVED * (self.crowd - 1.0);
-        let sleep = costs.sleep(self.crowd);
-        let saved = (others * each).min(sleep);
-        let (course, outlook) = Course::through(&self.history, costs, sleep - saved, is_alone);
+        let mut sleep = costs.sleep(self.crowd, is_alone);
+        let saved = (others * each).min(sleep.price(0));
+        sleep.cpu -= saved;
+        let (course, outlook) = Course::through(&self.history, costs, sleep, is_alone);
         self.course = course;
         self.each = (outlook.cost + outlook.sleeps * saved) / (1.0 + outlook.sleeps * others);
         self.due = INTERVAL;

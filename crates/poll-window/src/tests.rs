@@ -5,6 +5,7 @@ use crate::*;
 const COSTS: Costs = Costs {
     wake_cpu: 5_000,
     wake_latency: 5_000,
+    timer_cpu: 0,
     latency_price: 100,
 };
 
@@ -165,18 +166,38 @@ fn a_device_that_is_slow_now_and_then_does_not_change_the_window() {
 
 #[test]
 fn before_a_slow_device_it_sleeps_at_once_and_then_polls() {
-    let policy = taught((0..200).map(|index| 80_000 + index % 5 * 500));
-    for age in (0..60_000).step_by(500) {
+    let policy = taught((0..200).map(|index| 30_000 + index % 5 * 200));
+    for age in (0..15_000).step_by(500) {
         let plan = policy.plan(READ, age);
         assert!(
-            matches!(plan, Plan::Pause { until } if (70_000..75_000).contains(&until)),
+            matches!(plan, Plan::Pause { until } if (24_000..26_000).contains(&until)),
             "{age}: {plan:?}"
         );
     }
-    let Plan::Poll { until } = policy.plan(READ, 78_000) else {
-        panic!("{:?}", policy.plan(READ, 78_000));
+    let Plan::Poll { until } = policy.plan(READ, 29_500) else {
+        panic!("{:?}", policy.plan(READ, 29_500));
     };
-    assert!((82_000..90_000).contains(&until), "{until}");
+    assert!((30_800..33_000).contains(&until), "{until}");
+}
+
+/// Being late matters less where it takes long anyway.
+#[test]
+fn before_a_very_slow_device_it_sleeps() {
+    let policy = taught((0..200).map(|index| 200_000 + index % 5 * 500));
+    assert_eq!(policy.plan(READ, 0), Plan::Sleep);
+}
+
+#[test]
+fn a_timer_that_costs_more_than_it_saves_is_not_set() {
+    let costs = Costs {
+        timer_cpu: 4_000,
+        ..COSTS
+    };
+    let mut policy = Policy::new(costs);
+    for index in 0..200 {
+        policy.observe(READ, 0, 30_000 + index % 5 * 200, End::Polled);
+    }
+    assert_eq!(policy.plan(READ, 0), Plan::Sleep);
 }
 
 #[test]
@@ -221,6 +242,7 @@ fn times_of_any_size_are_fine() {
     let costs = Costs {
         wake_cpu: u64::MAX,
         wake_latency: u64::MAX,
+        timer_cpu: u64::MAX,
         latency_price: u64::MAX,
     };
     for costs in [
@@ -229,6 +251,7 @@ fn times_of_any_size_are_fine() {
         Costs {
             wake_cpu: 0,
             wake_latency: 0,
+            timer_cpu: 0,
             latency_price: 0,
         },
     ] {
