@@ -131,9 +131,9 @@ fn precise_timer() -> Option<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register_with_interest(timer, Interest::READABLE) }.ok()
 }
 
-fn timespec(time: Duration) -> Timespec {
+/// A time that is shorter than a few hundred years.
+pub(super) fn timespec(time: Duration) -> Timespec {
     Timespec {
-        // Pauses are shorter than a second.
         tv_sec: time.as_secs().min(i64::MAX as u64) as i64,
         tv_nsec: time.subsec_nanos().into(),
     }

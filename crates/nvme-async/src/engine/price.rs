@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use poll_window::Costs;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::{
-    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, clock_gettime,
     timerfd_create, timerfd_settime,
 };
+
+use super::eventfd::timespec;
 
 const SLEEPS: usize = 31;
 /// Long enough for the processor to go to sleep too.
@@ -78,13 +80,6 @@ fn nanoseconds(time: Duration) -> u64 {
 fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
-fn timespec(time: Duration) -> Timespec {
-    Timespec {
-        tv_sec: time.as_secs() as i64,
-        tv_nsec: time.subsec_nanos().into(),
-    }
 }
 
 #[cfg(test)]

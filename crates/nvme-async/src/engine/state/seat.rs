@@ -195,9 +195,12 @@ impl State {
         self.settings.mode.has_interrupt() && !self.is_masked()
     }
 
+    /// Masks the interrupt or lets it through. Not while doorbells are forbidden: the mask is a register
+    /// like those, and may be gone.
     pub(super) fn set_mask(&mut self, closed: bool) {
         if let Some(mask) = &mut self.mask
             && mask.closed != closed
+            && !self.core.is_fenced()
         {
             mask.closed = closed;
             match closed {

@@ -262,6 +262,9 @@ fn the_interrupt_is_masked_while_the_queue_is_polled() {
     rig.start();
     assert_eq!(rig.state.wait(Instant::now()), Wait::Poll);
     rig.state.fence();
+    rig.state.window = slow_window();
+    assert_eq!(rig.state.wait(Instant::now()), Wait::Sleep);
+    assert_eq!(control.writes(), [1, 0, 1], "registers may be gone");
     rig.after(|state, aftermath| {
         state.release(ResetCause::Overdue, Instant::now(), aftermath);
         state.resume(Instant::now(), aftermath);
