@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use iova::{AddressSpace, Retention};
-use nvme_spec::feature::{self};
+use nvme_spec::feature;
 use nvme_spec::identify::{IdentifyController, SglAlignment};
 use nvme_spec::registers::{Capabilities, ControllerConfiguration};
 use poll_window::Costs;

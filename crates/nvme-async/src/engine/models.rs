@@ -15,7 +15,7 @@ use loom::thread;
 
 use super::access::Access;
 use super::biased::Biased;
-use super::state::{Aftermath, Failure, Look, Outcome};
+use super::state::{Aftermath, Failure, Here, Look, Outcome};
 use super::tests::rig::{Device, Memory, Wakes, command, returned, state, vector};
 use super::{LocalQueue, PollMode, SharedQueue, Submission};
 use crate::io::Holdings;
