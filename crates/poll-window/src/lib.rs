@@ -204,7 +204,8 @@ pub enum Plan {
 #[derive(Clone, Debug)]
 pub struct Policy {
     costs: Costs,
-    learned: [Learned; Situation::PLACES],
+    /// Too much for many a stack.
+    learned: Box<[Learned]>,
     /// Whether the last wait was a sleep: commands that are completed together were gathered then,
     /// while after one that was found by polling the others are still to come.
     has_slept: bool,
@@ -234,7 +235,7 @@ impl Policy {
     /// polls for about three times as long as a sleep would cost. Half of those outstanding are believed
     /// to be completed when a sleep ends.
     pub fn new(costs: Costs) -> Self {
-        let learned = std::array::from_fn(|place| {
+        let learned = (0..Situation::PLACES).map(|place| {
             let many = place.checked_sub(Situation::FIRST_OF_MANY);
             let class = many.map_or(0, |many| {
                 many % (Situation::COUNT - Situation::FIRST_OF_MANY)
@@ -243,7 +244,7 @@ impl Policy {
         });
         Self {
             costs,
-            learned,
+            learned: learned.collect(),
             has_slept: false,
         }
     }
