@@ -181,6 +181,8 @@ pub(super) struct Model {
     host: HostView,
     /// Where the values of doorbells are in memory, and the event indices.
     doorbell_buffers: Option<(u64, u64)>,
+    /// Where the host leaves the values, though the controller may have forgotten that.
+    shadows: Option<u64>,
     /// What completion queues had in them when the host gave them up.
     old_rings: Vec<(u64, Vec<u32>)>,
     pub(super) blocks: [u32; BLOCKS],
@@ -252,6 +254,7 @@ impl Model {
             commands: Vec::new(),
             host: HostView::default(),
             doorbell_buffers: None,
+            shadows: None,
             old_rings: Vec::new(),
             blocks: [0; BLOCKS],
             fetched: Vec::new(),
@@ -296,6 +299,7 @@ impl Model {
     /// Brings it up, with the admin queue first.
     pub(super) fn begin(&mut self, layouts: &[QueueLayout], buffers: Option<(u64, u64)>) {
         self.doorbell_buffers = buffers;
+        self.shadows = buffers.map(|(values, _)| values);
         self.bus_master = true;
         self.configuration = 1;
         self.host.ready = true;
@@ -360,6 +364,7 @@ impl Model {
 
     /// Does one thing that is due; what the host notices of it.
     pub(super) fn turn(&mut self) -> Option<Output> {
+        self.note_shadows();
         let Reverse((at, _, event)) = self.events.pop()?;
         debug_assert!(at <= self.micros());
         match event {

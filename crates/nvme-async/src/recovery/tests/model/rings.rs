@@ -169,6 +169,23 @@ impl Model {
         }
     }
 
+    /// Notes what the host has told of in memory alone. It is not asked for the register by a controller
+    /// that has lost its state.
+    pub(in crate::recovery::tests) fn note_shadows(&mut self) {
+        let Some(values) = self.shadows else {
+            return;
+        };
+        for queue in 1..self.layouts.len() as u16 {
+            let word = self.memory.word(values + u64::from(queue) * 8);
+            let shadow = word.map(|word| u32::from_le(word.load(Ordering::Acquire)));
+            if let (Some(told), Some(shadow)) = (self.host.tails[usize::from(queue)], shadow)
+                && told != shadow
+            {
+                self.note_told(queue, shadow);
+            }
+        }
+    }
+
     /// Notes the operations that a tail tells of, whether or not it arrives.
     pub(super) fn note_told(&mut self, queue: u16, tail: u32) {
         let layout = self.layouts[usize::from(queue)];

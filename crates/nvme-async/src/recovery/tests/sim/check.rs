@@ -327,7 +327,8 @@ impl Simulation {
                 .then_some(())
                 .ok_or_else(|| format!("{held:?} have their memory at the end"));
         }
-        let model = self.controller.lock();
+        let mut model = self.controller.lock();
+        model.note_shadows();
         if !held.is_empty() && !model.plan.has_struck(Fault::BusMasterStays) {
             return Err(format!(
                 "{held:?} have their memory, and the device is stopped"
