@@ -1,0 +1,202 @@
+//! Ways to wait for completions: where the time is spent, and how one is told of them.
+
+use std::fmt;
+use std::future::Future;
+
+use nvme_async::{DmaBuf, LocalNamespace, Namespace, OpenOptions, PollMode};
+use tokio::runtime::{Builder, LocalRuntime, Runtime};
+use tokio::task::JoinSet;
+
+use crate::load::{Load, Slot};
+
+/// Where completions are waited for, and by which handle commands are submitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The reaper, in a runtime of one thread.
+    CurrentThread,
+    /// Reapers, in a runtime of a thread for each core.
+    MultiThread,
+    /// The park hook of a runtime of `nvme_async::runtime::Builder`, with a `Namespace`.
+    Hook,
+    /// The same, with a `LocalNamespace`.
+    LocalHook,
+}
+
+impl Place {
+    pub(crate) const ALL: [Self; 4] = [
+        Self::CurrentThread,
+        Self::MultiThread,
+        Self::Hook,
+        Self::LocalHook,
+    ];
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::CurrentThread => "current_thread",
+            Self::MultiThread => "multi_thread",
+            Self::Hook => "park hook",
+            Self::LocalHook => "park hook, local",
+        })
+    }
+}
+
+/// How one is told of completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Adaptive,
+    /// As adaptive, with interrupts masked while queues are polled.
+    Masked,
+    Paired,
+    /// Pure polling: the window has no end, and there are no interrupts.
+    Busy,
+    /// Pure interrupt.
+    Interrupt,
+}
+
+impl Mode {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Adaptive,
+        Self::Masked,
+        Self::Paired,
+        Self::Busy,
+        Self::Interrupt,
+    ];
+
+    fn options(self) -> OpenOptions {
+        let mode = match self {
+            Self::Adaptive | Self::Masked => PollMode::Adaptive,
+            Self::Paired => PollMode::Paired,
+            Self::Busy => PollMode::Busy,
+            Self::Interrupt => PollMode::Interrupt,
+        };
+        OpenOptions::new()
+            .poll_mode(mode)
+            .mask_interrupts(self == Self::Masked)
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Adaptive => "adaptive",
+            Self::Masked => "masked",
+            Self::Paired => "paired",
+            Self::Busy => "busy",
+            Self::Interrupt => "interrupt",
+        })
+    }
+}
+
+/// One way to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub(crate) place: Place,
+    pub(crate) mode: Mode,
+}
+
+impl Way {
+    /// All of them, those of one place together.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        let modes = |place| Mode::ALL.map(|mode| Self { place, mode });
+        Place::ALL.into_iter().flat_map(modes)
+    }
+
+    /// How a controller is opened; `depth` commands find room in each queue.
+    pub(crate) fn options(self, depth: usize) -> OpenOptions {
+        // One entry of a queue stays empty.
+        let entries = (depth + 1).next_power_of_two().clamp(256, 4096);
+        let options = self.mode.options().queue_entries(entries as u16);
+        match self.place {
+            Place::MultiThread => options.local_queues(0),
+            // A single worker uses one queue, and what is no worker the other.
+            Place::CurrentThread | Place::Hook => options.queues(2).local_queues(0),
+            Place::LocalHook => options.queues(1).local_queues(1),
+        }
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.place, self.mode)
+    }
+}
+
+/// The runtime of a way.
+pub(crate) enum Host {
+    Tokio(Runtime),
+    Local(LocalRuntime),
+}
+
+impl Host {
+    pub(crate) fn new(place: Place) -> Self {
+        let built = match place {
+            Place::CurrentThread => Builder::new_current_thread().enable_all().build(),
+            Place::MultiThread => Builder::new_multi_thread().enable_all().build(),
+            Place::Hook => nvme_async::runtime::Builder::new().build(),
+            Place::LocalHook => {
+                let built = nvme_async::runtime::Builder::new().build_local();
+                return Self::Local(built.expect("a runtime"));
+            }
+        };
+        Self::Tokio(built.expect("a runtime"))
+    }
+
+    pub(crate) fn block_on<F: Future>(&self, future: F) -> F::Output {
+        match self {
+            Self::Tokio(runtime) => runtime.block_on(future),
+            Self::Local(runtime) => runtime.block_on(future),
+        }
+    }
+}
+
+/// What reads are submitted by.
+pub(crate) enum Handle {
+    Shared(Namespace),
+    Local(LocalNamespace),
+}
+
+impl Handle {
+    pub(crate) fn new(place: Place, namespace: Namespace) -> Self {
+        match place {
+            Place::LocalHook => Self::Local(namespace.local().expect("a queue pair is set apart")),
+            _ => Self::Shared(namespace),
+        }
+    }
+
+    pub(crate) fn shared(&self) -> Namespace {
+        match self {
+            Self::Shared(namespace) => namespace.clone(),
+            Self::Local(namespace) => namespace.shared(),
+        }
+    }
+
+    /// Spawns a task that reads again and again.
+    pub(crate) fn spawn(&self, tasks: &mut JoinSet<Slot>, slot: Slot, load: &Load) {
+        match self {
+            Self::Shared(namespace) => tasks.spawn(load.clone().work(namespace.clone(), slot)),
+            Self::Local(namespace) => tasks.spawn_local(load.clone().work(namespace.clone(), slot)),
+        };
+    }
+}
+
+/// Both kinds of namespace.
+pub(crate) trait Reads: 'static {
+    /// Reads at an offset.
+    fn read(&self, offset: u64, buffer: DmaBuf) -> impl Future<Output = DmaBuf>;
+}
+
+impl Reads for Namespace {
+    async fn read(&self, offset: u64, buffer: DmaBuf) -> DmaBuf {
+        let read = self.read_into(offset, buffer).await;
+        read.expect("the read succeeds")
+    }
+}
+
+impl Reads for LocalNamespace {
+    async fn read(&self, offset: u64, buffer: DmaBuf) -> DmaBuf {
+        let read = self.read_into(offset, buffer).await;
+        read.expect("the read succeeds")
+    }
+}
