@@ -2,8 +2,9 @@
 //!
 //! For each way to wait for completions the load, an echo server and a task with a timer share a
 //! runtime; the echo's client is a thread of its own, which sends a message, waits until it is back, and
-//! pauses. It needs a core of its own, as the controller's thread does. The baseline is the same load in the same place with interrupts only: ratios are the median
-//! of the ratios in each round. `benches/ways.rs` says what the ways are, and is about the reads.
+//! pauses. It needs a core, and so does the controller's thread. The baseline is the same load in the same
+//! place with interrupts only: ratios are the median of the ratios in each round. `benches/ways.rs` says
+//! what the ways are, and is about the reads.
 //!
 //! A timer of Tokio's goes off at a whole millisecond of the runtime's own, which cannot be asked for. So
 //! a tick's lateness is counted from the earliest one of its run.
@@ -16,6 +17,8 @@ mod beside;
 mod load;
 #[path = "support/rounds.rs"]
 mod rounds;
+#[path = "support/spin.rs"]
+mod spin;
 #[path = "support/table.rs"]
 mod table;
 #[path = "support/way.rs"]
@@ -28,7 +31,7 @@ use hdrhistogram::Histogram;
 use tokio::time::sleep;
 
 use crate::beside::{Neighbours, beside};
-use crate::load::{Bed, Done};
+use crate::load::{Bed, Done, suited};
 use crate::rounds::{alternate, median, ratio};
 use crate::table::Table;
 use crate::way::{Mode, Way};
@@ -79,6 +82,7 @@ fn run(arguments: &Arguments) {
         let mut beds: Vec<_> = ways.map(|way| Bed::open(way, latency, most)).collect();
         for &depth in &arguments.depths {
             let depth = usize::from(depth);
+            let mut beds = suited(&mut beds, depth);
             let found = alternate(arguments.rounds, &mut beds, |bed| {
                 measure(bed, depth, arguments.seconds)
             });
@@ -134,7 +138,7 @@ impl Quantiles {
     }
 }
 
-fn table(beds: &[Bed], found: &[Vec<Figures>]) -> Table {
+fn table(beds: &[&mut Bed], found: &[Vec<Figures>]) -> Table {
     let heads = [
         "where",
         "mode",
@@ -149,10 +153,11 @@ fn table(beds: &[Bed], found: &[Vec<Figures>]) -> Table {
         "timer p99 by interrupt's",
     ];
     let mut table = Table::new(2, &heads);
-    for (Bed { way, .. }, figures) in beds.iter().zip(found) {
+    for (bed, figures) in beds.iter().zip(found) {
+        let way = bed.way;
         let baseline = Way {
             mode: Mode::Interrupt,
-            ..*way
+            ..way
         };
         let baseline = beds.iter().position(|bed| bed.way == baseline);
         let baseline = &found[baseline.expect("all ways are there")];

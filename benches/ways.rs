@@ -10,8 +10,8 @@
 //! CPU time is that of all threads but the software controller's. At a service time of 0 µs its thread
 //! needs a core of its own, so there have to be two, or three for `multi_thread`.
 //!
-//! There is no spin inside of a future's poll: a future of this crate does not take completions but
-//! leaves that to the reaper, which cannot run while another task is polled.
+//! `in-poll spin` has a read wait inside of its own poll, at depth 1: `benches/support/spin.rs` says how,
+//! and why not with more. The crate itself has no such mode.
 
 #[path = "support/arguments.rs"]
 mod arguments;
@@ -21,6 +21,8 @@ mod figures;
 mod load;
 #[path = "support/rounds.rs"]
 mod rounds;
+#[path = "support/spin.rs"]
+mod spin;
 #[path = "support/table.rs"]
 mod table;
 #[path = "ways/targets.rs"]
@@ -35,7 +37,7 @@ use clap::Parser;
 use tokio::time::sleep;
 
 use crate::figures::{Figures, Sample};
-use crate::load::Bed;
+use crate::load::{Bed, suited};
 use crate::rounds::{alternate, median, ratio};
 use crate::table::Table;
 use crate::targets::{Medians, Targets};
@@ -113,6 +115,7 @@ fn closed(arguments: &Arguments, targets: &mut Targets) {
         let mut beds = open(latency, most);
         for &depth in &arguments.depths {
             let depth = usize::from(depth);
+            let mut beds = suited(&mut beds, depth);
             let found = alternate(arguments.rounds, &mut beds, |bed| {
                 measure(bed, depth, None, arguments.seconds)
             });
@@ -142,7 +145,8 @@ fn closed(arguments: &Arguments, targets: &mut Targets) {
 /// Reads at times that are given.
 fn paced(arguments: &Arguments, targets: &mut Targets) {
     let time = arguments.seconds * PACED_RUN;
-    let mut beds = open(PACED_LATENCY, 1);
+    let mut opened = open(PACED_LATENCY, 1);
+    let mut beds = suited(&mut opened, 1);
     let found = alternate(arguments.rounds, &mut beds, |bed| {
         measure(bed, 1, Some(PACE), time)
     });
@@ -160,7 +164,7 @@ fn paced(arguments: &Arguments, targets: &mut Targets) {
         table.row(row(way, figures).into_iter().chain([ratio]));
     }
     println!("{table}");
-    beds.into_iter().for_each(Bed::close);
+    opened.into_iter().for_each(Bed::close);
 }
 
 fn open(latency: Duration, depth: usize) -> Vec<Bed> {
@@ -179,7 +183,7 @@ fn measure(bed: &mut Bed, depth: usize, every: Option<Duration>, time: Duration)
 
 /// What was found of each way, with its medians.
 fn summary<'a>(
-    beds: &'a [Bed],
+    beds: &'a [&mut Bed],
     found: &'a [Vec<Figures>],
 ) -> impl Iterator<Item = (Way, &'a [Figures], Medians)> {
     let of = |way: Way, mode: Mode| {

@@ -80,10 +80,10 @@ impl Bed {
             0 => "mem:?size=16M".to_owned(),
             latency => format!("mem:?size=16M&latency={latency}us"),
         };
-        let host = Host::new(way.place);
+        let host = Host::new(way);
         let handle = host.block_on(async {
             let open = way.options(depth).url(&url).open().await;
-            Handle::new(way.place, open.expect("the software controller opens"))
+            Handle::new(way, open.expect("the software controller opens"))
         });
         let namespace = handle.shared();
         assert_eq!(namespace.capacity(), PLACES * SIZE as u64);
@@ -125,6 +125,7 @@ impl Bed {
         };
         let (elapsed, beside) = host.block_on(async {
             let began = Instant::now();
+            let attendant = handle.attend();
             let mut tasks = JoinSet::new();
             for slot in slots.drain(..depth) {
                 handle.spawn(&mut tasks, slot, &load);
@@ -133,6 +134,11 @@ impl Bed {
             load.over.store(true, Ordering::Relaxed);
             // To the front: a run at a lower depth finds its buffers in the caches.
             slots.splice(0..0, tasks.join_all().await);
+            if let Some(attendant) = attendant {
+                attendant.abort();
+                // It ends by that, and then has no handle any more.
+                let _ = attendant.await;
+            }
             (began.elapsed(), beside)
         });
         let mut latencies = histogram();
@@ -157,6 +163,12 @@ impl Bed {
         let closed = host.block_on(controller.shutdown());
         closed.expect("the controller shuts down");
     }
+}
+
+/// Those that are measured with so many reads outstanding.
+pub(crate) fn suited(beds: &mut [Bed], depth: usize) -> Vec<&mut Bed> {
+    let beds = beds.iter_mut();
+    beds.filter(|bed| bed.way.suits(depth)).collect()
 }
 
 /// For times in nanoseconds, to one part in a thousand.

@@ -6,7 +6,7 @@ use fastrand::Rng;
 /// what was found by bed, and for each bed by round.
 pub(crate) fn alternate<B, T>(
     rounds: u32,
-    beds: &mut [B],
+    beds: &mut [&mut B],
     mut measure: impl FnMut(&mut B) -> T,
 ) -> Vec<Vec<T>> {
     let mut found: Vec<Vec<T>> = beds.iter().map(|_| Vec::new()).collect();
@@ -14,7 +14,7 @@ pub(crate) fn alternate<B, T>(
     for round in 0..rounds {
         Rng::with_seed(round.into()).shuffle(&mut order);
         for &index in &order {
-            found[index].push(measure(&mut beds[index]));
+            found[index].push(measure(beds[index]));
         }
     }
     found

@@ -4,10 +4,11 @@ use std::fmt;
 use std::future::Future;
 
 use nvme_async::{DmaBuf, LocalNamespace, Namespace, OpenOptions, PollMode};
-use tokio::runtime::{Builder, LocalRuntime, Runtime};
-use tokio::task::JoinSet;
+use tokio::runtime::{Builder, LocalOptions, LocalRuntime, Runtime};
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::load::{Load, Slot};
+use crate::spin::Spinning;
 
 /// Where completions are waited for, and by which handle commands are submitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,10 +54,14 @@ pub(crate) enum Mode {
     Busy,
     /// Pure interrupt.
     Interrupt,
+    /// As adaptive, but by each read in its own poll: at depth 1, in a runtime of one thread, with a
+    /// `LocalNamespace`.
+    Spin,
 }
 
 impl Mode {
-    pub(crate) const ALL: [Self; 5] = [
+    /// Those that there are in every place.
+    const COMMON: [Self; 5] = [
         Self::Adaptive,
         Self::Masked,
         Self::Paired,
@@ -66,7 +71,7 @@ impl Mode {
 
     fn options(self) -> OpenOptions {
         let mode = match self {
-            Self::Adaptive | Self::Masked => PollMode::Adaptive,
+            Self::Adaptive | Self::Masked | Self::Spin => PollMode::Adaptive,
             Self::Paired => PollMode::Paired,
             Self::Busy => PollMode::Busy,
             Self::Interrupt => PollMode::Interrupt,
@@ -85,6 +90,7 @@ impl fmt::Display for Mode {
             Self::Paired => "paired",
             Self::Busy => "busy",
             Self::Interrupt => "interrupt",
+            Self::Spin => "in-poll spin",
         })
     }
 }
@@ -97,10 +103,22 @@ pub(crate) struct Way {
 }
 
 impl Way {
-    /// All of them, those of one place together.
+    const SPIN: Self = Self {
+        place: Place::CurrentThread,
+        mode: Mode::Spin,
+    };
+
+    /// All of them.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
-        let modes = |place| Mode::ALL.map(|mode| Self { place, mode });
-        Place::ALL.into_iter().flat_map(modes)
+        let modes = |place| Mode::COMMON.map(|mode| Self { place, mode });
+        [Self::SPIN]
+            .into_iter()
+            .chain(Place::ALL.into_iter().flat_map(modes))
+    }
+
+    /// Whether it is measured with so many reads outstanding.
+    pub(crate) fn suits(self, depth: usize) -> bool {
+        self != Self::SPIN || depth == 1
     }
 
     /// How a controller is opened; `depth` commands find room in each queue.
@@ -109,10 +127,11 @@ impl Way {
         let entries = (depth + 1).next_power_of_two().clamp(256, 4096);
         let options = self.mode.options().queue_entries(entries as u16);
         match self.place {
+            Place::LocalHook => options.queues(1).local_queues(1),
+            _ if self == Self::SPIN => options.queues(1).local_queues(1),
             Place::MultiThread => options.local_queues(0),
             // A single worker uses one queue, and what is no worker the other.
             Place::CurrentThread | Place::Hook => options.queues(2).local_queues(0),
-            Place::LocalHook => options.queues(1).local_queues(1),
         }
     }
 }
@@ -130,8 +149,13 @@ pub(crate) enum Host {
 }
 
 impl Host {
-    pub(crate) fn new(place: Place) -> Self {
-        let built = match place {
+    pub(crate) fn new(way: Way) -> Self {
+        let built = match way.place {
+            _ if way == Way::SPIN => {
+                let mut builder = Builder::new_current_thread();
+                let built = builder.enable_all().build_local(LocalOptions::default());
+                return Self::Local(built.expect("a runtime"));
+            }
             Place::CurrentThread => Builder::new_current_thread().enable_all().build(),
             Place::MultiThread => Builder::new_multi_thread().enable_all().build(),
             Place::Hook => nvme_async::runtime::Builder::new().build(),
@@ -155,12 +179,15 @@ impl Host {
 pub(crate) enum Handle {
     Shared(Namespace),
     Local(LocalNamespace),
+    Spinning(Spinning),
 }
 
 impl Handle {
-    pub(crate) fn new(place: Place, namespace: Namespace) -> Self {
-        match place {
-            Place::LocalHook => Self::Local(namespace.local().expect("a queue pair is set apart")),
+    pub(crate) fn new(way: Way, namespace: Namespace) -> Self {
+        let local = || namespace.local().expect("a queue pair is set apart");
+        match way.place {
+            _ if way == Way::SPIN => Self::Spinning(Spinning::new(local())),
+            Place::LocalHook => Self::Local(local()),
             _ => Self::Shared(namespace),
         }
     }
@@ -169,6 +196,15 @@ impl Handle {
         match self {
             Self::Shared(namespace) => namespace.clone(),
             Self::Local(namespace) => namespace.shared(),
+            Self::Spinning(spinning) => spinning.namespace.shared(),
+        }
+    }
+
+    /// Spawns what the reads need besides, if anything; it has no end.
+    pub(crate) fn attend(&self) -> Option<JoinHandle<()>> {
+        match self {
+            Self::Spinning(spinning) => Some(spinning.attend()),
+            Self::Shared(_) | Self::Local(_) => None,
         }
     }
 
@@ -177,11 +213,14 @@ impl Handle {
         match self {
             Self::Shared(namespace) => tasks.spawn(load.clone().work(namespace.clone(), slot)),
             Self::Local(namespace) => tasks.spawn_local(load.clone().work(namespace.clone(), slot)),
+            Self::Spinning(spinning) => {
+                tasks.spawn_local(load.clone().work(spinning.clone(), slot))
+            }
         };
     }
 }
 
-/// Both kinds of namespace.
+/// All kinds of handles.
 pub(crate) trait Reads: 'static {
     /// Reads at an offset.
     fn read(&self, offset: u64, buffer: DmaBuf) -> impl Future<Output = DmaBuf>;
