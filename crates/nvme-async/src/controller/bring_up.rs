@@ -100,7 +100,6 @@ pub(super) async fn bring_up(
     let dma = DmaContext::new(
         space,
         this.pool.clone(),
-        DEVICE_PAGE as u64,
         sgl_support(&identify),
         options.isolate,
         limits.max_transfer as usize,

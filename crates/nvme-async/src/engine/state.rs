@@ -213,12 +213,7 @@ impl State {
         debug_assert!(self.refusal(here).is_none());
         let was_idle = self.core.in_flight() == 0;
         let key = self.operations.claim();
-        let operation = &mut self.operations[key];
-        std::mem::swap(&mut operation.command, command);
-        operation.ticket = self.next_ticket;
-        operation.since = None;
-        operation.attempts = 0;
-        operation.stage = Stage::Queued;
+        self.operations[key].accept(command, self.next_ticket);
         self.next_ticket += 1;
         let waits = !self.backlog.is_empty() || !self.submit(key, now);
         if waits {

@@ -21,24 +21,15 @@ use crate::io::Holdings;
 #[must_use = "futures do nothing unless polled"]
 pub(crate) struct Submission<'a, Q: Access> {
     queue: &'a Q,
-    /// May be changed before the first poll. The queue has what it holds from then on until it is
-    /// done.
-    pub(crate) command: Command,
-    step: Step,
+    /// The queue has what it holds from the first poll on until it is done.
+    command: Command,
+    step: Step<'a, Q>,
 }
 
-#[derive(Clone, Copy)]
-enum Step {
+enum Step<'a, Q: Access> {
     Start,
-    Waiting { key: usize },
+    Waiting(Accepted<'a, Q>),
     Over,
-}
-
-/// What a look at an operation found.
-enum Polled {
-    Done(Outcome),
-    Waiting { driven: bool },
-    WakesAnother,
 }
 
 impl<'a, Q: Access> Submission<'a, Q> {
@@ -54,75 +45,6 @@ impl<'a, Q: Access> Submission<'a, Q> {
     pub(crate) fn take_holdings(&mut self) -> Holdings {
         std::mem::take(&mut self.command.holdings)
     }
-
-    fn start(&mut self, cx: &Context<'_>) -> Poll<Outcome> {
-        let here = Here::now();
-        if let Some(polled) = self.queue.polled() {
-            let kind = self.command.kind();
-            if polled.with(|state| state.expects(kind)) == Some(true) {
-                self.queue = polled;
-            }
-        }
-        loop {
-            let mut aftermath = Aftermath::default();
-            // Cloned here, since that too may run arbitrary code.
-            let mut waker = cx.waker().clone();
-            let command = &mut self.command;
-            let now = Instant::now();
-            let started = self.queue.with(|state| match state.refusal(here) {
-                Some(refusal) => Err(refusal),
-                None => Ok(state.start(command, &mut waker, here, now, &mut aftermath)),
-            });
-            aftermath.run();
-            match started {
-                Some(Ok(Progress::Done(outcome))) => return Poll::Ready(outcome),
-                Some(Ok(Progress::Waiting { key })) => {
-                    self.step = Step::Waiting { key };
-                    return Poll::Pending;
-                }
-                Some(Err(Refusal::Failed(failure))) => return Poll::Ready(Err(failure.into())),
-                Some(Err(Refusal::NoReaper)) => {
-                    if let Err(failure) = self.queue.spawn_reaper() {
-                        return Poll::Ready(Err(failure.into()));
-                    }
-                }
-                None => return Poll::Ready(Err(Failure::Closed.into())),
-            }
-        }
-    }
-
-    fn wait(&mut self, key: usize, cx: &Context<'_>) -> Poll<Outcome> {
-        let mut fresh = None;
-        let here = Here::now();
-        let driven = loop {
-            let holdings = &mut self.command.holdings;
-            let polled = self
-                .queue
-                .with(|state| match state.take_outcome(key, holdings) {
-                    Some(outcome) => Polled::Done(outcome),
-                    None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting {
-                        driven: state.has_reaper(here),
-                    },
-                    None => Polled::WakesAnother,
-                });
-            match polled {
-                None => {
-                    let late = self.queue.late_outcome(key, &mut self.command.holdings);
-                    let closed = || Err(Failure::Closed.told(true));
-                    return Poll::Ready(late.unwrap_or_else(closed));
-                }
-                Some(Polled::Done(outcome)) => return Poll::Ready(outcome),
-                Some(Polled::Waiting { driven }) => break driven,
-                Some(Polled::WakesAnother) => fresh = Some(cx.waker().clone()),
-            }
-        };
-        if !driven && let Err(failure) = self.queue.spawn_reaper() {
-            abandon(self.queue, key);
-            return Poll::Ready(Err(failure.told(true)));
-        }
-        self.step = Step::Waiting { key };
-        Poll::Pending
-    }
 }
 
 impl<Q: Access> Future for Submission<'_, Q> {
@@ -131,22 +53,149 @@ impl<Q: Access> Future for Submission<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
         let budget = ready!(poll_proceed(cx));
         let this = self.get_mut();
-        let polled = match std::mem::replace(&mut this.step, Step::Over) {
-            Step::Start => this.start(cx),
-            Step::Waiting { key } => this.wait(key, cx),
+        let polled = match &mut this.step {
+            Step::Start => {
+                // A waker that panics must not have it submitted again, without its memory.
+                this.step = Step::Over;
+                match submit(this.queue, &mut this.command, cx) {
+                    Submitted::Done(outcome) => Poll::Ready(outcome),
+                    Submitted::Accepted(accepted) => {
+                        this.step = Step::Waiting(accepted);
+                        Poll::Pending
+                    }
+                }
+            }
+            Step::Waiting(accepted) => accepted.poll(&mut this.command.holdings, cx),
             // As with most futures, polling it again after it resolved never resolves.
             Step::Over => Poll::Pending,
         };
         if polled.is_ready() {
+            this.step = Step::Over;
             budget.made_progress();
         }
         polled
     }
 }
 
-impl<Q: Access> Drop for Submission<'_, Q> {
+/// What a queue did with a command.
+pub(crate) enum Submitted<'a, Q: Access> {
+    /// It is done, or was refused; what it held is back in it.
+    Done(Outcome),
+    /// The queue has it, and what it held.
+    Accepted(Accepted<'a, Q>),
+}
+
+/// A command that a queue has accepted, until its outcome is taken. Dropping it gives that up.
+pub(crate) struct Accepted<'a, Q: Access> {
+    queue: &'a Q,
+    /// Nothing when it is over.
+    key: Option<usize>,
+}
+
+/// What a look at an operation without an outcome found.
+enum Polled {
+    Done(Outcome),
+    Waiting,
+    WakesAnother,
+}
+
+/// Submits a command, whose task is woken when it is done.
+pub(crate) fn submit<'a, Q: Access>(
+    mut queue: &'a Q,
+    command: &mut Command,
+    cx: &Context<'_>,
+) -> Submitted<'a, Q> {
+    let here = Here::now();
+    if let Some(polled) = queue.polled() {
+        let kind = command.kind();
+        if polled.with(|state| state.expects(kind)) == Some(true) {
+            queue = polled;
+        }
+    }
+    loop {
+        let mut aftermath = Aftermath::default();
+        // Cloned here, since that too may run arbitrary code.
+        let mut waker = cx.waker().clone();
+        let now = Instant::now();
+        let started = queue.with(|state| match state.refusal(here) {
+            Some(refusal) => Err(refusal),
+            None => Ok(state.start(command, &mut waker, here, now, &mut aftermath)),
+        });
+        aftermath.run();
+        let failure = match started {
+            Some(Ok(Progress::Done(outcome))) => return Submitted::Done(outcome),
+            Some(Ok(Progress::Waiting { key })) => {
+                let key = Some(key);
+                return Submitted::Accepted(Accepted { queue, key });
+            }
+            Some(Err(Refusal::Failed(failure))) => failure,
+            Some(Err(Refusal::NoReaper)) => match queue.spawn_reaper() {
+                Ok(()) => continue,
+                Err(failure) => failure,
+            },
+            None => Failure::Closed,
+        };
+        return Submitted::Done(Err(failure.into()));
+    }
+}
+
+impl<Q: Access> Accepted<'_, Q> {
+    /// Resolves when the command is done, once. What it held is in `holdings` then, which are empty
+    /// before, unless the device may still use it.
+    #[inline]
+    pub(crate) fn poll(&mut self, holdings: &mut Holdings, cx: &Context<'_>) -> Poll<Outcome> {
+        let Some(key) = self.key else {
+            return Poll::Pending;
+        };
+        let outcome = self.queue.with(|state| state.take_outcome(key, holdings));
+        let outcome = match outcome {
+            Some(Some(outcome)) => outcome,
+            Some(None) => ready!(self.wait(key, holdings, cx)),
+            None => self.late_outcome(key, holdings),
+        };
+        self.key = None;
+        Poll::Ready(outcome)
+    }
+
+    /// Sees to it that the task is woken, and that somebody drives the queue.
+    #[cold]
+    fn wait(&mut self, key: usize, holdings: &mut Holdings, cx: &Context<'_>) -> Poll<Outcome> {
+        let here = Here::now();
+        let mut fresh = None;
+        let driven = loop {
+            let polled = self.queue.with(|state| {
+                let polled = match state.take_outcome(key, holdings) {
+                    Some(outcome) => Polled::Done(outcome),
+                    None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting,
+                    None => Polled::WakesAnother,
+                };
+                (polled, state.has_reaper(here))
+            });
+            match polled {
+                None => return Poll::Ready(self.late_outcome(key, holdings)),
+                Some((Polled::Done(outcome), _)) => return Poll::Ready(outcome),
+                Some((Polled::Waiting, driven)) => break driven,
+                Some((Polled::WakesAnother, _)) => fresh = Some(cx.waker().clone()),
+            }
+        };
+        if !driven && let Err(failure) = self.queue.spawn_reaper() {
+            abandon(self.queue, key);
+            return Poll::Ready(Err(failure.told(true)));
+        }
+        Poll::Pending
+    }
+
+    /// The outcome when the queue has ended.
+    #[cold]
+    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Outcome {
+        let late = self.queue.late_outcome(key, holdings);
+        late.unwrap_or_else(|| Err(Failure::Closed.told(true)))
+    }
+}
+
+impl<Q: Access> Drop for Accepted<'_, Q> {
     fn drop(&mut self) {
-        if let Step::Waiting { key } = self.step {
+        if let Some(key) = self.key {
             abandon(self.queue, key);
         }
     }

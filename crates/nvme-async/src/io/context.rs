@@ -20,12 +20,15 @@ use smallvec::SmallVec;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::payload::{Payload, Piece};
-use super::{Bounce, Holdings};
+use super::{Bounce, Holdings, Reach};
 use crate::Error;
-use crate::memory::{AllocError, DmaBuf, DmaWords, Pool};
+use crate::memory::{AllocError, DEVICE_PAGE, DmaBuf, DmaWords, Pool};
 use crate::queue::data_pointer::{
-    ListMemory, Segment, SglSupport, Shape, describe, list_bytes, shape,
+    ListMemory, Segment, SglSupport, Shape, describe, in_two_entries, list_bytes, shape,
 };
+
+/// The memory page size that all controllers are set to (CC.MPS).
+const PAGE_SIZE: u64 = DEVICE_PAGE as u64;
 
 /// Foreign memory of at least so many bytes is mapped for the command instead of copied.
 ///
@@ -44,7 +47,6 @@ const RESERVE_BLOCKS: usize = 2;
 pub(crate) struct DmaContext {
     pub(crate) space: AddressSpace,
     pub(crate) pool: Pool,
-    page_size: u64,
     sgl: SglSupport,
     /// Whether data is always copied, so that the device never reaches memory of the caller.
     isolate: bool,
@@ -102,17 +104,15 @@ impl DmaContext {
     pub(crate) fn new(
         space: AddressSpace,
         pool: Pool,
-        page_size: u64,
         sgl: SglSupport,
         isolate: bool,
         max_transfer: usize,
     ) -> Result<Self, AllocError> {
-        let reserve = Arc::new(Reserve::new(&pool, page_size as usize, max_transfer)?);
+        let reserve = Arc::new(Reserve::new(&pool, max_transfer)?);
         let bounced_bytes = AtomicU64::new(0);
         Ok(Self {
             space,
             pool,
-            page_size,
             sgl,
             isolate,
             reserve,
@@ -146,6 +146,7 @@ impl DmaContext {
     /// Makes the bytes of `range` of the payload that is in `holdings` reachable, if that can be done
     /// without waiting, and puts there what else the command needs for that. Returns how the device
     /// finds the data.
+    #[inline]
     pub(crate) fn prepare(
         &self,
         flow: Flow,
@@ -155,6 +156,29 @@ impl DmaContext {
         if self.isolate {
             return self.through_pool(flow, holdings, range);
         }
+        if let Payload::Dma(buf) = &holdings.payload
+            && let Some(iova) = buf.iova_in(&self.pool)
+            && let Some(pointer) = in_two_entries(
+                Segment {
+                    iova: iova + range.start as u64,
+                    len: range.len() as u64,
+                },
+                PAGE_SIZE,
+            )
+        {
+            return Ok(pointer);
+        }
+        self.prepare_any(flow, holdings, range)
+    }
+
+    /// As [`prepare`](Self::prepare), for all that is not a short run of memory of the pool.
+    #[inline(never)]
+    fn prepare_any(
+        &self,
+        flow: Flow,
+        holdings: &mut Holdings,
+        range: Range<usize>,
+    ) -> Result<DataPointer, Unready> {
         let mut is_worth_mapping = false;
         let described = self.describe(&holdings.payload, range.clone(), |piece| {
             if let Some(iova) = self.pool_address(piece) {
@@ -189,10 +213,7 @@ impl DmaContext {
         payload: Payload,
         range: Range<usize>,
     ) -> (Result<DataPointer, Error>, Holdings) {
-        let mut holdings = Holdings {
-            payload,
-            ..Holdings::default()
-        };
+        let mut holdings = Holdings::new(payload);
         let prepared = match unready {
             Unready::Unmapped => self.map(flow, &mut holdings, range.clone()).await,
             unready => Err(unready),
@@ -299,7 +320,7 @@ impl DmaContext {
     ) -> Result<DataPointer, Error> {
         let filled = block.and_then(|mut block| {
             let payload = &holdings.payload;
-            let pointer = block.fill_from(flow, payload, range.clone(), self.page_size)?;
+            let pointer = block.fill_from(flow, payload, range.clone())?;
             Some((pointer, block))
         });
         let Some((pointer, block)) = filled else {
@@ -308,7 +329,10 @@ impl DmaContext {
             return Err(AllocError::LimitReached { limit }.into());
         };
         self.count_bounce(range.len());
-        holdings.bounce = Some(Bounce::Reserve(Box::new(block)));
+        holdings.reach = Some(Reach {
+            bounce: Some(Bounce::Reserve(Box::new(block))),
+            ..Reach::default()
+        });
         Ok(pointer)
     }
 
@@ -328,7 +352,8 @@ impl DmaContext {
 
     /// Copies what a read left in a bounce buffer to where it belongs, `range` of the payload.
     pub(crate) fn collect(&self, holdings: &mut Holdings, range: Range<usize>) {
-        let Some(bounce) = holdings.bounce.take() else {
+        let reach = holdings.reach.as_mut();
+        let Some(bounce) = reach.and_then(|reach| reach.bounce.take()) else {
             return;
         };
         let bytes = match &bounce {
@@ -369,12 +394,12 @@ impl DmaContext {
         if whole.is_err() || segments.is_empty() {
             return Ok(None);
         }
-        let shape = shape(&segments, self.page_size, self.sgl);
-        let list = match list_bytes(shape, &segments, self.page_size) {
+        let shape = shape(&segments, PAGE_SIZE, self.sgl);
+        let list = match list_bytes(shape, &segments, PAGE_SIZE) {
             0 => None,
             bytes => Some(DmaWords::new(&self.pool, bytes.div_ceil(4) as usize)?),
         };
-        let pointer = describe(shape, &segments, self.page_size, list.as_ref());
+        let pointer = describe(shape, &segments, PAGE_SIZE, list.as_ref());
         Ok(pointer.map(|pointer| InPlace {
             pointer,
             mapped,
@@ -401,19 +426,22 @@ impl DmaContext {
             iova: buf.iova().expect("a block of the pool has an address"),
             len: range.len() as u64,
         }];
-        let shape = shape(&segment, self.page_size, self.sgl);
-        let list = match list_bytes(shape, &segment, self.page_size) {
+        let shape = shape(&segment, PAGE_SIZE, self.sgl);
+        let list = match list_bytes(shape, &segment, PAGE_SIZE) {
             0 => None,
             bytes => Some(DmaWords::new(&self.pool, bytes.div_ceil(4) as usize)?),
         };
-        let pointer = describe(shape, &segment, self.page_size, list.as_ref())
-            .ok_or(Unready::PoolExhausted)?;
+        let pointer =
+            describe(shape, &segment, PAGE_SIZE, list.as_ref()).ok_or(Unready::PoolExhausted)?;
         self.count_bounce(range.len());
         if flow == Flow::Write {
             holdings.payload.copy_out(range, &mut buf);
         }
-        holdings.list = list;
-        holdings.bounce = Some(Bounce::Pool(buf));
+        holdings.reach = Some(Reach {
+            _list: list,
+            bounce: Some(Bounce::Pool(buf)),
+            ..Reach::default()
+        });
         Ok(pointer)
     }
 
@@ -433,8 +461,13 @@ struct InPlace {
 impl InPlace {
     /// Puts what the device needs for it to the payload.
     fn put(self, holdings: &mut Holdings) -> DataPointer {
-        holdings.mapped = self.mapped;
-        holdings.list = self.list;
+        if !self.mapped.is_empty() || self.list.is_some() {
+            holdings.reach = Some(Reach {
+                mapped: self.mapped,
+                _list: self.list,
+                bounce: None,
+            });
+        }
         self.pointer
     }
 }
@@ -469,8 +502,8 @@ struct ReserveMemory {
 }
 
 impl Reserve {
-    fn new(pool: &Pool, page_size: usize, max_transfer: usize) -> Result<Self, AllocError> {
-        let list_words = (max_transfer / page_size + 1).next_multiple_of(page_size / 8) * 4;
+    fn new(pool: &Pool, max_transfer: usize) -> Result<Self, AllocError> {
+        let list_words = (max_transfer / DEVICE_PAGE + 1).next_multiple_of(DEVICE_PAGE / 8) * 4;
         let memory = (0..RESERVE_BLOCKS)
             .map(|_| {
                 Ok(ReserveMemory {
@@ -504,7 +537,6 @@ impl ReserveBlock {
         flow: Flow,
         payload: &Payload,
         range: Range<usize>,
-        page_size: u64,
     ) -> Option<DataPointer> {
         let memory = self.memory.as_mut()?;
         let len = range.len();
@@ -516,8 +548,8 @@ impl ReserveBlock {
             iova: memory.data.iova()?,
             len: len as u64,
         }];
-        let shape: Shape = shape(&segment, page_size, SglSupport::None);
-        describe(shape, &segment, page_size, Some(&memory.list))
+        let shape: Shape = shape(&segment, PAGE_SIZE, SglSupport::None);
+        describe(shape, &segment, PAGE_SIZE, Some(&memory.list))
     }
 
     fn bytes(&self, len: usize) -> &[u8] {

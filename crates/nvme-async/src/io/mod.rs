@@ -22,25 +22,50 @@ use crate::memory::{DmaBuf, DmaWords};
 
 /// Everything that a command uses until the device is done with it.
 ///
-/// The fields are dropped in this order: mappings before the memory that they map.
+/// The fields are dropped in this order.
 #[derive(Default)]
 pub(crate) struct Holdings {
-    /// Mappings that exist for this command, and look-ups in those that exist anyway.
-    pub(crate) mapped: SmallVec<[Mapped; 1]>,
-    /// The PRP list or SGL segment.
-    pub(crate) list: Option<DmaWords>,
-    /// Memory that the device uses in place of the payload.
-    pub(crate) bounce: Option<Bounce>,
+    /// Nothing for memory of the pool that the command itself says all of.
+    pub(crate) reach: Option<Reach>,
     /// The caller's memory.
     pub(crate) payload: Payload,
 }
 
+/// What it takes, besides the command, that the device reaches a payload.
+///
+/// The fields are dropped in this order: mappings before the memory that they map.
+#[derive(Default)]
+pub(crate) struct Reach {
+    /// Mappings that exist for this command, and look-ups in those that exist anyway.
+    pub(crate) mapped: SmallVec<[Mapped; 1]>,
+    /// The PRP list or SGL segment.
+    pub(crate) _list: Option<DmaWords>,
+    /// Memory that the device uses in place of the payload.
+    pub(crate) bounce: Option<Bounce>,
+}
+
 impl Holdings {
+    pub(crate) fn new(payload: Payload) -> Self {
+        Self {
+            reach: None,
+            payload,
+        }
+    }
+
     /// The caller's memory, after all else was dropped.
+    #[inline]
     pub(crate) fn take_payload(&mut self) -> Payload {
-        self.mapped.clear();
-        (self.list, self.bounce) = (None, None);
+        self.reach = None;
         std::mem::take(&mut self.payload)
+    }
+
+    /// Swaps two of them. Most have nothing but the payload, and the rest is the larger part.
+    #[inline]
+    pub(crate) fn swap(&mut self, other: &mut Self) {
+        std::mem::swap(&mut self.payload, &mut other.payload);
+        if self.reach.is_some() || other.reach.is_some() {
+            std::mem::swap(&mut self.reach, &mut other.reach);
+        }
     }
 }
 

@@ -7,15 +7,17 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use nvme_spec::{Cqe, DataPointer, Sqe, Status};
+use nvme_spec::{DataPointer, Sqe, Status};
+use tokio::task::coop::poll_proceed;
 
 use super::context::{DmaContext, Flow};
 use super::{Holdings, Payload};
 use crate::Error;
-use crate::engine::state::Command;
-use crate::engine::{Failed, QueueAccess, Submission};
+use crate::engine::state::{Command, Outcome};
+use crate::engine::{Accepted, Failed, QueueAccess, Submitted, submit};
 
 /// What a command is to do.
+#[derive(Clone)]
 pub(crate) struct Order {
     /// The command without identifier and data pointer.
     pub(crate) sqe: Sqe,
@@ -36,72 +38,40 @@ pub(crate) enum End {
     Unsubmitted(Error),
 }
 
+impl From<Outcome> for End {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Ok(cqe) if cqe.status().is_success() => Self::Success,
+            Ok(cqe) => Self::Status(cqe.status()),
+            Err(failed) => Self::Failed(failed),
+        }
+    }
+}
+
 /// Makes the data of one command reachable, submits it, and takes the data from the bounce buffer
 /// if there was one. It resolves to how the command ended, and the payload, which is none if the
 /// device may still use it.
 ///
 /// # Cancel safety
 ///
-/// As for [`Submission`]: the payload stays with the queue until the command is done.
+/// As for [`Course`].
 pub(crate) struct Part<'a, Q: QueueAccess> {
     dma: &'a DmaContext,
-    flow: Flow,
-    /// Where its data is in the payload.
-    range: Range<usize>,
-    step: Step<'a>,
-    /// Has the payload, which stays where it is while the device does not have it.
-    submission: Submission<'a, Q>,
-}
-
-enum Step<'a> {
-    Prepare,
-    /// What could not be done without waiting.
-    Later(BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>),
-    Submit,
-    Over,
+    queue: &'a Q,
+    order: Order,
+    payload: Payload,
+    course: Course<'a, Q>,
 }
 
 impl<'a, Q: QueueAccess> Part<'a, Q> {
     pub(crate) fn new(dma: &'a DmaContext, queue: &'a Q, order: Order, payload: Payload) -> Self {
-        let holdings = Holdings {
-            payload,
-            ..Holdings::default()
-        };
-        let command = Command {
-            sqe: order.sqe,
-            holdings,
-            timeout: order.timeout,
-            repeatable: order.repeatable,
-        };
         Self {
             dma,
-            flow: order.flow,
-            range: order.range,
-            step: Step::Prepare,
-            submission: Submission::new(queue, command),
+            queue,
+            order,
+            payload,
+            course: Course::Start,
         }
-    }
-
-    /// The command with its data in reach.
-    fn ready(&mut self, pointer: DataPointer) {
-        let sqe = &mut self.submission.command.sqe;
-        *sqe = sqe.with_data(pointer);
-        self.step = Step::Submit;
-    }
-
-    fn finish(&mut self, result: Result<Cqe, Failed>) -> (End, Payload) {
-        self.step = Step::Over;
-        let end = match result {
-            Ok(cqe) if cqe.status().is_success() => End::Success,
-            Ok(cqe) => End::Status(cqe.status()),
-            Err(failed) => End::Failed(failed),
-        };
-        let holdings = &mut self.submission.command.holdings;
-        if self.flow == Flow::Read && matches!(end, End::Success) {
-            self.dma.collect(holdings, self.range.clone());
-        }
-        // Mappings of the payload go before the payload goes to the caller.
-        (end, holdings.take_payload())
     }
 }
 
@@ -110,39 +80,160 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
-        loop {
-            match &mut this.step {
-                Step::Prepare => {
-                    let range = this.range.clone();
-                    let holdings = &mut this.submission.command.holdings;
-                    match this.dma.prepare(this.flow, holdings, range.clone()) {
-                        Ok(pointer) => this.ready(pointer),
-                        Err(unready) => {
-                            let payload = holdings.take_payload();
-                            let later = this.dma.prepare_later(this.flow, unready, payload, range);
-                            this.step = Step::Later(Box::pin(later));
-                        }
-                    }
+        let order = || (this.queue, this.order.clone());
+        let end = ready!(this.course.poll(this.dma, order, &mut this.payload, cx));
+        Poll::Ready((end, std::mem::take(&mut this.payload)))
+    }
+}
+
+/// How far a command is.
+///
+/// # Cancel safety
+///
+/// Once it is submitted, the payload stays with the queue until the command is done, whether or not
+/// somebody waits for that.
+pub(super) enum Course<'a, Q: QueueAccess> {
+    /// It was not polled.
+    Start,
+    /// Its data is being made reachable, which could not be done without waiting.
+    Later(BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>),
+    /// The queue has it.
+    Accepted(Accepted<'a, Q>),
+    Over,
+}
+
+impl<'a, Q: QueueAccess> Course<'a, Q> {
+    /// Goes on with the command, until it is done. `order` says what it is and which queue gets it,
+    /// the same at each call but for the queue. The payload is the caller's at the beginning and, if
+    /// the device does not use it any more, at the end.
+    #[inline]
+    pub(super) fn poll(
+        &mut self,
+        dma: &'a DmaContext,
+        order: impl FnOnce() -> (&'a Q, Order),
+        payload: &mut Payload,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        let budget = ready!(poll_proceed(cx));
+        let end = match self {
+            Self::Start => {
+                let (queue, order) = order();
+                ready!(self.start(dma, queue, order, payload, cx))
+            }
+            Self::Later(_) => {
+                let (queue, order) = order();
+                ready!(self.go_on(dma, queue, order, payload, cx))
+            }
+            Self::Accepted(accepted) => {
+                let mut holdings = Holdings::default();
+                let end = ready!(accepted.poll(&mut holdings, cx)).into();
+                if holdings.reach.is_some() {
+                    let (_, order) = order();
+                    collect(dma, &order, &end, &mut holdings);
                 }
-                Step::Later(prepared) => {
-                    let (prepared, holdings) = ready!(prepared.as_mut().poll(cx));
-                    this.submission.command.holdings = holdings;
-                    match prepared {
-                        Ok(pointer) => this.ready(pointer),
-                        Err(error) => {
-                            this.step = Step::Over;
-                            let payload = this.submission.command.holdings.take_payload();
-                            return Poll::Ready((End::Unsubmitted(error), payload));
-                        }
-                    }
-                }
-                Step::Submit => {
-                    let result = ready!(Pin::new(&mut this.submission).poll(cx));
-                    return Poll::Ready(this.finish(result));
-                }
-                // As with most futures, polling it again after it resolved never resolves.
-                Step::Over => return Poll::Pending,
+                // Mappings of the payload go before the payload goes to the caller.
+                *payload = holdings.take_payload();
+                end
+            }
+            // As with most futures, polling it again after it resolved never resolves.
+            Self::Over => return Poll::Pending,
+        };
+        *self = Self::Over;
+        budget.made_progress();
+        Poll::Ready(end)
+    }
+
+    #[inline]
+    fn start(
+        &mut self,
+        dma: &'a DmaContext,
+        queue: &'a Q,
+        order: Order,
+        payload: &mut Payload,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        // Whatever panics, it is not submitted twice.
+        *self = Self::Over;
+        let mut command = Command {
+            sqe: order.sqe,
+            holdings: Holdings::new(std::mem::take(payload)),
+            timeout: order.timeout,
+            repeatable: order.repeatable,
+        };
+        let holdings = &mut command.holdings;
+        match dma.prepare(order.flow, holdings, order.range.clone()) {
+            Ok(pointer) => {
+                command.sqe = command.sqe.with_data(pointer);
+                self.submit(dma, queue, &order, &mut command, payload, cx)
+            }
+            Err(unready) => {
+                let range = order.range.clone();
+                let later = dma.prepare_later(order.flow, unready, holdings.take_payload(), range);
+                *self = Self::Later(Box::pin(later));
+                self.go_on(dma, queue, order, payload, cx)
             }
         }
+    }
+
+    #[cold]
+    fn go_on(
+        &mut self,
+        dma: &'a DmaContext,
+        queue: &'a Q,
+        order: Order,
+        payload: &mut Payload,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        let Self::Later(prepared) = self else {
+            return Poll::Pending;
+        };
+        let (prepared, mut holdings) = ready!(prepared.as_mut().poll(cx));
+        *self = Self::Over;
+        match prepared {
+            Ok(pointer) => {
+                let mut command = Command {
+                    sqe: order.sqe.with_data(pointer),
+                    holdings,
+                    timeout: order.timeout,
+                    repeatable: order.repeatable,
+                };
+                self.submit(dma, queue, &order, &mut command, payload, cx)
+            }
+            Err(error) => {
+                *payload = holdings.take_payload();
+                Poll::Ready(End::Unsubmitted(error))
+            }
+        }
+    }
+
+    #[inline]
+    fn submit(
+        &mut self,
+        dma: &'a DmaContext,
+        queue: &'a Q,
+        order: &Order,
+        command: &mut Command,
+        payload: &mut Payload,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        match submit(queue, command, cx) {
+            Submitted::Accepted(accepted) => {
+                *self = Self::Accepted(accepted);
+                Poll::Pending
+            }
+            Submitted::Done(outcome) => {
+                let end = outcome.into();
+                collect(dma, order, &end, &mut command.holdings);
+                *payload = command.holdings.take_payload();
+                Poll::Ready(end)
+            }
+        }
+    }
+}
+
+/// Copies what a read left in a bounce buffer, if there is one, to where it belongs.
+fn collect(dma: &DmaContext, order: &Order, end: &End, holdings: &mut Holdings) {
+    if order.flow == Flow::Read && matches!(end, End::Success) {
+        dma.collect(holdings, order.range.clone());
     }
 }

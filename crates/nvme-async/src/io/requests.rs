@@ -19,16 +19,7 @@ use crate::namespace::NamespaceInner;
 /// A read into memory of the driver's choice. See [`Namespace::read`](crate::Namespace::read).
 #[must_use = "futures do nothing unless polled"]
 pub struct Read<'a, Q: QueueAccess = Arc<SharedQueue>> {
-    start: ReadStart<'a, Q>,
-    transfer: Option<Transfer<'a, Q>>,
-}
-
-struct ReadStart<'a, Q> {
-    namespace: &'a Arc<NamespaceInner>,
-    queues: &'a [Q],
-    offset: u64,
-    len: usize,
-    timeout: Option<Duration>,
+    transfer: Transfer<'a, Q>,
 }
 
 impl<'a, Q: QueueAccess> Read<'a, Q> {
@@ -38,40 +29,16 @@ impl<'a, Q: QueueAccess> Read<'a, Q> {
         offset: u64,
         len: usize,
     ) -> Self {
-        let timeout = namespace.timeout();
+        let (operation, payload) = (Operation::Read, Payload::None);
         Self {
-            start: ReadStart {
-                namespace,
-                queues,
-                offset,
-                len,
-                timeout,
-            },
-            transfer: None,
+            transfer: Transfer::new(namespace, queues, operation, offset, len, payload),
         }
     }
 
     /// Sets the time that each command may take, in place of the controller's default.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.start.timeout = Some(timeout);
+        self.transfer.request.timeout = Some(timeout);
         self
-    }
-}
-
-impl<'a, Q: QueueAccess> ReadStart<'a, Q> {
-    fn begin(&self) -> Result<Transfer<'a, Q>, Error> {
-        // Before memory is allocated for a length that may be absurd.
-        self.namespace.blocks(self.offset, self.len as u64)?;
-        let buffer = self.namespace.dma().read_buffer(self.len)?;
-        let mut transfer = Transfer::new(
-            self.namespace,
-            self.queues,
-            Operation::Read,
-            self.offset,
-            Payload::Dma(buffer),
-        );
-        set_timeout(&mut transfer, self.timeout);
-        Ok(transfer)
     }
 }
 
@@ -79,13 +46,10 @@ impl<Q: QueueAccess> Future for Read<'_, Q> {
     type Output = Result<Bytes, Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.get_mut();
-        let transfer = match &mut this.transfer {
-            Some(transfer) => transfer,
-            None => this.transfer.insert(this.start.begin()?),
-        };
-        let done = ready!(Pin::new(transfer).poll(cx));
-        let buffer: DmaBuf = give_back(done)?;
+        let transfer = &mut self.get_mut().transfer;
+        transfer.allocate()?;
+        let result = ready!(transfer.poll(cx));
+        let buffer: DmaBuf = give_back(result, transfer.take_payload())?;
         Poll::Ready(Ok(buffer.into()))
     }
 }
@@ -120,13 +84,7 @@ impl<'a, B: ReadBuffer, Q: QueueAccess> ReadInto<'a, B, Q> {
         buffer: B,
     ) -> Self {
         Self {
-            transfer: Transfer::new(
-                namespace,
-                queues,
-                Operation::Read,
-                offset,
-                buffer.into_payload(),
-            ),
+            transfer: transfer(namespace, queues, Operation::Read, offset, buffer),
             buffer: std::marker::PhantomData,
         }
     }
@@ -134,7 +92,7 @@ impl<'a, B: ReadBuffer, Q: QueueAccess> ReadInto<'a, B, Q> {
     /// Sets the time that each command may take, in place of the controller's default. It has no
     /// effect after the first poll.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        set_timeout(&mut self.transfer, Some(timeout));
+        self.transfer.request.timeout = Some(timeout);
         self
     }
 }
@@ -147,13 +105,7 @@ impl<'a, B: WriteBuffer, Q: QueueAccess> Write<'a, B, Q> {
         buffer: B,
     ) -> Self {
         Self {
-            transfer: Transfer::new(
-                namespace,
-                queues,
-                Operation::Write,
-                offset,
-                buffer.into_payload(),
-            ),
+            transfer: transfer(namespace, queues, Operation::Write, offset, buffer),
             buffer: std::marker::PhantomData,
         }
     }
@@ -161,9 +113,8 @@ impl<'a, B: WriteBuffer, Q: QueueAccess> Write<'a, B, Q> {
     /// Makes the write durable before it resolves (Force Unit Access). On a controller without a
     /// volatile write cache every write is, and nothing changes. No effect after the first poll.
     pub fn fua(mut self) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.fua = request.namespace.has_volatile_cache();
-        }
+        let request = &mut self.transfer.request;
+        request.fua = request.namespace.has_volatile_cache();
         self
     }
 
@@ -172,9 +123,7 @@ impl<'a, B: WriteBuffer, Q: QueueAccess> Write<'a, B, Q> {
     /// [`Namespace::atomic_write_limit`](crate::Namespace::atomic_write_limit). No effect after
     /// the first poll.
     pub fn atomic(mut self) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.atomic = true;
-        }
+        self.transfer.request.atomic = true;
         self
     }
 
@@ -183,16 +132,14 @@ impl<'a, B: WriteBuffer, Q: QueueAccess> Write<'a, B, Q> {
     /// ([`OpenOptions::retries`](crate::OpenOptions::retries)). The caller sees to it that no other
     /// write of the same blocks is outstanding. No effect after the first poll.
     pub fn repeatable(mut self) -> Self {
-        if let Some(request) = self.transfer.request() {
-            request.repeatable = true;
-        }
+        self.transfer.request.repeatable = true;
         self
     }
 
     /// Sets the time that each command may take, in place of the controller's default. It has no
     /// effect after the first poll.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        set_timeout(&mut self.transfer, Some(timeout));
+        self.transfer.request.timeout = Some(timeout);
         self
     }
 }
@@ -205,13 +152,7 @@ impl<'a, B: WriteBuffer, Q: QueueAccess> Compare<'a, B, Q> {
         buffer: B,
     ) -> Self {
         Self {
-            transfer: Transfer::new(
-                namespace,
-                queues,
-                Operation::Compare,
-                offset,
-                buffer.into_payload(),
-            ),
+            transfer: transfer(namespace, queues, Operation::Compare, offset, buffer),
             buffer: std::marker::PhantomData,
         }
     }
@@ -219,7 +160,7 @@ impl<'a, B: WriteBuffer, Q: QueueAccess> Compare<'a, B, Q> {
     /// Sets the time that each command may take, in place of the controller's default. It has no
     /// effect after the first poll.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        set_timeout(&mut self.transfer, Some(timeout));
+        self.transfer.request.timeout = Some(timeout);
         self
     }
 }
@@ -228,9 +169,9 @@ impl<B: ReadBuffer, Q: QueueAccess> Future for ReadInto<'_, B, Q> {
     type Output = Result<B, IoError<B>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.get_mut().transfer)
-            .poll(cx)
-            .map(give_back)
+        let transfer = &mut self.get_mut().transfer;
+        let result = ready!(transfer.poll(cx));
+        Poll::Ready(give_back(result, transfer.take_payload()))
     }
 }
 
@@ -238,9 +179,9 @@ impl<B: WriteBuffer, Q: QueueAccess> Future for Write<'_, B, Q> {
     type Output = Result<B, IoError<B>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.get_mut().transfer)
-            .poll(cx)
-            .map(give_back)
+        let transfer = &mut self.get_mut().transfer;
+        let result = ready!(transfer.poll(cx));
+        Poll::Ready(give_back(result, transfer.take_payload()))
     }
 }
 
@@ -248,19 +189,26 @@ impl<B: WriteBuffer, Q: QueueAccess> Future for Compare<'_, B, Q> {
     type Output = Result<B, IoError<B>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.get_mut().transfer)
-            .poll(cx)
-            .map(give_back)
+        let transfer = &mut self.get_mut().transfer;
+        let result = ready!(transfer.poll(cx));
+        Poll::Ready(give_back(result, transfer.take_payload()))
     }
 }
 
-fn set_timeout<Q: QueueAccess>(transfer: &mut Transfer<'_, Q>, timeout: Option<Duration>) {
-    if let Some(request) = transfer.request() {
-        request.timeout = timeout;
-    }
+fn transfer<'a, B: Convert, Q: QueueAccess>(
+    namespace: &'a Arc<NamespaceInner>,
+    queues: &'a [Q],
+    operation: Operation,
+    offset: u64,
+    buffer: B,
+) -> Transfer<'a, Q> {
+    let payload = buffer.into_payload();
+    let len = payload.len();
+    Transfer::new(namespace, queues, operation, offset, len, payload)
 }
 
-fn give_back<B: Convert>((result, payload): (Result<(), Error>, Payload)) -> Result<B, IoError<B>> {
+#[inline]
+fn give_back<B: Convert>(result: Result<(), Error>, payload: Payload) -> Result<B, IoError<B>> {
     match (result, B::from_payload(payload)) {
         (Ok(()), Some(buffer)) => Ok(buffer),
         (Err(error), buffer) => Err(IoError { error, buffer }),

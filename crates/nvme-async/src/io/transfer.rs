@@ -11,10 +11,11 @@ use futures::stream::{FuturesUnordered, Stream};
 use nvme_spec::nvm;
 
 use super::context::Flow;
-use super::part::{End, Order, Part};
+use super::part::{Course, End, Order, Part};
 use super::payload::Payload;
 use super::split::{fits, split};
 use crate::Error;
+use crate::controller::choose_queue;
 use crate::engine::QueueAccess;
 use crate::error::SplitError;
 use crate::namespace::NamespaceInner;
@@ -48,114 +49,154 @@ impl Operation {
     }
 }
 
-/// A request that has not begun.
+/// What is asked for, but for the buffer.
 pub(super) struct Request<'a, Q> {
     pub(super) namespace: &'a Arc<NamespaceInner>,
     queues: &'a [Q],
     operation: Operation,
-    offset: u64,
-    payload: Payload,
     pub(super) fua: bool,
     pub(super) atomic: bool,
-    pub(super) timeout: Option<Duration>,
     pub(super) repeatable: bool,
+    offset: u64,
+    len: usize,
+    pub(super) timeout: Option<Duration>,
 }
 
-/// The future of a request, whatever its buffer's type.
+/// A request of any kind, whatever its buffer's type.
+///
+/// It is made where the caller keeps it, and nothing of it is moved but the payload, to the queue and
+/// back.
 pub(super) struct Transfer<'a, Q: QueueAccess> {
+    /// Without effect after the first poll.
+    pub(super) request: Request<'a, Q>,
+    payload: Payload,
     stage: Stage<'a, Q>,
 }
 
 enum Stage<'a, Q: QueueAccess> {
-    Start(Request<'a, Q>),
-    One {
-        namespace: &'a Arc<NamespaceInner>,
-        blocks: Range<u64>,
-        operation: Operation,
-        part: Part<'a, Q>,
-    },
+    Start,
+    One(Course<'a, Q>),
     Many(Box<Parts<'a, Q>>),
-    Over,
 }
 
 impl<'a, Q: QueueAccess> Transfer<'a, Q> {
+    /// A request of `len` bytes. The payload has as many, unless it is [allocated](Self::allocate) later.
+    #[inline]
     pub(super) fn new(
         namespace: &'a Arc<NamespaceInner>,
         queues: &'a [Q],
         operation: Operation,
         offset: u64,
+        len: usize,
         payload: Payload,
     ) -> Self {
-        let request = Request {
-            namespace,
-            queues,
-            operation,
-            offset,
-            payload,
-            fua: false,
-            atomic: false,
-            timeout: namespace.timeout(),
-            repeatable: operation != Operation::Write || namespace.repeats_writes(),
-        };
         Self {
-            stage: Stage::Start(request),
-        }
-    }
-
-    /// The request, to be changed before it begins.
-    pub(super) fn request(&mut self) -> Option<&mut Request<'a, Q>> {
-        match &mut self.stage {
-            Stage::Start(request) => Some(request),
-            _ => None,
-        }
-    }
-
-    fn begin(mut request: Request<'a, Q>) -> Result<Stage<'a, Q>, (Error, Payload)> {
-        let namespace = request.namespace;
-        if request.operation == Operation::Compare
-            && let Err(error) = namespace.require("Compare", |commands| commands.compare())
-        {
-            return Err((error, request.payload));
-        }
-        let len = request.payload.len() as u64;
-        let blocks = match namespace.blocks(request.offset, len) {
-            Ok(blocks) => blocks,
-            Err(error) => return Err((error, request.payload)),
-        };
-        if request.atomic
-            && let Err(error) = namespace.check_atomic(&blocks)
-        {
-            return Err((error, request.payload));
-        }
-        let queue = crate::controller::choose_queue(request.queues);
-        let limits = namespace.transfer_limits();
-        if fits(&blocks, limits) {
-            let order = request.order(&blocks, &blocks);
-            let part = Part::new(namespace.dma(), queue, order, request.payload);
-            return Ok(Stage::One {
+            request: Request {
                 namespace,
-                blocks,
-                operation: request.operation,
-                part,
-            });
-        }
-        let ranges: Vec<_> = split(blocks.clone(), limits).collect();
-        let payload = Arc::new(std::mem::take(&mut request.payload));
-        Ok(Stage::Many(Box::new(Parts {
-            request,
-            queue,
-            blocks,
-            results: ranges.iter().map(|_| None).collect(),
-            ranges,
-            next: 0,
-            running: FuturesUnordered::new(),
+                queues,
+                operation,
+                fua: false,
+                atomic: false,
+                repeatable: operation != Operation::Write || namespace.repeats_writes(),
+                offset,
+                len,
+                timeout: namespace.timeout(),
+            },
             payload,
-        })))
+            stage: Stage::Start,
+        }
+    }
+
+    /// Allocates the payload of a read, if that has not been done.
+    pub(super) fn allocate(&mut self) -> Result<(), Error> {
+        if matches!((&self.stage, &self.payload), (Stage::Start, Payload::None)) {
+            let Request { namespace, len, .. } = self.request;
+            // Before memory is allocated for a length that may be absurd.
+            self.request.check()?;
+            self.payload = Payload::Dma(namespace.dma().read_buffer(len)?);
+        }
+        Ok(())
+    }
+
+    /// The payload, when the request is done; none if the device may still use it.
+    #[inline]
+    pub(super) fn take_payload(&mut self) -> Payload {
+        std::mem::take(&mut self.payload)
+    }
+
+    /// Resolves when all of it is done.
+    #[inline]
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        if let Stage::Start = self.stage {
+            self.begin()?;
+        }
+        match &mut self.stage {
+            Stage::One(course) => {
+                let request = &self.request;
+                let order = || {
+                    let blocks = request.blocks();
+                    (
+                        choose_queue(request.queues),
+                        request.order(&blocks, &blocks),
+                    )
+                };
+                let payload = &mut self.payload;
+                match ready!(course.poll(request.namespace.dma(), order, payload, cx)) {
+                    End::Success => Poll::Ready(Ok(())),
+                    end => Poll::Ready(request.result(end, request.blocks())),
+                }
+            }
+            Stage::Many(parts) => {
+                let (result, payload) = ready!(parts.poll(&self.request, cx));
+                self.payload = payload;
+                self.stage = Stage::One(Course::Over);
+                Poll::Ready(result)
+            }
+            Stage::Start => Poll::Pending,
+        }
+    }
+
+    /// Checks the request, and finds out how many commands it takes.
+    #[inline]
+    fn begin(&mut self) -> Result<(), Error> {
+        self.stage = Stage::One(Course::Over);
+        let blocks = self.request.check()?;
+        let limits = self.request.namespace.transfer_limits();
+        self.stage = if fits(&blocks, limits) {
+            Stage::One(Course::Start)
+        } else {
+            let queue = choose_queue(self.request.queues);
+            let ranges = split(blocks, limits).collect();
+            Stage::Many(Box::new(Parts::new(queue, ranges, self.take_payload())))
+        };
+        Ok(())
     }
 }
 
 impl<Q> Request<'_, Q> {
+    /// The blocks, if the namespace has them and does what is asked for.
+    #[inline]
+    fn check(&self) -> Result<Range<u64>, Error> {
+        let namespace = self.namespace;
+        if self.operation == Operation::Compare {
+            namespace.require("Compare", |commands| commands.compare())?;
+        }
+        let blocks = namespace.blocks(self.offset, self.len as u64)?;
+        if self.atomic {
+            namespace.check_atomic(&blocks)?;
+        }
+        Ok(blocks)
+    }
+
+    /// The blocks of a request that was checked.
+    #[inline]
+    fn blocks(&self) -> Range<u64> {
+        let shift = self.namespace.block_shift();
+        self.offset >> shift..(self.offset + self.len as u64) >> shift
+    }
+
     /// The command for `part` of `blocks`.
+    #[inline]
     fn order(&self, blocks: &Range<u64>, part: &Range<u64>) -> Order {
         let shift = self.namespace.block_shift();
         let count = (part.end - part.start) as u32;
@@ -175,54 +216,17 @@ impl<Q> Request<'_, Q> {
             repeatable: self.repeatable,
         }
     }
-}
 
-impl<Q: QueueAccess> Future for Transfer<'_, Q> {
-    type Output = (Result<(), Error>, Payload);
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = self.get_mut();
-        loop {
-            match &mut this.stage {
-                Stage::Start(_) => {
-                    let Stage::Start(request) = std::mem::replace(&mut this.stage, Stage::Over)
-                    else {
-                        return Poll::Pending;
-                    };
-                    match Self::begin(request) {
-                        Ok(stage) => this.stage = stage,
-                        Err((error, payload)) => return Poll::Ready((Err(error), payload)),
-                    }
-                }
-                Stage::One {
-                    namespace,
-                    blocks,
-                    operation,
-                    part,
-                } => {
-                    let (end, payload) = ready!(Pin::new(part).poll(cx));
-                    let result = namespace.result(end, operation.name(), Some(blocks.clone()));
-                    this.stage = Stage::Over;
-                    return Poll::Ready((result, payload));
-                }
-                Stage::Many(parts) => {
-                    let done = ready!(parts.poll(cx));
-                    this.stage = Stage::Over;
-                    return Poll::Ready(done);
-                }
-                // As with most futures, polling it again after it resolved never resolves.
-                Stage::Over => return Poll::Pending,
-            }
-        }
+    #[cold]
+    fn result(&self, end: End, blocks: Range<u64>) -> Result<(), Error> {
+        self.namespace
+            .result(end, self.operation.name(), Some(blocks))
     }
 }
 
 /// A request that takes several commands.
 struct Parts<'a, Q: QueueAccess> {
-    /// Without its payload.
-    request: Request<'a, Q>,
     queue: &'a Q,
-    blocks: Range<u64>,
     ranges: Vec<Range<u64>>,
     results: Vec<Option<Result<(), Error>>>,
     /// The first range without a command.
@@ -247,15 +251,30 @@ impl<Q: QueueAccess> Future for Numbered<'_, Q> {
     }
 }
 
-impl<Q: QueueAccess> Parts<'_, Q> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(Result<(), Error>, Payload)> {
+impl<'a, Q: QueueAccess> Parts<'a, Q> {
+    fn new(queue: &'a Q, ranges: Vec<Range<u64>>, payload: Payload) -> Self {
+        Self {
+            queue,
+            results: ranges.iter().map(|_| None).collect(),
+            ranges,
+            next: 0,
+            running: FuturesUnordered::new(),
+            payload: Arc::new(payload),
+        }
+    }
+
+    fn poll(
+        &mut self,
+        request: &Request<'a, Q>,
+        cx: &mut Context<'_>,
+    ) -> Poll<(Result<(), Error>, Payload)> {
         loop {
             while self.running.len() < MAX_PARTS_IN_FLIGHT
                 && let Some(range) = self.ranges.get(self.next)
             {
-                let order = self.request.order(&self.blocks, range);
+                let order = request.order(&request.blocks(), range);
                 let payload = Payload::Shared(self.payload.clone());
-                let part = Part::new(self.request.namespace.dma(), self.queue, order, payload);
+                let part = Part::new(request.namespace.dma(), self.queue, order, payload);
                 self.running.push(Numbered {
                     index: self.next,
                     part,
@@ -265,13 +284,7 @@ impl<Q: QueueAccess> Parts<'_, Q> {
             match ready!(Pin::new(&mut self.running).poll_next(cx)) {
                 Some((index, end)) => {
                     let blocks = self.ranges[index].clone();
-                    let Request {
-                        namespace,
-                        operation,
-                        ..
-                    } = self.request;
-                    self.results[index] =
-                        Some(namespace.result(end, operation.name(), Some(blocks)));
+                    self.results[index] = Some(request.result(end, blocks));
                 }
                 None => return Poll::Ready(self.finish()),
             }

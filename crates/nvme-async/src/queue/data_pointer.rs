@@ -40,6 +40,22 @@ pub(crate) trait ListMemory {
     fn store_u64(&self, index: usize, value: u64);
 }
 
+/// The data pointer of a single run of memory, which is not empty, if PRP entries 1 and 2 can describe
+/// it without a list: what [`describe`] makes of it, in less time.
+#[inline]
+pub(crate) fn in_two_entries(segment: Segment, page_size: u64) -> Option<DataPointer> {
+    let Segment { iova, len } = segment;
+    let offset = iova % page_size;
+    if !iova.is_multiple_of(4) || len > 2 * page_size - offset {
+        return None;
+    }
+    let prp2 = match len > page_size - offset {
+        true => iova - offset + page_size,
+        false => 0,
+    };
+    Some(DataPointer::Prp { prp1: iova, prp2 })
+}
+
 /// The cheapest way to describe `segments`, in order (NVMe base specification 2.0, sections
 /// 4.1.1 and 4.1.2).
 ///

@@ -145,6 +145,18 @@ impl Operation {
         }
     }
 
+    /// Takes the place of one that is over, with what the command holds.
+    pub(super) fn accept(&mut self, command: &mut Command, ticket: u64) {
+        self.command.sqe = command.sqe;
+        self.command.holdings.swap(&mut command.holdings);
+        self.command.timeout = command.timeout;
+        self.command.repeatable = command.repeatable;
+        self.ticket = ticket;
+        self.since = None;
+        self.attempts = 0;
+        self.stage = Stage::Queued;
+    }
+
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let timeout = self.command.timeout?;
         self.since.unwrap_or(now).checked_add(timeout)
@@ -169,9 +181,8 @@ impl Operation {
 
     /// Records what became of it, and that the device does not have it.
     pub(super) fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
-        let mapped = &mut self.command.holdings.mapped;
-        if !mapped.is_empty() {
-            aftermath.mapped.extend(mapped.drain(..));
+        if let Some(reach) = &mut self.command.holdings.reach {
+            aftermath.mapped.extend(reach.mapped.drain(..));
         }
         self.stage = Stage::Done(outcome);
         self.wake(aftermath);
@@ -233,7 +244,7 @@ impl Operations {
         let operation = &mut self.places[key];
         match operation.stage {
             Stage::Done(outcome) => {
-                std::mem::swap(&mut operation.command.holdings, holdings);
+                operation.command.holdings.swap(holdings);
                 operation.stage = Stage::Over;
                 self.free.push(key);
                 Some(outcome)

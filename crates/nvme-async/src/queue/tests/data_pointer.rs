@@ -8,7 +8,7 @@ use nvme_spec::sgl::{Sgl, SglDescriptor};
 use proptest::prelude::*;
 
 use crate::queue::data_pointer::{
-    ListMemory, Segment, SglSupport, Shape, describe, list_bytes, shape,
+    ListMemory, Segment, SglSupport, Shape, describe, in_two_entries, list_bytes, shape,
 };
 
 const LIST: u64 = 0xffff_1234_0000_0000;
@@ -150,6 +150,10 @@ fn check(segments: &[Segment], page: u64, sgl: SglSupport) {
     );
     if bytes == 0 && shape != Shape::Inexpressible {
         assert_eq!(describe(shape, segments, page, None::<&List>), pointer);
+    }
+    if let [segment] = *segments {
+        let is_short = matches!(shape, Shape::Prp { list: 0 | 1 });
+        assert_eq!(in_two_entries(segment, page), pointer.filter(|_| is_short));
     }
     let len = segments.iter().map(|segment| segment.len).sum();
     match pointer {
