@@ -86,10 +86,7 @@ impl QueuePair {
             CommandData::ToDevice(buffer) => (Flow::Write, buffer),
         };
         let range = 0..buffer.len();
-        let mut holdings = Holdings {
-            payload: Payload::Dma(buffer),
-            ..Holdings::default()
-        };
+        let mut holdings = Holdings::new(Payload::Dma(buffer));
         if range.is_empty() {
             return self.run(command, holdings, None).await;
         }
@@ -130,11 +127,10 @@ impl QueuePair {
         let inner = &self.controller.inner;
         let command = Command {
             sqe,
-            holdings,
             timeout: inner.timeout,
             repeatable: false,
         };
-        let mut submission = Submission::new(&self.queue, command);
+        let mut submission = Submission::new(&self.queue, command, holdings);
         let result = (&mut submission).await;
         let mut holdings = submission.take_holdings();
         if let (Ok(cqe), Some(range)) = (&result, collect)

@@ -55,10 +55,7 @@ impl Admin {
         buffer.fill(0);
         let prp1 = buffer.iova().expect("a block of the pool has an address");
         let sqe = sqe.with_data(DataPointer::Prp { prp1, prp2: 0 });
-        let holdings = Holdings {
-            payload: Payload::Dma(buffer),
-            ..Holdings::default()
-        };
+        let holdings = Holdings::new(Payload::Dma(buffer));
         let (_, holdings) = self.submit(sqe, holdings).await?;
         self.buffer(holdings)
     }
@@ -153,11 +150,10 @@ impl Admin {
     async fn submit(&self, sqe: Sqe, holdings: Holdings) -> Result<(Cqe, Holdings), Error> {
         let command = Command {
             sqe,
-            holdings,
             timeout: self.timeout,
             repeatable: is_repeatable(&sqe),
         };
-        let mut submission = Submission::new(&self.queue, command);
+        let mut submission = Submission::new(&self.queue, command, holdings);
         let cqe = (&mut submission)
             .await
             .map_err(|failure| failure.into_error(self.name(&sqe)))?;
@@ -177,10 +173,7 @@ impl Admin {
         let prp1 = buffer.iova().expect("a block of the pool has an address");
         let data = DataPointer::Prp { prp1, prp2: 0 };
         let sqe = admin::set_features(id, 0, false).with_data(data);
-        let holdings = Holdings {
-            payload: Payload::Dma(buffer),
-            ..Holdings::default()
-        };
+        let holdings = Holdings::new(Payload::Dma(buffer));
         self.submit(sqe, holdings)
             .await
             .and_then(|(_, holdings)| self.buffer(holdings))

@@ -254,6 +254,7 @@ impl ControllerInner {
 ///
 /// The first queue serves all that are no worker of a runtime; the others are spread over the
 /// workers, starting at a place that differs from runtime to runtime.
+#[inline]
 pub(crate) fn choose_queue<Q>(queues: &[Q]) -> &Q {
     let (first, others) = match queues {
         [only] => return only,

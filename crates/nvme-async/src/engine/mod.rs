@@ -30,7 +30,7 @@ use poll_window::Costs;
 pub use self::local::LocalQueue;
 pub use self::shared::SharedQueue;
 pub(crate) use self::state::{Failed, Failure, Notification, QueueCounters, State};
-pub(crate) use self::submission::{Accepted, Submission, Submitted, submit};
+pub(crate) use self::submission::{InFlight, Submission};
 
 /// When a queue polls for completions and when it waits for the interrupt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -168,9 +168,9 @@ fn a_completion_and_the_task_that_waits_for_it() {
         let bench = Bench::new();
         let (queue, device) = (bench.queue.clone(), bench.device.clone());
         let reaper = thread::spawn(move || Bench::reap(&queue, &device));
-        let (command, memory) = command(0);
+        let (command, holdings, memory) = command(0);
         let outcome = {
-            let submission = Submission::new(&bench.queue, command);
+            let submission = Submission::new(&bench.queue, command, holdings);
             run(submission, || {
                 thread::yield_now();
                 Bench::reap(&bench.queue, &bench.device);
@@ -192,9 +192,9 @@ fn a_completion_and_a_future_that_is_dropped() {
             Bench::reap(&queue, &device);
             Bench::reap(&queue, &device);
         });
-        let (command, memory) = command(0);
+        let (command, holdings, memory) = command(0);
         {
-            let mut submission = pin!(Submission::new(&bench.queue, command));
+            let mut submission = pin!(Submission::new(&bench.queue, command, holdings));
             let wakes = Arc::new(Wakes::default());
             let first = poll(submission.as_mut(), &wakes).is_pending();
             if first {
@@ -214,10 +214,10 @@ fn recovery_and_the_task_that_waits() {
         let recovery = thread::spawn(move || Bench::recover(&queue, &device));
         let (queue, device) = (bench.queue.clone(), bench.device.clone());
         let reaper = thread::spawn(move || Bench::reap(&queue, &device));
-        let (command, memory) = command(0);
+        let (command, holdings, memory) = command(0);
         let mut recovery = Some(recovery);
         let outcome = {
-            let submission = Submission::new(&bench.queue, command);
+            let submission = Submission::new(&bench.queue, command, holdings);
             run(submission, || {
                 // What is sent again after the end of recovery takes another look.
                 if let Some(recovery) = recovery.take() {
@@ -250,9 +250,9 @@ fn recovery_and_a_future_that_is_dropped() {
         let recovery = thread::spawn(move || Bench::recover(&queue, &device));
         let (queue, device) = (bench.queue.clone(), bench.device.clone());
         let reaper = thread::spawn(move || Bench::reap(&queue, &device));
-        let (command, memory) = command(0);
+        let (command, holdings, memory) = command(0);
         {
-            let submission = pin!(Submission::new(&bench.queue, command));
+            let submission = pin!(Submission::new(&bench.queue, command, holdings));
             let _ = poll(submission, &Arc::new(Wakes::default()));
         }
         recovery.join().expect("no panics");
@@ -273,10 +273,10 @@ fn the_end_of_a_queue_pair_and_the_task_that_waits() {
         });
         let (queue, device) = (bench.queue.clone(), bench.device.clone());
         let reaper = thread::spawn(move || Bench::reap(&queue, &device));
-        let (command, memory) = command(0);
+        let (command, holdings, memory) = command(0);
         let mut end = Some(end);
         let outcome = {
-            let submission = Submission::new(&bench.queue, command);
+            let submission = Submission::new(&bench.queue, command, holdings);
             run(submission, || {
                 if let Some(end) = end.take() {
                     end.join().expect("no panics");
@@ -301,9 +301,9 @@ fn recovery_of_a_queue_pair_that_a_thread_owns() {
         local.with(|state| state.claim_reaper(Here::now()));
         let (queue, device) = (bench.queue.clone(), bench.device.clone());
         let recovery = thread::spawn(move || Bench::recover(&queue, &device));
-        let (command, memory) = command(0);
+        let (command, holdings, memory) = command(0);
         {
-            let mut submission = pin!(Submission::new(&local, command));
+            let mut submission = pin!(Submission::new(&local, command, holdings));
             let wakes = Arc::new(Wakes::default());
             let _ = poll(submission.as_mut(), &wakes);
             let mut aftermath = Aftermath::default();

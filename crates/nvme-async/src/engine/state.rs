@@ -28,6 +28,7 @@ use super::trouble::{Inbox, Trouble};
 use super::window::{Window, WindowCounters};
 use super::{PollMode, QueueSettings};
 use crate::device::VectorMask;
+use crate::io::Holdings;
 use crate::memory::DmaWords;
 use crate::queue::{Class, Finished, QueueCore, QueueDoorbell};
 use crate::recovery::ResetCause;
@@ -200,11 +201,12 @@ impl State {
     }
 
     /// Accepts a command, of which there is no [`refusal`](Self::refusal): submits it, or queues it
-    /// behind those that wait for a slot. What it holds comes back in it if it is done at once;
-    /// otherwise it is left empty, and `waker` one that does nothing.
+    /// behind those that wait for a slot. What it needs comes back in `holdings` if it is done at once;
+    /// otherwise they are left empty, and `waker` one that does nothing.
     pub(crate) fn start(
         &mut self,
-        command: &mut Command,
+        command: &Command,
+        holdings: &mut Holdings,
         waker: &mut Waker,
         here: Here,
         now: Instant,
@@ -213,7 +215,7 @@ impl State {
         debug_assert!(self.refusal(here).is_none());
         let was_idle = self.core.in_flight() == 0;
         let key = self.operations.claim();
-        self.operations[key].accept(command, self.next_ticket);
+        self.operations[key].accept(command, holdings, self.next_ticket);
         self.next_ticket += 1;
         let waits = !self.backlog.is_empty() || !self.submit(key, now);
         if waits {
@@ -228,7 +230,7 @@ impl State {
             self.reap(Look::Polled, now, aftermath);
         }
         self.rouse_reaper(here, now, aftermath);
-        match self.take_outcome(key, &mut command.holdings) {
+        match self.take_outcome(key, holdings) {
             Some(outcome) => Progress::Done(outcome),
             None => {
                 std::mem::swap(&mut self.operations[key].waker, waker);

@@ -11,7 +11,7 @@ use super::access::Access;
 use super::state::{Aftermath, Command, Failed, Failure, Here, Outcome, Progress, Refusal};
 use crate::io::Holdings;
 
-/// Submits a command when first polled, and resolves when it is done. What the command holds is with
+/// Submits a command when first polled, and resolves when it is done. What the command needs is with
 /// the queue meanwhile, and [comes back](Self::take_holdings).
 ///
 /// # Cancel safety
@@ -21,29 +21,27 @@ use crate::io::Holdings;
 #[must_use = "futures do nothing unless polled"]
 pub(crate) struct Submission<'a, Q: Access> {
     queue: &'a Q,
-    /// The queue has what it holds from the first poll on until it is done.
     command: Command,
-    step: Step<'a, Q>,
-}
-
-enum Step<'a, Q: Access> {
-    Start,
-    Waiting(Accepted<'a, Q>),
-    Over,
+    /// The queue has it from the first poll on until the command is done.
+    holdings: Holdings,
+    was_polled: bool,
+    in_flight: InFlight<'a, Q>,
 }
 
 impl<'a, Q: Access> Submission<'a, Q> {
-    pub(crate) fn new(queue: &'a Q, command: Command) -> Self {
+    pub(crate) fn new(queue: &'a Q, command: Command, holdings: Holdings) -> Self {
         Self {
             queue,
             command,
-            step: Step::Start,
+            holdings,
+            was_polled: false,
+            in_flight: InFlight::default(),
         }
     }
 
-    /// What the command holds, when it is done; nothing if the device may still use it.
+    /// What the command needed, when it is done; nothing if the device may still use it.
     pub(crate) fn take_holdings(&mut self) -> Holdings {
-        std::mem::take(&mut self.command.holdings)
+        std::mem::take(&mut self.holdings)
     }
 }
 
@@ -53,43 +51,29 @@ impl<Q: Access> Future for Submission<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
         let budget = ready!(poll_proceed(cx));
         let this = self.get_mut();
-        let polled = match &mut this.step {
-            Step::Start => {
-                // A waker that panics must not have it submitted again, without its memory.
-                this.step = Step::Over;
-                match submit(this.queue, &mut this.command, cx) {
-                    Submitted::Done(outcome) => Poll::Ready(outcome),
-                    Submitted::Accepted(accepted) => {
-                        this.step = Step::Waiting(accepted);
-                        Poll::Pending
-                    }
-                }
-            }
-            Step::Waiting(accepted) => accepted.poll(&mut this.command.holdings, cx),
-            // As with most futures, polling it again after it resolved never resolves.
-            Step::Over => Poll::Pending,
+        let (in_flight, holdings) = (&mut this.in_flight, &mut this.holdings);
+        // Set first: a waker that panics must not have it submitted again, without its memory.
+        let polled = match std::mem::replace(&mut this.was_polled, true) {
+            false => in_flight.submit(this.queue, &this.command, holdings, cx),
+            true => in_flight.poll(holdings, cx),
         };
         if polled.is_ready() {
-            this.step = Step::Over;
             budget.made_progress();
         }
         polled
     }
 }
 
-/// What a queue did with a command.
-pub(crate) enum Submitted<'a, Q: Access> {
-    /// It is done, or was refused; what it held is back in it.
-    Done(Outcome),
-    /// The queue has it, and what it held.
-    Accepted(Accepted<'a, Q>),
+/// A command that a queue has, if there is one. Dropping it gives up the outcome.
+pub(crate) struct InFlight<'a, Q: Access> {
+    /// The queue, and the key of the operation.
+    operation: Option<(&'a Q, usize)>,
 }
 
-/// A command that a queue has accepted, until its outcome is taken. Dropping it gives that up.
-pub(crate) struct Accepted<'a, Q: Access> {
-    queue: &'a Q,
-    /// Nothing when it is over.
-    key: Option<usize>,
+impl<Q: Access> Default for InFlight<'_, Q> {
+    fn default() -> Self {
+        Self { operation: None }
+    }
 }
 
 /// What a look at an operation without an outcome found.
@@ -99,108 +83,117 @@ enum Polled {
     WakesAnother,
 }
 
-/// Submits a command, whose task is woken when it is done.
-pub(crate) fn submit<'a, Q: Access>(
-    mut queue: &'a Q,
-    command: &mut Command,
-    cx: &Context<'_>,
-) -> Submitted<'a, Q> {
-    let here = Here::now();
-    if let Some(polled) = queue.polled() {
-        let kind = command.kind();
-        if polled.with(|state| state.expects(kind)) == Some(true) {
-            queue = polled;
+impl<'a, Q: Access> InFlight<'a, Q> {
+    /// Submits a command. If it is done at once, or refused, that is its outcome, and `holdings` are
+    /// left or given back. Otherwise the queue has them, and the task is woken when it is done.
+    pub(crate) fn submit(
+        &mut self,
+        mut queue: &'a Q,
+        command: &Command,
+        holdings: &mut Holdings,
+        cx: &Context<'_>,
+    ) -> Poll<Outcome> {
+        let here = Here::now();
+        if let Some(polled) = queue.polled() {
+            let kind = command.kind();
+            if polled.with(|state| state.expects(kind)) == Some(true) {
+                queue = polled;
+            }
+        }
+        loop {
+            let mut aftermath = Aftermath::default();
+            // Cloned here, since that too may run arbitrary code.
+            let mut waker = cx.waker().clone();
+            let now = Instant::now();
+            let started = queue.with(|state| match state.refusal(here) {
+                Some(refusal) => Err(refusal),
+                None => Ok(state.start(command, holdings, &mut waker, here, now, &mut aftermath)),
+            });
+            aftermath.run();
+            let failure = match started {
+                Some(Ok(Progress::Done(outcome))) => return Poll::Ready(outcome),
+                Some(Ok(Progress::Waiting { key })) => {
+                    self.operation = Some((queue, key));
+                    return Poll::Pending;
+                }
+                Some(Err(Refusal::Failed(failure))) => failure,
+                Some(Err(Refusal::NoReaper)) => match queue.spawn_reaper() {
+                    Ok(()) => continue,
+                    Err(failure) => failure,
+                },
+                None => Failure::Closed,
+            };
+            return Poll::Ready(Err(failure.into()));
         }
     }
-    loop {
-        let mut aftermath = Aftermath::default();
-        // Cloned here, since that too may run arbitrary code.
-        let mut waker = cx.waker().clone();
-        let now = Instant::now();
-        let started = queue.with(|state| match state.refusal(here) {
-            Some(refusal) => Err(refusal),
-            None => Ok(state.start(command, &mut waker, here, now, &mut aftermath)),
-        });
-        aftermath.run();
-        let failure = match started {
-            Some(Ok(Progress::Done(outcome))) => return Submitted::Done(outcome),
-            Some(Ok(Progress::Waiting { key })) => {
-                let key = Some(key);
-                return Submitted::Accepted(Accepted { queue, key });
-            }
-            Some(Err(Refusal::Failed(failure))) => failure,
-            Some(Err(Refusal::NoReaper)) => match queue.spawn_reaper() {
-                Ok(()) => continue,
-                Err(failure) => failure,
-            },
-            None => Failure::Closed,
-        };
-        return Submitted::Done(Err(failure.into()));
-    }
-}
 
-impl<Q: Access> Accepted<'_, Q> {
     /// Resolves when the command is done, once. What it held is in `holdings` then, which are empty
     /// before, unless the device may still use it.
     #[inline]
     pub(crate) fn poll(&mut self, holdings: &mut Holdings, cx: &Context<'_>) -> Poll<Outcome> {
-        let Some(key) = self.key else {
+        // As with most futures, polling it again after it resolved never resolves.
+        let Some((queue, key)) = self.operation else {
             return Poll::Pending;
         };
-        let outcome = self.queue.with(|state| state.take_outcome(key, holdings));
-        let outcome = match outcome {
+        let outcome = match queue.with(|state| state.take_outcome(key, holdings)) {
             Some(Some(outcome)) => outcome,
-            Some(None) => ready!(self.wait(key, holdings, cx)),
-            None => self.late_outcome(key, holdings),
+            Some(None) => ready!(wait(queue, key, holdings, cx)),
+            None => late_outcome(queue, key, holdings),
         };
-        self.key = None;
+        self.operation = None;
         Poll::Ready(outcome)
     }
-
-    /// Sees to it that the task is woken, and that somebody drives the queue.
-    #[cold]
-    fn wait(&mut self, key: usize, holdings: &mut Holdings, cx: &Context<'_>) -> Poll<Outcome> {
-        let here = Here::now();
-        let mut fresh = None;
-        let driven = loop {
-            let polled = self.queue.with(|state| {
-                let polled = match state.take_outcome(key, holdings) {
-                    Some(outcome) => Polled::Done(outcome),
-                    None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting,
-                    None => Polled::WakesAnother,
-                };
-                (polled, state.has_reaper(here))
-            });
-            match polled {
-                None => return Poll::Ready(self.late_outcome(key, holdings)),
-                Some((Polled::Done(outcome), _)) => return Poll::Ready(outcome),
-                Some((Polled::Waiting, driven)) => break driven,
-                Some((Polled::WakesAnother, _)) => fresh = Some(cx.waker().clone()),
-            }
-        };
-        if !driven && let Err(failure) = self.queue.spawn_reaper() {
-            abandon(self.queue, key);
-            return Poll::Ready(Err(failure.told(true)));
-        }
-        Poll::Pending
-    }
-
-    /// The outcome when the queue has ended.
-    #[cold]
-    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Outcome {
-        let late = self.queue.late_outcome(key, holdings);
-        late.unwrap_or_else(|| Err(Failure::Closed.told(true)))
-    }
 }
 
-impl<Q: Access> Drop for Accepted<'_, Q> {
+impl<Q: Access> Drop for InFlight<'_, Q> {
     fn drop(&mut self) {
-        if let Some(key) = self.key {
-            abandon(self.queue, key);
+        if let Some((queue, key)) = self.operation {
+            abandon(queue, key);
         }
     }
 }
 
+/// Sees to it that the task is woken when an operation is done, and that somebody drives the queue.
+#[cold]
+fn wait<Q: Access>(
+    queue: &Q,
+    key: usize,
+    holdings: &mut Holdings,
+    cx: &Context<'_>,
+) -> Poll<Outcome> {
+    let here = Here::now();
+    let mut fresh = None;
+    let driven = loop {
+        let polled = queue.with(|state| {
+            let polled = match state.take_outcome(key, holdings) {
+                Some(outcome) => Polled::Done(outcome),
+                None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting,
+                None => Polled::WakesAnother,
+            };
+            (polled, state.has_reaper(here))
+        });
+        match polled {
+            None => return Poll::Ready(late_outcome(queue, key, holdings)),
+            Some((Polled::Done(outcome), _)) => return Poll::Ready(outcome),
+            Some((Polled::Waiting, driven)) => break driven,
+            Some((Polled::WakesAnother, _)) => fresh = Some(cx.waker().clone()),
+        }
+    };
+    if !driven && let Err(failure) = queue.spawn_reaper() {
+        abandon(queue, key);
+        return Poll::Ready(Err(failure.told(true)));
+    }
+    Poll::Pending
+}
+
+/// The outcome of an operation whose queue has ended.
+#[cold]
+fn late_outcome<Q: Access>(queue: &Q, key: usize, holdings: &mut Holdings) -> Outcome {
+    let late = queue.late_outcome(key, holdings);
+    late.unwrap_or_else(|| Err(Failure::Closed.told(true)))
+}
+
+#[cold]
 fn abandon<Q: Access>(queue: &Q, key: usize) {
     let mut aftermath = Aftermath::default();
     let lives = queue.with(|state| state.abandon(key, &mut aftermath));

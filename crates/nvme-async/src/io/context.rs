@@ -143,10 +143,21 @@ impl DmaContext {
         }
     }
 
+    /// How the device finds the bytes of `range` of a payload, if the command itself can say all of
+    /// that, as for a short run of memory of the pool.
+    #[inline]
+    pub(crate) fn address(&self, payload: &Payload, range: &Range<usize>) -> Option<DataPointer> {
+        let Payload::Dma(buf) = payload else {
+            return None;
+        };
+        let iova = buf.iova_in(&self.pool).filter(|_| !self.isolate)? + range.start as u64;
+        let len = range.len() as u64;
+        in_two_entries(Segment { iova, len }, PAGE_SIZE)
+    }
+
     /// Makes the bytes of `range` of the payload that is in `holdings` reachable, if that can be done
     /// without waiting, and puts there what else the command needs for that. Returns how the device
     /// finds the data.
-    #[inline]
     pub(crate) fn prepare(
         &self,
         flow: Flow,
@@ -156,29 +167,6 @@ impl DmaContext {
         if self.isolate {
             return self.through_pool(flow, holdings, range);
         }
-        if let Payload::Dma(buf) = &holdings.payload
-            && let Some(iova) = buf.iova_in(&self.pool)
-            && let Some(pointer) = in_two_entries(
-                Segment {
-                    iova: iova + range.start as u64,
-                    len: range.len() as u64,
-                },
-                PAGE_SIZE,
-            )
-        {
-            return Ok(pointer);
-        }
-        self.prepare_any(flow, holdings, range)
-    }
-
-    /// As [`prepare`](Self::prepare), for all that is not a short run of memory of the pool.
-    #[inline(never)]
-    fn prepare_any(
-        &self,
-        flow: Flow,
-        holdings: &mut Holdings,
-        range: Range<usize>,
-    ) -> Result<DataPointer, Unready> {
         let mut is_worth_mapping = false;
         let described = self.describe(&holdings.payload, range.clone(), |piece| {
             if let Some(iova) = self.pool_address(piece) {

@@ -4,29 +4,25 @@ use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use futures::future::BoxFuture;
-use nvme_spec::{DataPointer, Sqe, Status};
+use nvme_spec::{DataPointer, Status};
 use tokio::task::coop::poll_proceed;
 
 use super::context::{DmaContext, Flow};
 use super::{Holdings, Payload};
 use crate::Error;
 use crate::engine::state::{Command, Outcome};
-use crate::engine::{Accepted, Failed, QueueAccess, Submitted, submit};
+use crate::engine::{Failed, InFlight, QueueAccess};
 
 /// What a command is to do.
 #[derive(Clone)]
 pub(crate) struct Order {
     /// The command without identifier and data pointer.
-    pub(crate) sqe: Sqe,
+    pub(crate) command: Command,
     pub(crate) flow: Flow,
     /// Where its data is in the payload, in bytes.
     pub(crate) range: Range<usize>,
-    pub(crate) timeout: Option<Duration>,
-    /// Whether it may be sent again although the device may have executed it.
-    pub(crate) repeatable: bool,
 }
 
 /// How a command ended.
@@ -35,7 +31,7 @@ pub(crate) enum End {
     Status(Status),
     Failed(Failed),
     /// It was not submitted.
-    Unsubmitted(Error),
+    Unsubmitted(Box<Error>),
 }
 
 impl From<Outcome> for End {
@@ -59,7 +55,7 @@ pub(crate) struct Part<'a, Q: QueueAccess> {
     dma: &'a DmaContext,
     queue: &'a Q,
     order: Order,
-    payload: Payload,
+    holdings: Holdings,
     course: Course<'a, Q>,
 }
 
@@ -69,8 +65,8 @@ impl<'a, Q: QueueAccess> Part<'a, Q> {
             dma,
             queue,
             order,
-            payload,
-            course: Course::Start,
+            holdings: Holdings::new(payload),
+            course: Course::default(),
         }
     }
 }
@@ -81,8 +77,8 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         let order = || (this.queue, this.order.clone());
-        let end = ready!(this.course.poll(this.dma, order, &mut this.payload, cx));
-        Poll::Ready((end, std::mem::take(&mut this.payload)))
+        let end = ready!(this.course.poll(this.dma, order, &mut this.holdings, cx));
+        Poll::Ready((end, this.holdings.take_payload()))
     }
 }
 
@@ -90,87 +86,101 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
 ///
 /// # Cancel safety
 ///
-/// Once it is submitted, the payload stays with the queue until the command is done, whether or not
+/// Once it is submitted, its memory stays with the queue until the command is done, whether or not
 /// somebody waits for that.
-pub(super) enum Course<'a, Q: QueueAccess> {
+pub(super) struct Course<'a, Q: QueueAccess> {
+    stage: Stage,
+    /// Makes data reachable, where that could not be done without waiting.
+    later: Option<BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>>,
+    in_flight: InFlight<'a, Q>,
+}
+
+#[derive(Clone, Copy)]
+enum Stage {
     /// It was not polled.
     Start,
-    /// Its data is being made reachable, which could not be done without waiting.
-    Later(BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>),
-    /// The queue has it.
-    Accepted(Accepted<'a, Q>),
-    Over,
+    /// Its data is being made reachable.
+    Later,
+    /// The queue has it, or it is over.
+    Submitted,
+}
+
+impl<Q: QueueAccess> Default for Course<'_, Q> {
+    fn default() -> Self {
+        Self {
+            stage: Stage::Start,
+            later: None,
+            in_flight: InFlight::default(),
+        }
+    }
 }
 
 impl<'a, Q: QueueAccess> Course<'a, Q> {
-    /// Goes on with the command, until it is done. `order` says what it is and which queue gets it,
-    /// the same at each call but for the queue. The payload is the caller's at the beginning and, if
-    /// the device does not use it any more, at the end.
+    /// Goes on with the command, until it is done. `order` says which queue gets it and what it is, the
+    /// same at each call but for the queue. `holdings` have the payload before the first call, and, if
+    /// the device does not use it any more, after the last one.
     #[inline]
     pub(super) fn poll(
         &mut self,
         dma: &'a DmaContext,
         order: impl FnOnce() -> (&'a Q, Order),
-        payload: &mut Payload,
+        holdings: &mut Holdings,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
         let budget = ready!(poll_proceed(cx));
-        let end = match self {
-            Self::Start => {
-                let (queue, order) = order();
-                ready!(self.start(dma, queue, order, payload, cx))
+        let end = match self.stage {
+            Stage::Start => {
+                // Set first: whatever panics, it is not submitted twice.
+                self.stage = Stage::Submitted;
+                let (queue, mut order) = order();
+                match dma.address(&holdings.payload, &order.range) {
+                    Some(pointer) => {
+                        let sqe = &mut order.command.sqe;
+                        *sqe = sqe.with_data(pointer);
+                        ready!(self.submit(dma, queue, &order, holdings, cx))
+                    }
+                    None => ready!(self.prepare(dma, queue, order, holdings, cx)),
+                }
             }
-            Self::Later(_) => {
+            Stage::Later => {
                 let (queue, order) = order();
-                ready!(self.go_on(dma, queue, order, payload, cx))
+                ready!(self.go_on(dma, queue, order, holdings, cx))
             }
-            Self::Accepted(accepted) => {
-                let mut holdings = Holdings::default();
-                let end = ready!(accepted.poll(&mut holdings, cx)).into();
+            Stage::Submitted => {
+                let end = ready!(self.in_flight.poll(holdings, cx)).into();
                 if holdings.reach.is_some() {
                     let (_, order) = order();
-                    collect(dma, &order, &end, &mut holdings);
+                    collect(dma, &order, &end, holdings);
                 }
-                // Mappings of the payload go before the payload goes to the caller.
-                *payload = holdings.take_payload();
                 end
             }
-            // As with most futures, polling it again after it resolved never resolves.
-            Self::Over => return Poll::Pending,
         };
-        *self = Self::Over;
         budget.made_progress();
         Poll::Ready(end)
     }
 
-    #[inline]
-    fn start(
+    /// Makes data reachable, and submits the command if that can be done at once.
+    #[inline(never)]
+    fn prepare(
         &mut self,
         dma: &'a DmaContext,
         queue: &'a Q,
-        order: Order,
-        payload: &mut Payload,
+        mut order: Order,
+        holdings: &mut Holdings,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        // Whatever panics, it is not submitted twice.
-        *self = Self::Over;
-        let mut command = Command {
-            sqe: order.sqe,
-            holdings: Holdings::new(std::mem::take(payload)),
-            timeout: order.timeout,
-            repeatable: order.repeatable,
-        };
-        let holdings = &mut command.holdings;
-        match dma.prepare(order.flow, holdings, order.range.clone()) {
+        let range = order.range.clone();
+        match dma.prepare(order.flow, holdings, range.clone()) {
             Ok(pointer) => {
-                command.sqe = command.sqe.with_data(pointer);
-                self.submit(dma, queue, &order, &mut command, payload, cx)
+                order.command.sqe = order.command.sqe.with_data(pointer);
+                self.submit(dma, queue, &order, holdings, cx)
             }
             Err(unready) => {
-                let range = order.range.clone();
-                let later = dma.prepare_later(order.flow, unready, holdings.take_payload(), range);
-                *self = Self::Later(Box::pin(later));
-                self.go_on(dma, queue, order, payload, cx)
+                let payload = holdings.take_payload();
+                let later = dma.prepare_later(order.flow, unready, payload, range);
+                self.later = Some(Box::pin(later));
+                self.stage = Stage::Later;
+                self.go_on(dma, queue, order, holdings, cx)
             }
         }
     }
@@ -180,60 +190,53 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
         &mut self,
         dma: &'a DmaContext,
         queue: &'a Q,
-        order: Order,
-        payload: &mut Payload,
+        mut order: Order,
+        holdings: &mut Holdings,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        let Self::Later(prepared) = self else {
+        let Some(later) = &mut self.later else {
             return Poll::Pending;
         };
-        let (prepared, mut holdings) = ready!(prepared.as_mut().poll(cx));
-        *self = Self::Over;
+        let (prepared, prepared_holdings) = ready!(later.as_mut().poll(cx));
+        *holdings = prepared_holdings;
+        self.later = None;
+        self.stage = Stage::Submitted;
         match prepared {
             Ok(pointer) => {
-                let mut command = Command {
-                    sqe: order.sqe.with_data(pointer),
-                    holdings,
-                    timeout: order.timeout,
-                    repeatable: order.repeatable,
-                };
-                self.submit(dma, queue, &order, &mut command, payload, cx)
+                order.command.sqe = order.command.sqe.with_data(pointer);
+                self.submit(dma, queue, &order, holdings, cx)
             }
             Err(error) => {
-                *payload = holdings.take_payload();
-                Poll::Ready(End::Unsubmitted(error))
+                holdings.reach = None;
+                Poll::Ready(End::Unsubmitted(Box::new(error)))
             }
         }
     }
 
-    #[inline]
     fn submit(
         &mut self,
         dma: &'a DmaContext,
         queue: &'a Q,
         order: &Order,
-        command: &mut Command,
-        payload: &mut Payload,
+        holdings: &mut Holdings,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        match submit(queue, command, cx) {
-            Submitted::Accepted(accepted) => {
-                *self = Self::Accepted(accepted);
-                Poll::Pending
-            }
-            Submitted::Done(outcome) => {
-                let end = outcome.into();
-                collect(dma, order, &end, &mut command.holdings);
-                *payload = command.holdings.take_payload();
-                Poll::Ready(end)
-            }
+        let outcome = ready!(self.in_flight.submit(queue, &order.command, holdings, cx));
+        let end = outcome.into();
+        if holdings.reach.is_some() {
+            collect(dma, order, &end, holdings);
         }
+        Poll::Ready(end)
     }
 }
 
-/// Copies what a read left in a bounce buffer, if there is one, to where it belongs.
+/// Ends what made a payload reachable, after copying what a read left in a bounce buffer to where it
+/// belongs.
+#[inline(never)]
 fn collect(dma: &DmaContext, order: &Order, end: &End, holdings: &mut Holdings) {
     if order.flow == Flow::Read && matches!(end, End::Success) {
         dma.collect(holdings, order.range.clone());
     }
+    // Mappings of the payload go before the payload goes to the caller.
+    holdings.reach = None;
 }

@@ -72,10 +72,12 @@ pub enum Payload {
 macro_rules! convert {
     ($($type:ty => $variant:ident: $($kind:ident),+;)+) => {$(
         impl Convert for $type {
+            #[inline]
             fn into_payload(self) -> Payload {
                 Payload::$variant(self)
             }
 
+            #[inline]
             fn from_payload(payload: Payload) -> Option<Self> {
                 match payload {
                     Payload::$variant(buffer) => Some(buffer),
@@ -116,6 +118,7 @@ pub(crate) enum Piece<'a> {
 
 impl Payload {
     /// How many bytes there are.
+    #[inline]
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::None => 0,

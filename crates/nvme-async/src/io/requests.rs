@@ -47,7 +47,7 @@ impl<Q: QueueAccess> Future for Read<'_, Q> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let transfer = &mut self.get_mut().transfer;
-        transfer.allocate()?;
+        transfer.allocate().map_err(|error| *error)?;
         let result = ready!(transfer.poll(cx));
         let buffer: DmaBuf = give_back(result, transfer.take_payload())?;
         Poll::Ready(Ok(buffer.into()))
@@ -208,10 +208,17 @@ fn transfer<'a, B: Convert, Q: QueueAccess>(
 }
 
 #[inline]
-fn give_back<B: Convert>(result: Result<(), Error>, payload: Payload) -> Result<B, IoError<B>> {
-    match (result, B::from_payload(payload)) {
+fn give_back<B: Convert>(
+    result: Result<(), Box<Error>>,
+    payload: Payload,
+) -> Result<B, IoError<B>> {
+    let buffer = B::from_payload(payload);
+    match (result, buffer) {
         (Ok(()), Some(buffer)) => Ok(buffer),
-        (Err(error), buffer) => Err(IoError { error, buffer }),
+        (Err(error), buffer) => Err(IoError {
+            error: *error,
+            buffer,
+        }),
         // A success returns the payload that the request was made with.
         (Ok(()), None) => unreachable!("a successful request lost its buffer"),
     }

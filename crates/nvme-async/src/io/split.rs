@@ -26,10 +26,12 @@ pub(crate) fn split(blocks: Range<u64>, limits: Limits) -> impl Iterator<Item = 
 }
 
 /// Whether one command is enough for `blocks`.
+#[inline]
 pub(crate) fn fits(blocks: &Range<u64>, limits: Limits) -> bool {
     end_of_first(blocks.clone(), limits) == blocks.end
 }
 
+#[inline]
 fn end_of_first(blocks: Range<u64>, limits: Limits) -> u64 {
     let by_size = blocks.start.saturating_add(limits.max_blocks);
     let by_boundary = match limits.boundary {

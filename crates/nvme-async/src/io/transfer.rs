@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures::stream::{FuturesUnordered, Stream};
 use nvme_spec::nvm;
 
+use super::Holdings;
 use super::context::Flow;
 use super::part::{Course, End, Order, Part};
 use super::payload::Payload;
@@ -17,6 +18,7 @@ use super::split::{fits, split};
 use crate::Error;
 use crate::controller::choose_queue;
 use crate::engine::QueueAccess;
+use crate::engine::state::Command;
 use crate::error::SplitError;
 use crate::namespace::NamespaceInner;
 
@@ -64,19 +66,24 @@ pub(super) struct Request<'a, Q> {
 
 /// A request of any kind, whatever its buffer's type.
 ///
-/// It is made where the caller keeps it, and nothing of it is moved but the payload, to the queue and
+/// It is made where the caller keeps it, and nothing of it is moved but the buffer, to the queue and
 /// back.
 pub(super) struct Transfer<'a, Q: QueueAccess> {
     /// Without effect after the first poll.
     pub(super) request: Request<'a, Q>,
-    payload: Payload,
-    stage: Stage<'a, Q>,
+    holdings: Holdings,
+    stage: Stage,
+    course: Course<'a, Q>,
+    parts: Option<Box<Parts<'a, Q>>>,
 }
 
-enum Stage<'a, Q: QueueAccess> {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
     Start,
-    One(Course<'a, Q>),
-    Many(Box<Parts<'a, Q>>),
+    /// One command is enough.
+    One,
+    /// It takes several, or has failed before there was one.
+    Many,
 }
 
 impl<'a, Q: QueueAccess> Transfer<'a, Q> {
@@ -102,18 +109,20 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
                 len,
                 timeout: namespace.timeout(),
             },
-            payload,
+            holdings: Holdings::new(payload),
             stage: Stage::Start,
+            course: Course::default(),
+            parts: None,
         }
     }
 
-    /// Allocates the payload of a read, if that has not been done.
-    pub(super) fn allocate(&mut self) -> Result<(), Error> {
-        if matches!((&self.stage, &self.payload), (Stage::Start, Payload::None)) {
+    /// Allocates the payload of a read, before the first poll.
+    pub(super) fn allocate(&mut self) -> Result<(), Box<Error>> {
+        if self.stage == Stage::Start {
             let Request { namespace, len, .. } = self.request;
             // Before memory is allocated for a length that may be absurd.
             self.request.check()?;
-            self.payload = Payload::Dma(namespace.dma().read_buffer(len)?);
+            self.holdings.payload = Payload::Dma(namespace.dma().read_buffer(len)?);
         }
         Ok(())
     }
@@ -121,62 +130,66 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
     /// The payload, when the request is done; none if the device may still use it.
     #[inline]
     pub(super) fn take_payload(&mut self) -> Payload {
-        std::mem::take(&mut self.payload)
+        std::mem::take(&mut self.holdings.payload)
     }
 
     /// Resolves when all of it is done.
     #[inline]
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        if let Stage::Start = self.stage {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Box<Error>>> {
+        if self.stage == Stage::Start {
             self.begin()?;
         }
-        match &mut self.stage {
-            Stage::One(course) => {
-                let request = &self.request;
-                let order = || {
-                    let blocks = request.blocks();
-                    (
-                        choose_queue(request.queues),
-                        request.order(&blocks, &blocks),
-                    )
-                };
-                let payload = &mut self.payload;
-                match ready!(course.poll(request.namespace.dma(), order, payload, cx)) {
-                    End::Success => Poll::Ready(Ok(())),
-                    end => Poll::Ready(request.result(end, request.blocks())),
-                }
-            }
-            Stage::Many(parts) => {
-                let (result, payload) = ready!(parts.poll(&self.request, cx));
-                self.payload = payload;
-                self.stage = Stage::One(Course::Over);
-                Poll::Ready(result)
-            }
-            Stage::Start => Poll::Pending,
+        if self.stage == Stage::Many {
+            return self.poll_parts(cx);
+        }
+        let request = &self.request;
+        let order = || {
+            let blocks = request.blocks();
+            (
+                choose_queue(request.queues),
+                request.order(&blocks, &blocks),
+            )
+        };
+        let (dma, holdings) = (request.namespace.dma(), &mut self.holdings);
+        match ready!(self.course.poll(dma, order, holdings, cx)) {
+            End::Success => Poll::Ready(Ok(())),
+            end => Poll::Ready(Ok(request.result(end, request.blocks())?)),
         }
     }
 
     /// Checks the request, and finds out how many commands it takes.
     #[inline]
-    fn begin(&mut self) -> Result<(), Error> {
-        self.stage = Stage::One(Course::Over);
+    fn begin(&mut self) -> Result<(), Box<Error>> {
+        self.stage = Stage::Many;
         let blocks = self.request.check()?;
         let limits = self.request.namespace.transfer_limits();
-        self.stage = if fits(&blocks, limits) {
-            Stage::One(Course::Start)
+        if fits(&blocks, limits) {
+            self.stage = Stage::One;
         } else {
             let queue = choose_queue(self.request.queues);
             let ranges = split(blocks, limits).collect();
-            Stage::Many(Box::new(Parts::new(queue, ranges, self.take_payload())))
-        };
+            self.parts = Some(Box::new(Parts::new(queue, ranges, self.take_payload())));
+        }
         Ok(())
+    }
+
+    #[cold]
+    fn poll_parts(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Box<Error>>> {
+        // As with most futures, polling it again after it resolved never resolves.
+        let Some(parts) = &mut self.parts else {
+            return Poll::Pending;
+        };
+        let (result, payload) = ready!(parts.poll(&self.request, cx));
+        self.holdings.payload = payload;
+        self.parts = None;
+        Poll::Ready(Ok(result?))
     }
 }
 
 impl<Q> Request<'_, Q> {
     /// The blocks, if the namespace has them and does what is asked for.
     #[inline]
-    fn check(&self) -> Result<Range<u64>, Error> {
+    fn check(&self) -> Result<Range<u64>, Box<Error>> {
         let namespace = self.namespace;
         if self.operation == Operation::Compare {
             namespace.require("Compare", |commands| commands.compare())?;
@@ -208,12 +221,15 @@ impl<Q> Request<'_, Q> {
         };
         let first = ((part.start - blocks.start) << shift) as usize;
         let last = ((part.end - blocks.start) << shift) as usize;
-        Order {
+        let command = Command {
             sqe,
-            flow: self.operation.flow(),
-            range: first..last,
             timeout: self.timeout,
             repeatable: self.repeatable,
+        };
+        Order {
+            command,
+            flow: self.operation.flow(),
+            range: first..last,
         }
     }
 

@@ -53,14 +53,17 @@ impl NamespaceInner {
         })
     }
 
+    #[inline]
     pub(crate) fn block_shift(&self) -> u32 {
         self.block_shift
     }
 
+    #[inline]
     pub(crate) fn block_size(&self) -> u32 {
         1 << self.block_shift
     }
 
+    #[inline]
     pub(crate) fn transfer_limits(&self) -> Limits {
         Limits {
             max_blocks: self.max_blocks,
@@ -104,6 +107,7 @@ impl NamespaceInner {
     }
 
     /// How many logical blocks there are, unless it can't be used.
+    #[inline]
     pub(crate) fn check_usable(&self) -> Result<u64, Error> {
         let address = || self.address().to_owned();
         match self.live.condition() {
@@ -121,6 +125,7 @@ impl NamespaceInner {
     }
 
     /// The logical blocks of a range of bytes.
+    #[inline]
     pub(crate) fn blocks(&self, offset: u64, len: u64) -> Result<Range<u64>, Error> {
         let capacity = self.check_usable()? << self.block_shift;
         let block_size = self.block_size();

@@ -47,6 +47,7 @@ impl Live {
         }
     }
 
+    #[inline]
     pub(crate) fn condition(&self) -> Condition {
         match self.blocks.load(Ordering::Acquire) {
             GONE => Condition::Gone,
@@ -57,6 +58,7 @@ impl Live {
         }
     }
 
+    #[inline]
     pub(crate) fn boundaries(&self) -> Boundaries {
         Boundaries::unpack(self.boundaries.load(Ordering::Relaxed))
     }
@@ -143,6 +145,7 @@ impl Boundaries {
             | u64::from(self.atomic_offset) << 48
     }
 
+    #[inline]
     fn unpack(word: u64) -> Self {
         Self {
             optimal_io: word as u16,

@@ -10,11 +10,12 @@ use zerocopy::IntoBytes;
 use super::NamespaceInner;
 use super::batches::{BatchLimits, batches};
 use crate::controller::choose_queue;
-use crate::engine::QueueAccess;
+use crate::engine::state::Command;
 use crate::engine::submission::Drain;
+use crate::engine::{QueueAccess, Submission};
 use crate::error::CommandError;
 use crate::io::split::split;
-use crate::io::{End, Flow, Order, Part, Payload, Write};
+use crate::io::{End, Flow, Holdings, Order, Part, Payload, Write};
 use crate::memory::DmaBuf;
 use crate::{CommandName, Error};
 
@@ -184,11 +185,9 @@ impl NamespaceInner {
         };
         buffer.copy_from_slice(list);
         let order = Order {
-            sqe,
+            command: self.to_submit(sqe),
             flow: Flow::Write,
             range: 0..list.len(),
-            timeout: self.timeout(),
-            repeatable: self.may_repeat(&sqe),
         };
         let (end, _) = Part::new(self.dma(), queue, order, Payload::Dma(buffer)).await;
         self.result(end, name, blocks)
@@ -201,19 +200,16 @@ impl NamespaceInner {
         name: &'static str,
         blocks: Option<Range<u64>>,
     ) -> Result<(), Error> {
-        let command = crate::engine::state::Command {
+        let submission = Submission::new(queue, self.to_submit(sqe), Holdings::default());
+        self.result(submission.await.into(), name, blocks)
+    }
+
+    fn to_submit(&self, sqe: Sqe) -> Command {
+        Command {
             sqe,
-            holdings: crate::io::Holdings::default(),
             timeout: self.timeout(),
             repeatable: self.may_repeat(&sqe),
-        };
-        let result = crate::engine::Submission::new(queue, command).await;
-        let end = match result {
-            Ok(cqe) if cqe.status().is_success() => End::Success,
-            Ok(cqe) => End::Status(cqe.status()),
-            Err(failed) => End::Failed(failed),
-        };
-        self.result(end, name, blocks)
+        }
     }
 
     /// Whether a command may be sent again although the device may have executed it.
@@ -240,7 +236,7 @@ impl NamespaceInner {
             })
             .into()),
             End::Failed(failed) => Err(failed.into_error(self.name(name, blocks))),
-            End::Unsubmitted(error) => Err(error),
+            End::Unsubmitted(error) => Err(*error),
         }
     }
 

@@ -47,8 +47,9 @@ impl State {
         }
         let mut drains = std::mem::take(&mut self.drains);
         for (_, draining) in &mut drains {
-            if self.failure.is_some() || !self.is_unfinished_before(draining.mark) {
-                aftermath.wakers.extend(draining.waker.take());
+            let is_over = self.failure.is_some() || !self.is_unfinished_before(draining.mark);
+            if is_over && let Some(waker) = draining.waker.take() {
+                aftermath.wake(waker);
             }
         }
         self.drains = drains;
@@ -56,7 +57,9 @@ impl State {
 
     pub(super) fn wake_all_drains(&mut self, aftermath: &mut Aftermath) {
         for (_, draining) in &mut self.drains {
-            aftermath.wakers.extend(draining.waker.take());
+            if let Some(waker) = draining.waker.take() {
+                aftermath.wake(waker);
+            }
         }
     }
 

@@ -76,11 +76,10 @@ impl Failure {
     }
 }
 
-/// A command that is to be submitted, and what it needs until it is done.
-#[derive(Default)]
+/// A command that is to be submitted.
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Command {
     pub(crate) sqe: Sqe,
-    pub(crate) holdings: Holdings,
     /// How long it may take, repeats included.
     pub(crate) timeout: Option<Duration>,
     /// Whether it may be sent again although the device may have executed it.
@@ -102,6 +101,7 @@ impl Command {
 /// device uses, until its outcome was taken and no slot refers to it.
 pub(super) struct Operation {
     pub(super) command: Command,
+    pub(super) holdings: Holdings,
     /// The order in which commands were accepted.
     pub(super) ticket: u64,
     /// When it was first submitted.
@@ -137,6 +137,7 @@ impl Operation {
     fn new() -> Self {
         Self {
             command: Command::default(),
+            holdings: Holdings::default(),
             ticket: 0,
             since: None,
             attempts: 0,
@@ -145,12 +146,10 @@ impl Operation {
         }
     }
 
-    /// Takes the place of one that is over, with what the command holds.
-    pub(super) fn accept(&mut self, command: &mut Command, ticket: u64) {
-        self.command.sqe = command.sqe;
-        self.command.holdings.swap(&mut command.holdings);
-        self.command.timeout = command.timeout;
-        self.command.repeatable = command.repeatable;
+    /// Takes the place of one that is over, with what the command needs. Nothing is left there.
+    pub(super) fn accept(&mut self, command: &Command, holdings: &mut Holdings, ticket: u64) {
+        self.command = *command;
+        self.holdings.swap(holdings);
         self.ticket = ticket;
         self.since = None;
         self.attempts = 0;
@@ -181,8 +180,8 @@ impl Operation {
 
     /// Records what became of it, and that the device does not have it.
     pub(super) fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
-        if let Some(reach) = &mut self.command.holdings.reach {
-            aftermath.mapped.extend(reach.mapped.drain(..));
+        if let Some(reach) = &mut self.holdings.reach {
+            aftermath.unmap(&mut reach.mapped);
         }
         self.stage = Stage::Done(outcome);
         self.wake(aftermath);
@@ -197,7 +196,7 @@ impl Operation {
     }
 
     pub(super) fn wake(&mut self, aftermath: &mut Aftermath) {
-        aftermath.wakers.push(self.take_waker());
+        aftermath.wake(self.take_waker());
     }
 
     pub(super) fn take_waker(&mut self) -> Waker {
@@ -235,7 +234,7 @@ impl Operations {
         let operation = &mut self.places[key];
         operation.stage = Stage::Over;
         self.free.push(key);
-        std::mem::take(&mut operation.command.holdings)
+        std::mem::take(&mut operation.holdings)
     }
 
     /// The outcome of an operation, if it has one. What it held is swapped with `holdings`, which are
@@ -244,7 +243,7 @@ impl Operations {
         let operation = &mut self.places[key];
         match operation.stage {
             Stage::Done(outcome) => {
-                operation.command.holdings.swap(holdings);
+                operation.holdings.swap(holdings);
                 operation.stage = Stage::Over;
                 self.free.push(key);
                 Some(outcome)
@@ -313,7 +312,7 @@ impl State {
     /// Forgets an operation whose future was dropped, once no slot refers to it any more.
     pub(crate) fn abandon(&mut self, key: usize, aftermath: &mut Aftermath) {
         let operation = &mut self.operations[key];
-        aftermath.unused.push(operation.take_waker());
+        aftermath.forget(operation.take_waker());
         match operation.stage {
             Stage::Submitted | Stage::GivenUp(_) | Stage::Orphaned => {
                 operation.stage = Stage::Orphaned;
@@ -326,7 +325,7 @@ impl State {
             Stage::Done(_) => {}
             Stage::Over => return,
         }
-        aftermath.garbage.push(self.operations.end(key));
+        aftermath.free(self.operations.end(key));
         self.wake_drains(aftermath);
     }
 
@@ -334,7 +333,7 @@ impl State {
     pub(super) fn settle(&mut self, key: usize, outcome: Outcome, aftermath: &mut Aftermath) {
         let operation = &mut self.operations[key];
         match operation.stage {
-            Stage::Orphaned => aftermath.garbage.push(self.operations.end(key)),
+            Stage::Orphaned => aftermath.free(self.operations.end(key)),
             // Its future is to be told what it was woken for, but gets its memory back after all.
             Stage::GivenUp(failed) => operation.resolve(Err(failed), aftermath),
             Stage::Queued | Stage::Submitted => operation.resolve(outcome, aftermath),
@@ -385,28 +384,66 @@ pub(crate) struct Remains {
 
 /// What is to be done once the state is not borrowed any more: wakers run arbitrary code, and so
 /// does dropping them, or memory that others gave us.
+///
+/// For most submissions that is nothing, which costs next to nothing.
 #[derive(Default)]
 pub(crate) struct Aftermath {
-    pub(super) wakers: SmallVec<[Waker; REAP_BATCH]>,
+    contents: Option<Contents>,
+}
+
+#[derive(Default)]
+struct Contents {
+    wakers: SmallVec<[Waker; REAP_BATCH]>,
     /// Mappings of commands that are done, which others may be waiting for: they do not wait until
     /// somebody takes the outcome.
-    pub(super) mapped: SmallVec<[Mapped; 4]>,
-    pub(super) garbage: Vec<Holdings>,
-    pub(super) unused: SmallVec<[Waker; 1]>,
+    mapped: SmallVec<[Mapped; 4]>,
+    garbage: Vec<Holdings>,
+    unused: SmallVec<[Waker; 1]>,
 }
 
 impl Aftermath {
+    /// Wakes that task.
+    pub(super) fn wake(&mut self, waker: Waker) {
+        self.contents().wakers.push(waker);
+    }
+
+    /// Drops a waker that is not needed any more.
+    pub(super) fn forget(&mut self, waker: Waker) {
+        self.contents().unused.push(waker);
+    }
+
+    /// Ends mappings.
+    pub(super) fn unmap(&mut self, mapped: &mut SmallVec<[Mapped; 1]>) {
+        self.contents().mapped.extend(mapped.drain(..));
+    }
+
+    /// Frees what a command held.
+    pub(super) fn free(&mut self, holdings: Holdings) {
+        self.contents().garbage.push(holdings);
+    }
+
     /// Whoever is to be woken is, also if the waker of another panics. Nothing is left afterwards.
+    #[inline]
     pub(crate) fn run(&mut self) {
+        if let Some(contents) = &mut self.contents {
+            contents.run();
+            self.contents = None;
+        }
+    }
+
+    #[inline]
+    fn contents(&mut self) -> &mut Contents {
+        self.contents.get_or_insert_with(Contents::default)
+    }
+}
+
+impl Contents {
+    fn run(&mut self) {
         // Where they are: with its room for many wakers it is too large to be moved.
         let mut wakers = Wakers(self.wakers.drain(..));
         for waker in &mut wakers.0 {
             waker.wake();
         }
-        drop(wakers);
-        self.mapped.clear();
-        self.garbage.clear();
-        self.unused.clear();
     }
 }
 

@@ -133,7 +133,7 @@ impl State {
         let operations = self.operations.iter_mut();
         let in_use = operations
             .filter(|operation| matches!(operation.stage, Stage::GivenUp(_) | Stage::Orphaned))
-            .map(|operation| std::mem::take(&mut operation.command.holdings));
+            .map(|operation| std::mem::take(&mut operation.holdings));
         let remains = Remains {
             _holdings: in_use.collect(),
             _rings: self.core,

@@ -58,7 +58,7 @@ impl Seat {
         match std::mem::replace(&mut self.place, Place::Awake) {
             Place::Awake => false,
             Place::Asleep { waker, .. } => {
-                aftermath.unused.push(waker);
+                aftermath.forget(waker);
                 true
             }
         }
@@ -67,7 +67,7 @@ impl Seat {
     /// Wakes the reaper, if it sleeps.
     pub(crate) fn wake(&mut self, aftermath: &mut Aftermath) {
         if let Place::Asleep { waker, .. } = std::mem::replace(&mut self.place, Place::Awake) {
-            aftermath.wakers.push(waker);
+            aftermath.wake(waker);
         }
     }
 }

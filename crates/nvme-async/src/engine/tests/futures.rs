@@ -11,12 +11,12 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::yield_now;
 use std::time::Instant;
 
-use super::rig::{Device, Wakes, command, returned, state, vector};
+use super::rig::{Device, Wakes, returned, state, submission, vector};
 use crate::engine::access::Access;
 use crate::engine::reaper::vacate;
 use crate::engine::state::{Aftermath, Failure, Here, Look, Outcome};
 use crate::engine::submission::Drain;
-use crate::engine::{LocalQueue, PollMode, SharedQueue, State, Submission};
+use crate::engine::{LocalQueue, PollMode, SharedQueue, State};
 use crate::io::Holdings;
 
 fn shared(entries: u16) -> (Arc<SharedQueue>, Device) {
@@ -55,9 +55,9 @@ fn wakers_that_panic_do_not_keep_others_from_being_woken() {
     let (queue, mut device) = shared(8);
     let panics = Waker::from(Arc::new(Panics));
     let (wakes, waker) = Wakes::new();
-    let mut first = pin!(Submission::new(&queue, command(0).0));
-    let mut second = pin!(Submission::new(&queue, command(1).0));
-    let mut third = pin!(Submission::new(&queue, command(2).0));
+    let mut first = pin!(submission(&queue, 0).0);
+    let mut second = pin!(submission(&queue, 1).0);
+    let mut third = pin!(submission(&queue, 2).0);
     assert!(poll(first.as_mut(), &panics).is_pending());
     assert!(poll(second.as_mut(), &panics).is_pending());
     assert!(poll(third.as_mut(), &waker).is_pending());
@@ -70,7 +70,7 @@ fn wakers_that_panic_do_not_keep_others_from_being_woken() {
 #[test]
 fn the_last_waker_is_woken() {
     let (queue, mut device) = shared(8);
-    let mut submission = pin!(Submission::new(&queue, command(0).0));
+    let mut submission = pin!(submission(&queue, 0).0);
     let ((first, first_waker), (second, second_waker)) = (Wakes::new(), Wakes::new());
     assert!(poll(submission.as_mut(), &first_waker).is_pending());
     assert!(poll(submission.as_mut(), &second_waker).is_pending());
@@ -91,8 +91,7 @@ fn the_last_waker_is_woken() {
 #[test]
 fn nothing_happens_before_the_first_poll() {
     let (queue, mut device) = shared(8);
-    let (command, memory) = command(0);
-    let submission = Submission::new(&queue, command);
+    let (submission, memory) = submission(&queue, 0);
     assert_eq!(device.fetch(usize::MAX), 0);
     drop(submission);
     assert!(!memory.is_alive());
@@ -102,13 +101,12 @@ fn nothing_happens_before_the_first_poll() {
 #[test]
 fn a_queue_that_was_taken_away_is_closed() {
     let (queue, _device) = shared(8);
-    let mut waiting = pin!(Submission::new(&queue, command(0).0));
+    let mut waiting = pin!(submission(&queue, 0).0);
     let (_, waker) = Wakes::new();
     assert!(poll(waiting.as_mut(), &waker).is_pending());
     let state = queue.take();
     assert_eq!(failure(poll(waiting, &waker)), Failure::Closed);
-    let (command, memory) = command(1);
-    let mut late = Submission::new(&queue, command);
+    let (mut late, memory) = submission(&queue, 1);
     let Poll::Ready(Err(failed)) = poll(Pin::new(&mut late), &waker) else {
         panic!("not closed");
     };
@@ -137,7 +135,7 @@ fn a_queue_that_is_about_to_end_is_not_lent() {
 #[test]
 fn a_drain_leaves_nothing_behind() {
     let (queue, mut device) = shared(8);
-    let mut submission = pin!(Submission::new(&queue, command(0).0));
+    let mut submission = pin!(submission(&queue, 0).0);
     let (wakes, waker) = Wakes::new();
     assert!(poll(submission.as_mut(), Waker::noop()).is_pending());
     let mut drain = Box::pin(Drain::new(&queue));
@@ -155,7 +153,7 @@ fn a_drain_leaves_nothing_behind() {
 #[test]
 fn without_a_runtime_nothing_drives_it() {
     let (queue, mut device) = shared(8);
-    let mut waiting = pin!(Submission::new(&queue, command(0).0));
+    let mut waiting = pin!(submission(&queue, 0).0);
     let mut drain = pin!(Drain::new(&queue));
     let (wakes, waker) = Wakes::new();
     assert!(poll(waiting.as_mut(), &waker).is_pending());
@@ -168,7 +166,7 @@ fn without_a_runtime_nothing_drives_it() {
     assert_eq!(poll(drain, &waker), Poll::Ready(Err(gone)));
     assert_eq!(failure(poll(waiting, &waker)), Failure::RuntimeGone);
     assert_eq!(
-        failure(poll(pin!(Submission::new(&queue, command(1).0)), &waker)),
+        failure(poll(pin!(submission(&queue, 1).0), &waker)),
         Failure::RuntimeGone
     );
     assert_eq!(
@@ -198,10 +196,7 @@ fn a_runtime_without_drivers_is_refused_and_others_hear_of_it() {
     vacate(&queue, claim_again(&queue));
     let _guard = runtime.enter();
     assert_eq!(
-        failure(poll(
-            pin!(Submission::new(&queue, command(0).0)),
-            Waker::noop()
-        )),
+        failure(poll(pin!(submission(&queue, 0).0), Waker::noop())),
         Failure::NoDriver
     );
     assert_eq!(
@@ -228,7 +223,7 @@ fn a_runtime_that_is_shutting_down_ends_the_wait() {
         while !tokio::spawn(std::future::pending::<()>()).is_finished() {
             yield_now();
         }
-        let polled = pin!(Submission::new(&queue, command(0).0)).poll(cx);
+        let polled = pin!(submission(&queue, 0).0).poll(cx);
         result.send(failure(polled)).unwrap();
         Poll::Ready(())
     });
@@ -313,7 +308,7 @@ fn nothing_of_others_runs_while_the_queue_is_borrowed() {
     };
     // All their wakers are the last of their kind when the queue gets them.
     let mut submissions: Vec<_> = (0..6)
-        .map(|number| Box::pin(Submission::new(&queue, command(number).0)))
+        .map(|number| Box::pin(submission(&queue, number).0))
         .collect();
     let mut drain = Box::pin(Drain::new(&queue));
     for round in 0..3 {
@@ -338,7 +333,7 @@ fn nothing_of_others_runs_while_the_queue_is_borrowed() {
     queue.with(|state| state.fail(Failure::Closed, false, &mut aftermath));
     aftermath.run();
     drop(drain);
-    assert!(poll(pin!(Submission::new(&queue, command(9).0)), &nosy()).is_ready());
+    assert!(poll(pin!(submission(&queue, 9).0), &nosy()).is_ready());
     drop(submissions);
     assert_eq!(Arc::strong_count(&uses), 1, "all wakers are gone");
 }
@@ -353,7 +348,7 @@ fn a_local_queue_drives_itself() {
     let queue = LocalQueue::take(&home).unwrap();
     let done = Cell::new(false);
     tokio::task::LocalSet::new().block_on(&runtime, async {
-        let mut submission = pin!(Submission::new(&queue, command(0).0));
+        let mut submission = pin!(submission(&queue, 0).0);
         let result = poll_fn(|cx| {
             let polled = submission.as_mut().poll(cx);
             device.work();
@@ -381,7 +376,7 @@ fn a_local_queue_needs_a_local_set() {
     let queue = LocalQueue::take(&home).unwrap();
     let _guard = runtime.enter();
     for _ in 0..2 {
-        let polled = poll(pin!(Submission::new(&queue, command(0).0)), Waker::noop());
+        let polled = poll(pin!(submission(&queue, 0).0), Waker::noop());
         assert_eq!(failure(polled), Failure::NotLocal);
     }
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 
-use super::rig::{command, state, vector};
+use super::rig::{state, submission, vector};
 use crate::engine::access::Access;
 use crate::engine::park::Hook;
 use crate::engine::reaper::{BURST, Reaper};
 use crate::engine::state::{Failure, Here, Outcome, Term};
-use crate::engine::{Notification, PollMode, SharedQueue, State, Submission};
+use crate::engine::{Notification, PollMode, SharedQueue, State};
 use crate::io::Holdings;
 
 /// Counts how often the queue is looked at.
@@ -58,7 +58,7 @@ async fn looks_between_turns() -> usize {
         looks: Arc::default(),
     };
     let reaper = Reaper::new(queue.clone(), term, &vector).expect("there are drivers");
-    let mut read = std::pin::pin!(Submission::new(&queue.queue, command(0).0));
+    let mut read = std::pin::pin!(submission(&queue.queue, 0).0);
     let started = poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await;
     assert!(started.is_pending());
     let reaper = tokio::spawn(reaper);

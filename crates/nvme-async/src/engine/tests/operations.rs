@@ -241,12 +241,12 @@ fn a_failure_ends_everything_and_frees_nothing_in_use() {
 #[test]
 fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
     let mut rig = rig(2);
-    let (mut command, memory) = command(0);
+    let (mut command, mut holdings, memory) = command(0);
     command.repeatable = true;
     let (wakes, mut waker) = Wakes::new();
     let key = rig.after(|state, aftermath| {
         let (here, now) = (Here::now(), Instant::now());
-        match state.start(&mut command, &mut waker, here, now, aftermath) {
+        match state.start(&command, &mut holdings, &mut waker, here, now, aftermath) {
             Progress::Waiting { key } => key,
             Progress::Done(_) => panic!("done at once"),
         }

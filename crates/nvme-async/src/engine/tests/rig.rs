@@ -15,10 +15,11 @@ use nvme_spec::{Cqe, nvm};
 use poll_window::Costs;
 
 use crate::device::Doorbell;
+use crate::engine::access::Access;
 use crate::engine::state::{
     Aftermath, Command, Failure, Here, Look, Outcome, Place, Progress, Refusal,
 };
-use crate::engine::{PollMode, QueueSettings, State};
+use crate::engine::{PollMode, QueueSettings, State, Submission};
 use crate::io::{Holdings, Payload};
 use crate::memory::{DmaWords, Pool};
 use crate::queue::tests::device::{ModelDevice, Words};
@@ -178,20 +179,25 @@ impl Memory {
     }
 }
 
-pub(in crate::engine) fn command(number: u32) -> (Command, Memory) {
+pub(in crate::engine) fn command(number: u32) -> (Command, Holdings, Memory) {
     let memory = Arc::new([number as u8; 16]);
     let watch = Memory(Arc::downgrade(&memory));
-    let holdings = Holdings {
-        payload: Payload::Bytes(Bytes::from_owner(Owner(memory))),
-        ..Holdings::default()
-    };
+    let payload = Payload::Bytes(Bytes::from_owner(Owner(memory)));
     let command = Command {
         sqe: nvm::read(1, number.into(), 1, false),
-        holdings,
         timeout: Some(TIMEOUT),
         repeatable: false,
     };
-    (command, watch)
+    (command, Holdings::new(payload), watch)
+}
+
+/// A future of such a command, and its memory.
+pub(in crate::engine) fn submission<Q: Access>(
+    queue: &Q,
+    number: u32,
+) -> (Submission<'_, Q>, Memory) {
+    let (command, holdings, memory) = command(number);
+    (Submission::new(queue, command, holdings), memory)
 }
 
 /// What a command held, if it came back.
@@ -234,13 +240,14 @@ impl Rig {
         if let Some(refusal) = self.state.refusal(Here::now()) {
             return Err(refusal);
         }
-        let (mut command, memory) = command(self.next_number);
+        let (mut command, mut holdings, memory) = command(self.next_number);
         command.timeout = Some(self.timeout);
         command.repeatable = self.repeatable;
         let (wakes, mut waker) = Wakes::new();
         let mut aftermath = Aftermath::default();
         let started = self.state.start(
-            &mut command,
+            &command,
+            &mut holdings,
             &mut waker,
             Here::now(),
             Instant::now(),

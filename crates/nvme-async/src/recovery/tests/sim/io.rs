@@ -122,9 +122,8 @@ impl Simulation {
             }
         };
         let repeats = self.sabotage == Some(Sabotage::RepeatsWrites);
-        let mut command = Command {
+        let command = Command {
             sqe: tagged(sqe, number, operation.may_repeat),
-            holdings,
             timeout: Some(super::micros(operation.timeout)),
             repeatable: operation.may_repeat || repeats,
         };
@@ -138,7 +137,7 @@ impl Simulation {
             let refusal = shared.with(|state| state.refusal(Here::now()));
             match refusal.ok_or("a queue was taken away")? {
                 Some(Refusal::Failed(failure)) => {
-                    let outcome = (Err(failure.into()), command.holdings.payload);
+                    let outcome = (Err(failure.into()), holdings.payload);
                     self.resolve(number, outcome)?;
                     return Ok(number);
                 }
@@ -150,12 +149,11 @@ impl Simulation {
             }
             let mut waker = waker(Sleeper::Operation(number), &self.woken);
             let started = shared.attend(|state, aftermath| {
-                state.start(&mut command, &mut waker, Here::now(), now, aftermath)
+                let here = Here::now();
+                state.start(&command, &mut holdings, &mut waker, here, now, aftermath)
             });
             match started.ok_or("a queue was taken away")? {
-                Progress::Done(outcome) => {
-                    self.resolve(number, (outcome, command.holdings.payload))?
-                }
+                Progress::Done(outcome) => self.resolve(number, (outcome, holdings.payload))?,
                 Progress::Waiting { key } => {
                     self.operations[number as usize - 1].stage = Stage::Waiting { key };
                 }
