@@ -42,6 +42,7 @@ pub(crate) fn asymmetric_heavy() {
 }
 
 /// The frequent side; it costs nothing where the kernel has `membarrier`.
+#[inline]
 pub(crate) fn asymmetric_light() {
     #[cfg(not(nvme_async_loom))]
     if membarrier::is_available() {
@@ -61,6 +62,7 @@ mod membarrier {
     static AVAILABLE: LazyLock<bool> =
         LazyLock::new(|| membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok());
 
+    #[inline]
     pub(super) fn is_available() -> bool {
         *AVAILABLE
     }

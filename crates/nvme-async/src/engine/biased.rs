@@ -120,6 +120,7 @@ impl<T> Owner<T> {
     /// # Panics
     ///
     /// If `f` calls it.
+    #[inline]
     pub(crate) fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> R {
         let biased = &*self.biased;
         // Only this thread writes it, so this is exact.
@@ -130,18 +131,25 @@ impl<T> Owner<T> {
         biased.inside.store(true, Ordering::Relaxed);
         let inside = Inside(&biased.inside);
         barrier::asymmetric_light();
-        if !biased.revoked.load(Ordering::Acquire) {
-            // SAFETY: this thread is the only owner, is inside, and does not come in twice (checked
-            // above). Whoever has the lock waits until it is out: that thread's `revoked` was
-            // not seen here, so by the two barriers it sees `inside`.
-            return f(unsafe { &mut *biased.value.get() });
-        }
-        drop(inside);
-        let _locked = biased.locked();
-        // SAFETY: the lock is held, and nobody comes in without it but the owner, who is here. It
-        // does not come in twice: that would wait for the lock for ever.
+        let _way = match biased.revoked.load(Ordering::Acquire) {
+            false => Way::Inside(inside),
+            true => {
+                drop(inside);
+                Way::Locked(biased.locked())
+            }
+        };
+        // SAFETY: this thread is the only owner, and does not come in twice: either that was checked
+        // above, or it would wait for the lock for ever. With the lock held, nobody comes in without
+        // it but the owner. Without, it is inside, and whoever has the lock waits until it is out:
+        // that thread's `revoked` was not seen here, so by the two barriers it sees `inside`.
         f(unsafe { &mut *biased.value.get() })
     }
+}
+
+/// How the owner came in; dropped when it is out again.
+enum Way<'a> {
+    Inside(#[expect(dead_code, reason = "to be dropped")] Inside<'a>),
+    Locked(#[expect(dead_code, reason = "to be dropped")] MutexGuard<'a, ()>),
 }
 
 impl<T> Drop for Owner<T> {
@@ -155,6 +163,7 @@ impl<T> Drop for Owner<T> {
 struct Inside<'a>(&'a AtomicBool);
 
 impl Drop for Inside<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
     }

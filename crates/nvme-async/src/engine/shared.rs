@@ -137,12 +137,14 @@ impl SharedQueue {
     }
 
     /// Runs `f` on the state, if it is there.
+    #[inline]
     pub(crate) fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
         self.state.with(|state| state.as_mut().map(f))
     }
 }
 
 impl Access for Arc<SharedQueue> {
+    #[inline]
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
         SharedQueue::with(self, f)
     }

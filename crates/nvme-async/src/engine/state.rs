@@ -187,6 +187,7 @@ impl State {
     }
 
     /// Why no command is accepted here, if so.
+    #[inline]
     pub(crate) fn refusal(&self, here: Here) -> Option<Refusal> {
         let recovering = self.gate != Gate::Open && self.settings.fails_fast;
         if let Some(failure) = self.failure {
@@ -226,17 +227,16 @@ impl State {
         }
         self.tell_of_submission(was_idle, now);
         // Where a reaper is about to look, it does so once for many.
-        if was_idle || waits || !self.is_attended(here) {
+        let looks = was_idle || waits || !self.is_attended(here);
+        if looks {
             self.reap(Look::Polled, now, aftermath);
         }
         self.rouse_reaper(here, now, aftermath);
-        match self.take_outcome(key, holdings) {
-            Some(outcome) => Progress::Done(outcome),
-            None => {
-                std::mem::swap(&mut self.operations[key].waker, waker);
-                Progress::Waiting { key }
-            }
+        if looks && let Some(outcome) = self.take_outcome(key, holdings) {
+            return Progress::Done(outcome);
         }
+        std::mem::swap(&mut self.operations[key].waker, waker);
+        Progress::Waiting { key }
     }
 
     /// Takes completions, at most a batch, and puts waiting commands into the slots they leave.
@@ -321,7 +321,7 @@ impl State {
         let sqe = nvme_spec::admin::async_event_request();
         // With all slots taken there is one event request less until the next one completes.
         let (token, class) = (Token::AsyncEvent, Class::Background);
-        if self.core.submit(sqe, token, class, None).is_some() {
+        if self.core.submit(&sqe, token, class, None).is_some() {
             self.ring_deferred();
         }
     }

@@ -149,7 +149,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// [`ring_deferred`](Self::ring_deferred). Background commands have no deadline.
     pub(crate) fn submit(
         &mut self,
-        sqe: Sqe,
+        sqe: &Sqe,
         token: T,
         class: Class,
         deadline: Option<Instant>,
@@ -159,7 +159,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
         let slot = self.free.pop()?;
         let cid = self.next_cid(slot);
-        self.submission.push(&sqe.with_cid(cid));
+        self.submission.push(sqe, cid);
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let deadline = deadline.filter(|_| class != Class::Background);

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nvme_spec::{Cqe, Sqe};
+use zerocopy::IntoBytes;
 
 use crate::memory::DmaWords;
 
@@ -67,15 +68,20 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
         }
     }
 
-    /// Writes `sqe` at the tail, without telling the device.
+    /// Writes `sqe`, with this command identifier, at the tail, without telling the device.
     ///
     /// The caller keeps no more than `entries - 1` commands outstanding, so the entry is free.
-    pub(crate) fn push(&mut self, sqe: &Sqe) {
+    #[inline]
+    pub(crate) fn push(&mut self, sqe: &Sqe, cid: u16) {
         let first = self.tail as usize * SQE_WORDS;
         let words = &self.memory.words()[first..first + SQE_WORDS];
-        for (word, value) in words.iter().zip(sqe.dwords()) {
-            word.store(value.to_le(), Ordering::Relaxed);
+        let (dwords, _) = sqe.as_bytes().as_chunks();
+        // As they lie in memory, which is how the device reads them.
+        for (word, bytes) in words.iter().zip(dwords) {
+            word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
         }
+        let [cdw0, ..] = sqe.with_cid(cid).dwords();
+        words[0].store(cdw0.to_le(), Ordering::Relaxed);
         self.tail = self.next(self.tail);
     }
 

@@ -239,21 +239,20 @@ impl Operations {
 
     /// The outcome of an operation, if it has one. What it held is swapped with `holdings`, which are
     /// empty, unless the device may still use it.
+    #[inline]
     pub(super) fn take_outcome(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
         let operation = &mut self.places[key];
-        match operation.stage {
-            Stage::Done(outcome) => {
-                operation.holdings.swap(holdings);
-                operation.stage = Stage::Over;
-                self.free.push(key);
-                Some(outcome)
-            }
-            Stage::GivenUp(failed) => {
-                operation.stage = Stage::Orphaned;
-                Some(Err(failed))
-            }
-            Stage::Over | Stage::Queued | Stage::Submitted | Stage::Orphaned => None,
+        if let Stage::Done(outcome) = operation.stage {
+            operation.holdings.swap(holdings);
+            operation.stage = Stage::Over;
+            self.free.push(key);
+            return Some(outcome);
         }
+        let Stage::GivenUp(failed) = operation.stage else {
+            return None;
+        };
+        operation.stage = Stage::Orphaned;
+        Some(Err(failed))
     }
 
     /// All places, those that are free too.
@@ -284,6 +283,7 @@ impl IndexMut<usize> for Operations {
 impl State {
     /// The outcome of an operation, which is over then, if it has one. What it held comes back in
     /// `holdings`, which are empty, unless the device may still use it.
+    #[inline]
     pub(crate) fn take_outcome(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
         self.operations.take_outcome(key, holdings)
     }
@@ -332,12 +332,14 @@ impl State {
     /// Ends an operation that no slot refers to any more, with `outcome` if its future waits for one.
     pub(super) fn settle(&mut self, key: usize, outcome: Outcome, aftermath: &mut Aftermath) {
         let operation = &mut self.operations[key];
+        if operation.is_awaited() {
+            return operation.resolve(outcome, aftermath);
+        }
         match operation.stage {
             Stage::Orphaned => aftermath.free(self.operations.end(key)),
             // Its future is to be told what it was woken for, but gets its memory back after all.
             Stage::GivenUp(failed) => operation.resolve(Err(failed), aftermath),
-            Stage::Queued | Stage::Submitted => operation.resolve(outcome, aftermath),
-            Stage::Done(_) | Stage::Over => debug_assert!(false, "no slot refers to it"),
+            _ => debug_assert!(false, "no slot refers to it"),
         }
     }
 

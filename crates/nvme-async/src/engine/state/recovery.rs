@@ -36,7 +36,7 @@ impl State {
         let class = Class::Foreground(Kind::Other);
         let submitted = self
             .core
-            .submit(sqe, Token::Step(id), class, None)
+            .submit(&sqe, Token::Step(id), class, None)
             .is_some();
         if submitted {
             self.ring_deferred();

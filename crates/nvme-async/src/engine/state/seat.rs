@@ -49,6 +49,7 @@ pub(crate) enum Place {
 impl Seat {
     /// Whether operations that are polled `here` can rely on it; those outside of any runtime rely on
     /// all there are.
+    #[inline]
     fn serves(&self, here: Here) -> bool {
         here.0.is_none() || self.runtime == here
     }
@@ -78,6 +79,7 @@ pub(crate) struct Here(Option<runtime::Id>);
 
 impl Here {
     /// To be asked without the queue's lock: it takes some time.
+    #[inline]
     pub(crate) fn now() -> Self {
         Self(Handle::try_current().ok().map(|runtime| runtime.id()))
     }
@@ -107,6 +109,7 @@ impl State {
     }
 
     /// Whether the queue is driven for operations that are polled here.
+    #[inline]
     pub(crate) fn has_reaper(&self, here: Here) -> bool {
         self.seats.iter().any(|seat| seat.serves(here))
     }

@@ -32,7 +32,7 @@ impl State {
     /// fenced.
     pub(super) fn submit(&mut self, key: usize, now: Instant) -> bool {
         let operation = &mut self.operations[key];
-        let (sqe, deadline) = (operation.command.sqe, operation.deadline(now));
+        let (sqe, deadline) = (&operation.command.sqe, operation.deadline(now));
         let class = Class::Foreground(operation.command.kind());
         let submitted = self
             .core

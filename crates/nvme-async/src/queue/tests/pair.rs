@@ -98,7 +98,7 @@ impl Pair {
         let deadline = after.map(|after| self.now + after);
         let submitted = self
             .host
-            .submit(Self::command(number), token, class, deadline);
+            .submit(&Self::command(number), token, class, deadline);
         let slot = submitted?;
         self.next_number += 1;
         Some((number, slot))
