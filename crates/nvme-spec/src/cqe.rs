@@ -14,7 +14,8 @@ use crate::status::Status;
 /// Queue memory is the controller's: whoever reads it takes dword 3 first (it holds the phase), then
 /// the others, once each, and makes a `Cqe` of that private copy.
 #[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(transparent)]
+// In queues entries lie at multiples of their size; a copy that does too moves in whole words.
+#[repr(C, align(8))]
 pub struct Cqe {
     dwords: [U32; 4],
 }

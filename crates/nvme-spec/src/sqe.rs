@@ -17,7 +17,8 @@ use crate::status::Status;
 /// [`with_data`](Self::with_data) fill them in. A command that has no builder starts from
 /// [`Sqe::new`].
 #[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(transparent)]
+// In queues entries lie at multiples of their size; a copy that does too moves in whole words.
+#[repr(C, align(8))]
 pub struct Sqe {
     dwords: [U32; 16],
 }

@@ -109,18 +109,10 @@ impl NamespaceInner {
     /// How many logical blocks there are, unless it can't be used.
     #[inline]
     pub(crate) fn check_usable(&self) -> Result<u64, Error> {
-        let address = || self.address().to_owned();
         match self.live.condition() {
             Condition::Usable { blocks } => Ok(blocks),
-            Condition::Gone => Err(Error::NamespaceGone {
-                address: address(),
-                nsid: self.nsid,
-            }),
-            Condition::Changed { how } => Err(Error::NamespaceChanged {
-                address: address(),
-                nsid: self.nsid,
-                how,
-            }),
+            Condition::Gone => Err(self.gone()),
+            Condition::Changed { how } => Err(self.changed(how)),
         }
     }
 
@@ -128,14 +120,9 @@ impl NamespaceInner {
     #[inline]
     pub(crate) fn blocks(&self, offset: u64, len: u64) -> Result<Range<u64>, Error> {
         let capacity = self.check_usable()? << self.block_shift;
-        let block_size = self.block_size();
-        let mask = u64::from(block_size) - 1;
-        if offset & mask != 0 || len & mask != 0 || len == 0 {
-            return Err(Error::Unaligned {
-                offset,
-                len,
-                block_size,
-            });
+        let mask = u64::from(self.block_size()) - 1;
+        if (offset | len) & mask != 0 || len == 0 {
+            return Err(self.unaligned(offset, len));
         }
         match offset.checked_add(len) {
             Some(end) if end <= capacity => Ok(offset >> self.block_shift..end >> self.block_shift),
@@ -144,6 +131,32 @@ impl NamespaceInner {
                 len,
                 capacity,
             }),
+        }
+    }
+
+    #[cold]
+    fn gone(&self) -> Error {
+        Error::NamespaceGone {
+            address: self.address().to_owned(),
+            nsid: self.nsid,
+        }
+    }
+
+    #[cold]
+    fn changed(&self, how: &'static str) -> Error {
+        Error::NamespaceChanged {
+            address: self.address().to_owned(),
+            nsid: self.nsid,
+            how,
+        }
+    }
+
+    #[cold]
+    fn unaligned(&self, offset: u64, len: u64) -> Error {
+        Error::Unaligned {
+            offset,
+            len,
+            block_size: self.block_size(),
         }
     }
 

@@ -123,6 +123,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     }
 
     /// How many foreground commands are outstanding, those that were given up excepted.
+    #[inline]
     pub(crate) fn in_flight(&self) -> usize {
         self.foreground.iter().sum()
     }
@@ -196,6 +197,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     }
 
     /// Whether there are commands that the device has not been told of, and may be.
+    #[inline]
     pub(crate) fn has_deferred(&self) -> bool {
         !self.fenced && self.submission.deferred() > 0
     }
@@ -206,6 +208,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     }
 
     /// Takes the next completion, if there is one.
+    #[inline]
     pub(crate) fn next_completion(&mut self) -> Option<Result<Finished<T>, Lie>> {
         let cqe = self.completion.pop()?;
         Some(self.finish(cqe))
@@ -350,6 +353,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         self.id
     }
 
+    #[inline]
     fn finish(&mut self, cqe: Cqe) -> Result<Finished<T>, Lie> {
         if cqe.sq_id() != self.id {
             return Err(Lie::WrongQueue {
@@ -387,6 +391,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     }
 
     /// The slot of the command that has this identifier and that the device was told of.
+    #[inline]
     fn outstanding(&self, wire: u16) -> Option<u16> {
         let slot = (u32::from(wire) & ((1 << self.index_bits) - 1)) as u16;
         let entry = self.slots.get(usize::from(slot))?.as_ref()?;

@@ -112,6 +112,7 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
     }
 
     /// Takes the head from a completion; `false` if the device can't have got there.
+    #[inline]
     pub(crate) fn advance_head(&mut self, head: u16) -> bool {
         let head = u32::from(head);
         if head >= self.entries
@@ -131,6 +132,7 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
         }
     }
 
+    #[inline]
     fn distance(&self, from: u32, to: u32) -> u32 {
         if to >= from {
             to - from
@@ -180,6 +182,7 @@ impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
     }
 
     /// Takes the entry at the head, if it is new.
+    #[inline]
     pub(crate) fn pop(&mut self) -> Option<Cqe> {
         let first = self.head as usize * CQE_WORDS;
         let words = &self.memory.words()[first..first + CQE_WORDS];
@@ -225,6 +228,7 @@ impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
         (self.head, self.acknowledged, self.phase) = (0, 0, true);
     }
 
+    #[inline]
     fn is_new(&self, last_word: u32) -> bool {
         (u32::from_le(last_word) & 1 << 16 != 0) == self.phase
     }

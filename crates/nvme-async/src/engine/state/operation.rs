@@ -179,8 +179,11 @@ impl Operation {
     }
 
     /// Records what became of it, and that the device does not have it.
+    #[inline]
     pub(super) fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
-        if let Some(reach) = &mut self.holdings.reach {
+        if let Some(reach) = &mut self.holdings.reach
+            && !reach.mapped.is_empty()
+        {
             aftermath.unmap(&mut reach.mapped);
         }
         self.stage = Stage::Done(outcome);
@@ -405,6 +408,7 @@ struct Contents {
 
 impl Aftermath {
     /// Wakes that task.
+    #[inline]
     pub(super) fn wake(&mut self, waker: Waker) {
         self.contents().wakers.push(waker);
     }
