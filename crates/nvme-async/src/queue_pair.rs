@@ -135,10 +135,11 @@ impl QueuePair {
         let mut holdings = submission.take_holdings();
         if let (Ok(cqe), Some(range)) = (&result, collect)
             && cqe.status().is_success()
+            && let Some(reach) = &holdings.reach
         {
-            inner.dma.collect(&mut holdings, range);
+            reach.collect(&holdings.payload, range);
         }
-        let data = DmaBuf::from_payload(holdings.payload);
+        let data = DmaBuf::from_payload(holdings.take_payload());
         match result {
             Ok(cqe) => Ok(Completion { cqe, data }),
             Err(failure) => {

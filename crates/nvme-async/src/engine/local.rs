@@ -11,7 +11,7 @@ use super::park::{Hook, ParkedQueue};
 use super::reaper::{Reaper, check_spawned, vacate};
 use super::state::{Aftermath, Failure, Here, Outcome, State, Term};
 use super::{Notification, SharedQueue};
-use crate::io::Holdings;
+use crate::io::HoldingsMut;
 
 /// A [`SharedQueue`] that this thread owns, and uses without its lock.
 pub struct LocalQueue {
@@ -82,7 +82,7 @@ impl Access for Rc<LocalQueue> {
         }
     }
 
-    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+    fn late_outcome(&self, key: usize, holdings: HoldingsMut<'_>) -> Option<Outcome> {
         self.home.late_outcome(key, holdings)
     }
 

@@ -103,7 +103,7 @@ pub(crate) mod access {
     use super::park::Hook;
     use super::state::{Outcome, Term};
     use super::{Failure, Notification, State};
-    use crate::io::Holdings;
+    use crate::io::HoldingsMut;
 
     /// Access to the state of a queue pair, and a reaper for it.
     pub(crate) trait Access: Clone + Unpin + 'static {
@@ -121,7 +121,7 @@ pub(crate) mod access {
 
         /// The outcome of an operation of a queue pair that has ended, and in `holdings` what it
         /// held, unless the device may still use it.
-        fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome>;
+        fn late_outcome(&self, key: usize, holdings: HoldingsMut<'_>) -> Option<Outcome>;
 
         /// Passes on what the controller reported by itself.
         fn report(&self, event: Notification);

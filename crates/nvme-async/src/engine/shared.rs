@@ -14,7 +14,7 @@ use super::state::{
     Aftermath, Failure, Here, Outcome, Outcomes, QueueCounters, Remains, State, Term,
 };
 use super::window::WindowCounters;
-use crate::io::Holdings;
+use crate::io::HoldingsMut;
 
 /// A queue pair behind a lock, which is held for the time of one submission or one batch of
 /// completions and never while anything else runs. A [`LocalQueue`](super::LocalQueue) can own it
@@ -176,7 +176,7 @@ impl Access for Arc<SharedQueue> {
         }
     }
 
-    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+    fn late_outcome(&self, key: usize, holdings: HoldingsMut<'_>) -> Option<Outcome> {
         super::sync::lock_std(&self.outcomes).take(key, holdings)
     }
 

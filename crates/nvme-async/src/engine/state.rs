@@ -28,7 +28,7 @@ use super::trouble::{Inbox, Trouble};
 use super::window::{Window, WindowCounters};
 use super::{PollMode, QueueSettings};
 use crate::device::VectorMask;
-use crate::io::Holdings;
+use crate::io::HoldingsMut;
 use crate::memory::DmaWords;
 use crate::queue::{Class, Finished, QueueCore, QueueDoorbell};
 use crate::recovery::ResetCause;
@@ -207,7 +207,7 @@ impl State {
     pub(crate) fn start(
         &mut self,
         command: &Command,
-        holdings: &mut Holdings,
+        mut holdings: HoldingsMut<'_>,
         waker: &mut Waker,
         here: Here,
         now: Instant,
@@ -216,7 +216,7 @@ impl State {
         debug_assert!(self.refusal(here).is_none());
         let was_idle = self.core.in_flight() == 0;
         let key = self.operations.claim();
-        self.operations[key].accept(command, holdings, self.next_ticket);
+        self.operations[key].accept(command, holdings.reborrow(), self.next_ticket);
         self.next_ticket += 1;
         let waits = !self.backlog.is_empty() || !self.submit(key, now);
         if waits {

@@ -9,7 +9,7 @@ use tokio::task::coop::poll_proceed;
 
 use super::access::Access;
 use super::state::{Aftermath, Command, Failed, Failure, Here, Outcome, Progress, Refusal};
-use crate::io::Holdings;
+use crate::io::{Holdings, HoldingsMut};
 
 /// Submits a command when first polled, and resolves when it is done. What the command needs is with
 /// the queue meanwhile, and [comes back](Self::take_holdings).
@@ -51,7 +51,7 @@ impl<Q: Access> Future for Submission<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
         let budget = ready!(poll_proceed(cx));
         let this = self.get_mut();
-        let (in_flight, holdings) = (&mut this.in_flight, &mut this.holdings);
+        let (in_flight, holdings) = (&mut this.in_flight, this.holdings.as_mut());
         // Set first: a waker that panics must not have it submitted again, without its memory.
         let polled = match std::mem::replace(&mut this.was_polled, true) {
             false => in_flight.submit(this.queue, &this.command, holdings, cx),
@@ -90,7 +90,7 @@ impl<'a, Q: Access> InFlight<'a, Q> {
         &mut self,
         mut queue: &'a Q,
         command: &Command,
-        holdings: &mut Holdings,
+        mut holdings: HoldingsMut<'_>,
         cx: &Context<'_>,
     ) -> Poll<Outcome> {
         let here = Here::now();
@@ -105,6 +105,7 @@ impl<'a, Q: Access> InFlight<'a, Q> {
             // Cloned here, since that too may run arbitrary code.
             let mut waker = cx.waker().clone();
             let now = Instant::now();
+            let holdings = holdings.reborrow();
             let started = queue.with(|state| match state.refusal(here) {
                 Some(refusal) => Err(refusal),
                 None => Ok(state.start(command, holdings, &mut waker, here, now, &mut aftermath)),
@@ -130,12 +131,16 @@ impl<'a, Q: Access> InFlight<'a, Q> {
     /// Resolves when the command is done, once. What it held is in `holdings` then, which are empty
     /// before, unless the device may still use it.
     #[inline]
-    pub(crate) fn poll(&mut self, holdings: &mut Holdings, cx: &Context<'_>) -> Poll<Outcome> {
+    pub(crate) fn poll(
+        &mut self,
+        mut holdings: HoldingsMut<'_>,
+        cx: &Context<'_>,
+    ) -> Poll<Outcome> {
         // As with most futures, polling it again after it resolved never resolves.
         let Some((queue, key)) = self.operation else {
             return Poll::Pending;
         };
-        let outcome = match queue.with(|state| state.take_outcome(key, holdings)) {
+        let outcome = match queue.with(|state| state.take_outcome(key, holdings.reborrow())) {
             Some(Some(outcome)) => outcome,
             Some(None) => ready!(wait(queue, key, holdings, cx)),
             None => late_outcome(queue, key, holdings),
@@ -158,14 +163,14 @@ impl<Q: Access> Drop for InFlight<'_, Q> {
 fn wait<Q: Access>(
     queue: &Q,
     key: usize,
-    holdings: &mut Holdings,
+    mut holdings: HoldingsMut<'_>,
     cx: &Context<'_>,
 ) -> Poll<Outcome> {
     let here = Here::now();
     let mut fresh = None;
     let driven = loop {
         let polled = queue.with(|state| {
-            let polled = match state.take_outcome(key, holdings) {
+            let polled = match state.take_outcome(key, holdings.reborrow()) {
                 Some(outcome) => Polled::Done(outcome),
                 None if state.will_wake(key, cx.waker(), &mut fresh) => Polled::Waiting,
                 None => Polled::WakesAnother,
@@ -188,7 +193,7 @@ fn wait<Q: Access>(
 
 /// The outcome of an operation whose queue has ended.
 #[cold]
-fn late_outcome<Q: Access>(queue: &Q, key: usize, holdings: &mut Holdings) -> Outcome {
+fn late_outcome<Q: Access>(queue: &Q, key: usize, holdings: HoldingsMut<'_>) -> Outcome {
     let late = queue.late_outcome(key, holdings);
     late.unwrap_or_else(|| Err(Failure::Closed.told(true)))
 }
@@ -199,7 +204,7 @@ fn abandon<Q: Access>(queue: &Q, key: usize) {
     let lives = queue.with(|state| state.abandon(key, &mut aftermath));
     aftermath.run();
     if lives.is_none() {
-        let _ = queue.late_outcome(key, &mut Holdings::default());
+        let _ = queue.late_outcome(key, Holdings::default().as_mut());
     }
 }
 

@@ -338,21 +338,6 @@ impl DmaContext {
         }
     }
 
-    /// Copies what a read left in a bounce buffer to where it belongs, `range` of the payload.
-    pub(crate) fn collect(&self, holdings: &mut Holdings, range: Range<usize>) {
-        let reach = holdings.reach.as_mut();
-        let Some(bounce) = reach.and_then(|reach| reach.bounce.take()) else {
-            return;
-        };
-        let bytes = match &bounce {
-            Bounce::Pool(buf) => &buf[..range.len()],
-            Bounce::Reserve(block) => block.bytes(range.len()),
-        };
-        // SAFETY: the command that the range belongs to is complete, and other commands of the
-        // same request use other ranges. The payload is that of a read, owned by the request.
-        unsafe { holdings.payload.fill(range, bytes) };
-    }
-
     /// Describes memory to the device where it is. Nothing if that can't be expressed, or if some
     /// of it was not located.
     fn describe(
@@ -436,6 +421,21 @@ impl DmaContext {
     fn count_bounce(&self, bytes: usize) {
         self.bounced_bytes
             .fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+impl Reach {
+    /// Copies what a read left in a bounce buffer, if there is one, to where it belongs, `range` of the
+    /// payload.
+    pub(crate) fn collect(&self, payload: &Payload, range: Range<usize>) {
+        let bytes = match &self.bounce {
+            Some(Bounce::Pool(buf)) => &buf[..range.len()],
+            Some(Bounce::Reserve(block)) => block.bytes(range.len()),
+            None => return,
+        };
+        // SAFETY: the command that the range belongs to is complete, and other commands of the
+        // same request use other ranges. The payload is that of a read, owned by the request.
+        unsafe { payload.fill(range, bytes) };
     }
 }
 

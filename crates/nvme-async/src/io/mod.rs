@@ -59,12 +59,37 @@ impl Holdings {
         std::mem::take(&mut self.payload)
     }
 
-    /// Swaps two of them. Most have nothing but the payload, and the rest is the larger part.
     #[inline]
-    pub(crate) fn swap(&mut self, other: &mut Self) {
-        std::mem::swap(&mut self.payload, &mut other.payload);
+    pub(crate) fn as_mut(&mut self) -> HoldingsMut<'_> {
+        HoldingsMut {
+            reach: &mut self.reach,
+            payload: &mut self.payload,
+        }
+    }
+}
+
+/// Holdings whose parts may lie in different places: the future of a request keeps its payload, and
+/// has no room for what is large and rare.
+pub(crate) struct HoldingsMut<'a> {
+    pub(crate) reach: &'a mut Option<Reach>,
+    pub(crate) payload: &'a mut Payload,
+}
+
+impl HoldingsMut<'_> {
+    #[inline]
+    pub(crate) fn reborrow(&mut self) -> HoldingsMut<'_> {
+        HoldingsMut {
+            reach: self.reach,
+            payload: self.payload,
+        }
+    }
+
+    /// Swaps them with others.
+    #[inline]
+    pub(crate) fn swap(self, other: &mut Holdings) {
+        std::mem::swap(self.payload, &mut other.payload);
         if self.reach.is_some() || other.reach.is_some() {
-            std::mem::swap(&mut self.reach, &mut other.reach);
+            std::mem::swap(self.reach, &mut other.reach);
         }
     }
 }

@@ -10,7 +10,7 @@ use nvme_spec::{DataPointer, Status};
 use tokio::task::coop::poll_proceed;
 
 use super::context::{DmaContext, Flow};
-use super::{Holdings, Payload};
+use super::{Holdings, HoldingsMut, Payload, Reach};
 use crate::Error;
 use crate::engine::state::{Command, Outcome};
 use crate::engine::{Failed, InFlight, QueueAccess};
@@ -55,7 +55,7 @@ pub(crate) struct Part<'a, Q: QueueAccess> {
     dma: &'a DmaContext,
     queue: &'a Q,
     order: Order,
-    holdings: Holdings,
+    payload: Payload,
     course: Course<'a, Q>,
 }
 
@@ -65,7 +65,7 @@ impl<'a, Q: QueueAccess> Part<'a, Q> {
             dma,
             queue,
             order,
-            holdings: Holdings::new(payload),
+            payload,
             course: Course::default(),
         }
     }
@@ -77,8 +77,8 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         let order = || (this.queue, this.order.clone());
-        let end = ready!(this.course.poll(this.dma, order, &mut this.holdings, cx));
-        Poll::Ready((end, this.holdings.take_payload()))
+        let end = ready!(this.course.poll(this.dma, order, &mut this.payload, cx));
+        Poll::Ready((end, std::mem::take(&mut this.payload)))
     }
 }
 
@@ -117,14 +117,14 @@ impl<Q: QueueAccess> Default for Course<'_, Q> {
 
 impl<'a, Q: QueueAccess> Course<'a, Q> {
     /// Goes on with the command, until it is done. `order` says which queue gets it and what it is, the
-    /// same at each call but for the queue. `holdings` have the payload before the first call, and, if
-    /// the device does not use it any more, after the last one.
+    /// same at each call but for the queue. `payload` is its memory before the first call, and, if the
+    /// device does not use that any more, after the last one.
     #[inline]
     pub(super) fn poll(
         &mut self,
         dma: &'a DmaContext,
         order: impl FnOnce() -> (&'a Q, Order),
-        holdings: &mut Holdings,
+        payload: &mut Payload,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
         let budget = ready!(poll_proceed(cx));
@@ -133,24 +133,29 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
                 // Set first: whatever panics, it is not submitted twice.
                 self.stage = Stage::Submitted;
                 let (queue, mut order) = order();
-                match dma.address(&holdings.payload, &order.range) {
+                match dma.address(payload, &order.range) {
                     Some(pointer) => {
                         let sqe = &mut order.command.sqe;
                         *sqe = sqe.with_data(pointer);
-                        ready!(self.submit(dma, queue, &order, holdings, cx))
+                        ready!(self.submit(queue, &order, payload, None, cx))
                     }
-                    None => ready!(self.prepare(dma, queue, order, holdings, cx)),
+                    None => ready!(self.prepare(dma, queue, order, payload, cx)),
                 }
             }
             Stage::Later => {
                 let (queue, order) = order();
-                ready!(self.go_on(dma, queue, order, holdings, cx))
+                ready!(self.go_on(queue, order, payload, cx))
             }
             Stage::Submitted => {
+                let mut reach = None;
+                let holdings = HoldingsMut {
+                    reach: &mut reach,
+                    payload,
+                };
                 let end = ready!(self.in_flight.poll(holdings, cx)).into();
-                if holdings.reach.is_some() {
+                if let Some(reach) = reach {
                     let (_, order) = order();
-                    collect(dma, &order, &end, holdings);
+                    collect(reach, payload, &order, &end);
                 }
                 end
             }
@@ -165,22 +170,19 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
         &mut self,
         dma: &'a DmaContext,
         queue: &'a Q,
-        mut order: Order,
-        holdings: &mut Holdings,
+        order: Order,
+        payload: &mut Payload,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        let range = order.range.clone();
-        match dma.prepare(order.flow, holdings, range.clone()) {
-            Ok(pointer) => {
-                order.command.sqe = order.command.sqe.with_data(pointer);
-                self.submit(dma, queue, &order, holdings, cx)
-            }
+        let mut holdings = Holdings::new(std::mem::take(payload));
+        match dma.prepare(order.flow, &mut holdings, order.range.clone()) {
+            Ok(pointer) => self.submit_prepared(queue, order, pointer, payload, holdings, cx),
             Err(unready) => {
-                let payload = holdings.take_payload();
-                let later = dma.prepare_later(order.flow, unready, payload, range);
+                let (flow, range) = (order.flow, order.range.clone());
+                let later = dma.prepare_later(flow, unready, holdings.take_payload(), range);
                 self.later = Some(Box::pin(later));
                 self.stage = Stage::Later;
-                self.go_on(dma, queue, order, holdings, cx)
+                self.go_on(queue, order, payload, cx)
             }
         }
     }
@@ -188,55 +190,67 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
     #[cold]
     fn go_on(
         &mut self,
-        dma: &'a DmaContext,
         queue: &'a Q,
-        mut order: Order,
-        holdings: &mut Holdings,
+        order: Order,
+        payload: &mut Payload,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
         let Some(later) = &mut self.later else {
             return Poll::Pending;
         };
-        let (prepared, prepared_holdings) = ready!(later.as_mut().poll(cx));
-        *holdings = prepared_holdings;
+        let (prepared, mut holdings) = ready!(later.as_mut().poll(cx));
         self.later = None;
         self.stage = Stage::Submitted;
         match prepared {
-            Ok(pointer) => {
-                order.command.sqe = order.command.sqe.with_data(pointer);
-                self.submit(dma, queue, &order, holdings, cx)
-            }
+            Ok(pointer) => self.submit_prepared(queue, order, pointer, payload, holdings, cx),
             Err(error) => {
-                holdings.reach = None;
+                *payload = holdings.take_payload();
                 Poll::Ready(End::Unsubmitted(Box::new(error)))
             }
         }
     }
 
-    fn submit(
+    fn submit_prepared(
         &mut self,
-        dma: &'a DmaContext,
         queue: &'a Q,
-        order: &Order,
-        holdings: &mut Holdings,
+        mut order: Order,
+        pointer: DataPointer,
+        payload: &mut Payload,
+        holdings: Holdings,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
+        order.command.sqe = order.command.sqe.with_data(pointer);
+        *payload = holdings.payload;
+        self.submit(queue, &order, payload, holdings.reach, cx)
+    }
+
+    #[inline]
+    fn submit(
+        &mut self,
+        queue: &'a Q,
+        order: &Order,
+        payload: &mut Payload,
+        mut reach: Option<Reach>,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        let holdings = HoldingsMut {
+            reach: &mut reach,
+            payload,
+        };
         let outcome = ready!(self.in_flight.submit(queue, &order.command, holdings, cx));
         let end = outcome.into();
-        if holdings.reach.is_some() {
-            collect(dma, order, &end, holdings);
+        if let Some(reach) = reach {
+            collect(reach, payload, order, &end);
         }
         Poll::Ready(end)
     }
 }
 
-/// Ends what made a payload reachable, after copying what a read left in a bounce buffer to where it
-/// belongs.
+/// Ends what made a payload reachable, before that goes to the caller, and after copying what a read
+/// left in a bounce buffer to where it belongs.
 #[inline(never)]
-fn collect(dma: &DmaContext, order: &Order, end: &End, holdings: &mut Holdings) {
+fn collect(reach: Reach, payload: &Payload, order: &Order, end: &End) {
     if order.flow == Flow::Read && matches!(end, End::Success) {
-        dma.collect(holdings, order.range.clone());
+        reach.collect(payload, order.range.clone());
     }
-    // Mappings of the payload go before the payload goes to the caller.
-    holdings.reach = None;
 }

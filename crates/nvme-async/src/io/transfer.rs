@@ -10,7 +10,6 @@ use std::time::Duration;
 use futures::stream::{FuturesUnordered, Stream};
 use nvme_spec::nvm;
 
-use super::Holdings;
 use super::context::Flow;
 use super::part::{Course, End, Order, Part};
 use super::payload::Payload;
@@ -71,7 +70,7 @@ pub(super) struct Request<'a, Q> {
 pub(super) struct Transfer<'a, Q: QueueAccess> {
     /// Without effect after the first poll.
     pub(super) request: Request<'a, Q>,
-    holdings: Holdings,
+    payload: Payload,
     stage: Stage,
     course: Course<'a, Q>,
     parts: Option<Box<Parts<'a, Q>>>,
@@ -109,7 +108,7 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
                 len,
                 timeout: namespace.timeout(),
             },
-            holdings: Holdings::new(payload),
+            payload,
             stage: Stage::Start,
             course: Course::default(),
             parts: None,
@@ -122,7 +121,7 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
             let Request { namespace, len, .. } = self.request;
             // Before memory is allocated for a length that may be absurd.
             self.request.check()?;
-            self.holdings.payload = Payload::Dma(namespace.dma().read_buffer(len)?);
+            self.payload = Payload::Dma(namespace.dma().read_buffer(len)?);
         }
         Ok(())
     }
@@ -130,7 +129,7 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
     /// The payload, when the request is done; none if the device may still use it.
     #[inline]
     pub(super) fn take_payload(&mut self) -> Payload {
-        std::mem::take(&mut self.holdings.payload)
+        std::mem::take(&mut self.payload)
     }
 
     /// Resolves when all of it is done.
@@ -150,8 +149,8 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
                 request.order(&blocks, &blocks),
             )
         };
-        let (dma, holdings) = (request.namespace.dma(), &mut self.holdings);
-        match ready!(self.course.poll(dma, order, holdings, cx)) {
+        let (dma, payload) = (request.namespace.dma(), &mut self.payload);
+        match ready!(self.course.poll(dma, order, payload, cx)) {
             End::Success => Poll::Ready(Ok(())),
             end => Poll::Ready(Ok(request.result(end, request.blocks())?)),
         }
@@ -180,7 +179,7 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
             return Poll::Pending;
         };
         let (result, payload) = ready!(parts.poll(&self.request, cx));
-        self.holdings.payload = payload;
+        self.payload = payload;
         self.parts = None;
         Poll::Ready(Ok(result?))
     }

@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use super::{Core, REAP_BATCH, State};
 use crate::Fate;
-use crate::io::Holdings;
+use crate::io::{Holdings, HoldingsMut};
 use crate::queue::Lie;
 use crate::recovery::ResetCause;
 
@@ -147,9 +147,9 @@ impl Operation {
     }
 
     /// Takes the place of one that is over, with what the command needs. Nothing is left there.
-    pub(super) fn accept(&mut self, command: &Command, holdings: &mut Holdings, ticket: u64) {
+    pub(super) fn accept(&mut self, command: &Command, holdings: HoldingsMut<'_>, ticket: u64) {
         self.command = *command;
-        self.holdings.swap(holdings);
+        holdings.swap(&mut self.holdings);
         self.ticket = ticket;
         self.since = None;
         self.attempts = 0;
@@ -243,10 +243,14 @@ impl Operations {
     /// The outcome of an operation, if it has one. What it held is swapped with `holdings`, which are
     /// empty, unless the device may still use it.
     #[inline]
-    pub(super) fn take_outcome(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+    pub(super) fn take_outcome(
+        &mut self,
+        key: usize,
+        holdings: HoldingsMut<'_>,
+    ) -> Option<Outcome> {
         let operation = &mut self.places[key];
         if let Stage::Done(outcome) = operation.stage {
-            operation.holdings.swap(holdings);
+            holdings.swap(&mut operation.holdings);
             operation.stage = Stage::Over;
             self.free.push(key);
             return Some(outcome);
@@ -287,7 +291,11 @@ impl State {
     /// The outcome of an operation, which is over then, if it has one. What it held comes back in
     /// `holdings`, which are empty, unless the device may still use it.
     #[inline]
-    pub(crate) fn take_outcome(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+    pub(crate) fn take_outcome(
+        &mut self,
+        key: usize,
+        holdings: HoldingsMut<'_>,
+    ) -> Option<Outcome> {
         self.operations.take_outcome(key, holdings)
     }
 
@@ -373,7 +381,7 @@ pub(crate) struct Outcomes(pub(super) Operations);
 impl Outcomes {
     /// The outcome of an operation, and in `holdings` what it held, unless the device may still use
     /// it.
-    pub(crate) fn take(&mut self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+    pub(crate) fn take(&mut self, key: usize, holdings: HoldingsMut<'_>) -> Option<Outcome> {
         // There are none if the queue pair was not ended, but taken away.
         let exists = key < self.0.places.len();
         exists.then(|| self.0.take_outcome(key, holdings)).flatten()

@@ -17,7 +17,7 @@ use crate::engine::reaper::vacate;
 use crate::engine::state::{Aftermath, Failure, Here, Look, Outcome};
 use crate::engine::submission::Drain;
 use crate::engine::{LocalQueue, PollMode, SharedQueue, State};
-use crate::io::Holdings;
+use crate::io::HoldingsMut;
 
 fn shared(entries: u16) -> (Arc<SharedQueue>, Device) {
     let (state, device) = state(entries, PollMode::Interrupt);
@@ -284,7 +284,7 @@ impl Access for Strict {
 
     fn park(&self, _: &crate::engine::park::Hook, _: crate::engine::state::Term) {}
 
-    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+    fn late_outcome(&self, key: usize, holdings: HoldingsMut<'_>) -> Option<Outcome> {
         self.queue.late_outcome(key, holdings)
     }
 

@@ -11,7 +11,7 @@ use crate::engine::park::Hook;
 use crate::engine::reaper::{BURST, Reaper};
 use crate::engine::state::{Failure, Here, Outcome, Term};
 use crate::engine::{Notification, PollMode, SharedQueue, State};
-use crate::io::Holdings;
+use crate::io::HoldingsMut;
 
 /// Counts how often the queue is looked at.
 #[derive(Clone)]
@@ -38,7 +38,7 @@ impl Access for Counted {
         unreachable!("it has one")
     }
 
-    fn late_outcome(&self, key: usize, holdings: &mut Holdings) -> Option<Outcome> {
+    fn late_outcome(&self, key: usize, holdings: HoldingsMut<'_>) -> Option<Outcome> {
         self.queue.late_outcome(key, holdings)
     }
 

@@ -246,7 +246,14 @@ fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
     let (wakes, mut waker) = Wakes::new();
     let key = rig.after(|state, aftermath| {
         let (here, now) = (Here::now(), Instant::now());
-        match state.start(&command, &mut holdings, &mut waker, here, now, aftermath) {
+        match state.start(
+            &command,
+            holdings.as_mut(),
+            &mut waker,
+            here,
+            now,
+            aftermath,
+        ) {
             Progress::Waiting { key } => key,
             Progress::Done(_) => panic!("done at once"),
         }
@@ -390,7 +397,7 @@ fn an_end_leaves_outcomes_to_futures_and_memory_to_the_device() {
     aftermath.run();
     let mut take = |started: &Started| {
         let mut holdings = Holdings::default();
-        let result = outcomes.take(started.key, &mut holdings)?;
+        let result = outcomes.take(started.key, holdings.as_mut())?;
         assert!(started.memory.is_alive());
         Some((result.is_ok(), returned(holdings).is_some()))
     };

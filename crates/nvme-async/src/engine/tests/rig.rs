@@ -247,7 +247,7 @@ impl Rig {
         let mut aftermath = Aftermath::default();
         let started = self.state.start(
             &command,
-            &mut holdings,
+            holdings.as_mut(),
             &mut waker,
             Here::now(),
             Instant::now(),
@@ -298,7 +298,7 @@ impl Rig {
 
     pub(super) fn outcome(&mut self, started: &Started) -> Option<(Outcome, Option<Holdings>)> {
         let mut holdings = Holdings::default();
-        let outcome = self.state.take_outcome(started.key, &mut holdings)?;
+        let outcome = self.state.take_outcome(started.key, holdings.as_mut())?;
         Some((outcome, returned(holdings)))
     }
 

@@ -150,7 +150,14 @@ impl Simulation {
             let mut waker = waker(Sleeper::Operation(number), &self.woken);
             let started = shared.attend(|state, aftermath| {
                 let here = Here::now();
-                state.start(&command, &mut holdings, &mut waker, here, now, aftermath)
+                state.start(
+                    &command,
+                    holdings.as_mut(),
+                    &mut waker,
+                    here,
+                    now,
+                    aftermath,
+                )
             });
             match started.ok_or("a queue was taken away")? {
                 Progress::Done(outcome) => self.resolve(number, (outcome, holdings.payload))?,
@@ -178,7 +185,7 @@ impl Simulation {
         loop {
             let mut holdings = Holdings::default();
             let polled = self.queues[usize::from(queue)].with(|state| {
-                match state.take_outcome(key, &mut holdings) {
+                match state.take_outcome(key, holdings.as_mut()) {
                     Some(outcome) => Polled::Done((outcome, std::mem::take(&mut holdings.payload))),
                     None if state.will_wake(key, &own, &mut fresh) => Polled::Waiting {
                         driven: state.has_reaper(Here::now()),
