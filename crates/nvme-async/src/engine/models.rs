@@ -18,7 +18,7 @@ use super::biased::Biased;
 use super::state::{Aftermath, Failure, Here, Look, Outcome};
 use super::tests::rig::{Device, Memory, Wakes, command, returned, state, vector};
 use super::{LocalQueue, PollMode, SharedQueue, Submission};
-use crate::io::HoldingsMut;
+use crate::io::Holdings;
 use crate::recovery::ResetCause;
 
 fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {

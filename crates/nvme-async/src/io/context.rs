@@ -292,8 +292,9 @@ impl DmaContext {
         // its clone keeps in place and nobody changes, and the device only reads it. Other memory
         // is neither freed nor moved while a guard lives: until a guard goes into the same
         // `Holdings` as the payload, before it, the request is dropped before the payload is; and
-        // `Holdings` are kept until the device is done with the command. Until then a payload that
-        // is written to is not accessed, and others are not changed.
+        // `Holdings` are kept until the device is done with the command. Where they are taken apart,
+        // on the way to the queue and back (`Course`), the guard goes first too. Until then a payload
+        // that is written to is not accessed, and others are not changed.
         Some(unsafe { self.space.map(pieces, flow.into()) })
     }
 
