@@ -90,7 +90,10 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
                         .args(["test", "--release", "--package", package, "--lib", filter])
                         .arg("--target-dir")
                         .arg(workspace.target.join(configuration))
-                        .env("RUSTFLAGS", format!("--cfg {configuration}")),
+                        .env("RUSTFLAGS", format!("--cfg {configuration}"))
+                        // It takes longer to link than the models take.
+                        .env("CARGO_PROFILE_RELEASE_LTO", "off")
+                        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16"),
                     arguments.full,
                 )
             });
