@@ -159,7 +159,7 @@ impl OpenOptions {
     /// Has the controller wait with the interrupt until there are so many completions, or so much time
     /// has passed since the first one (feature Interrupt Coalescing, NVMe base specification 2.0,
     /// section 5.27.1.6); by default it does not. The number is 1 to 256, where 1 is off; the time is
-    /// rounded up to 100 µs, up to 25.5 ms, and with zero it is the controller's choice.
+    /// rounded up to 100 µs, up to 25.5 ms, and zero is no delay.
     ///
     /// It saves interrupts where many commands are outstanding and nobody polls, and makes single
     /// completions late. A controller that refuses it is used without.

@@ -15,8 +15,8 @@ pub struct Counters {
     pub completions: u64,
     /// Those found by looking, without having been told by an interrupt.
     pub polled_completions: u64,
-    /// Times that completions were taken, each time all that were there: completions by this are the
-    /// mean batch.
+    /// Times that completions were taken, each time all that were there or 32: completions by this are
+    /// the mean batch.
     pub reaps: u64,
     /// Writes of the tail doorbells of I/O submission queues.
     pub submission_doorbells: u64,

@@ -178,15 +178,8 @@ impl Window {
     /// A wait that begins, after the one that is under way is broken off.
     fn begin_watch(&mut self, situation: Situation, progress: Instant, age: u64) -> Watch {
         let earlier = self.watch.take();
-        if let Some(Watch {
-            situation,
-            began,
-            looked,
-            ..
-        }) = earlier
-        {
-            self.policy
-                .observe(situation, began, looked, End::BrokenOff);
+        if let Some(watch) = earlier {
+            watch.break_off(&mut self.policy);
         }
         self.begins[situation.index()] = age;
         Watch {
@@ -194,7 +187,10 @@ impl Window {
             progress,
             began: age,
             looked: age,
-            polled_from: earlier.and_then(|watch| watch.polled_from),
+            // Ages that are counted from another time can't be compared.
+            polled_from: earlier
+                .filter(|watch| watch.progress == progress)
+                .and_then(|watch| watch.polled_from),
         }
     }
 
@@ -215,15 +211,13 @@ impl Window {
             return;
         };
         self.probes = false;
-        // What its ages were counted from may have changed.
-        let progress = progress.max(watch.progress);
-        let age = nanoseconds(now.saturating_duration_since(progress));
         if progress != watch.progress {
             return watch.break_off(&mut self.policy);
         }
+        let age = nanoseconds(now.saturating_duration_since(progress));
         let polled = watch.polled_from.is_some();
-        let seen = age.saturating_sub(watch.looked) <= GAP + (age >> GAP_SHIFT);
         let slept = age.saturating_sub(watch.looked);
+        let seen = slept <= GAP + (age >> GAP_SHIFT);
         let (to, end) = match look {
             _ if polled && seen => (age, End::Polled),
             // Somewhere in between, which is near enough.
@@ -365,6 +359,18 @@ mod tests {
             assert!(waits < 2000, "it sleeps for ever");
         }
         assert_eq!(wait(&mut window, 5 * ONE), 5 * ONE);
+    }
+
+    /// As when recovery has taken commands back, or the other queue of a pair has completed one.
+    #[test]
+    fn a_poll_that_counts_from_another_time_begins_anew() {
+        let mut window = learned(10 * ONE);
+        let start = Instant::now();
+        assert_eq!(window.wait(one(), start, start + 5 * ONE), Wait::Poll);
+        assert_eq!(window.wait(one(), start, start + 10 * ONE), Wait::Poll);
+        let later = start + 20 * ONE;
+        assert_eq!(window.wait(one(), later, later + ONE), Wait::Poll);
+        window.completed(Look::Polled, 1, later, later + 2 * ONE);
     }
 
     #[test]

@@ -50,7 +50,8 @@ impl BringUp<'_> {
         let (values, event_index) = buffers.iovas();
         match admin.run(doorbell_buffer_config(values, event_index)).await {
             Ok(_) => Ok(Some(buffers)),
-            // With any other outcome it may look for them there.
+            // With any other outcome it may look for them there, and this bring-up ends: their memory is
+            // the pool's, which outlives the controller.
             Err(Error::Command(error)) => {
                 tracing::debug!(%error, "doorbells are not left in memory");
                 Ok(None)
