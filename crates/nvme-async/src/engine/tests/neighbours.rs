@@ -4,8 +4,9 @@ use std::future::{Future, poll_fn};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
+use std::time::{Duration, Instant};
 
-use super::rig::{state, submission, vector};
+use super::rig::{Rig, state, submission, vector};
 use crate::engine::access::Access;
 use crate::engine::park::Hook;
 use crate::engine::reaper::{BURST, Reaper};
@@ -98,4 +99,25 @@ fn one_look_lies_between_two_turns_beside_a_hook() {
     let neighbour = runtime.spawn(looks_between_turns());
     let most = runtime.block_on(neighbour).expect("does not panic");
     assert!((1..=2).contains(&most), "{most}");
+}
+
+/// A submission leaves the looking to the hook only if that was called since the last one.
+#[test]
+fn a_hook_that_is_not_called_is_noticed() {
+    let runtime = crate::runtime::Builder::new().build().expect("a runtime");
+    runtime.block_on(async {
+        let mut rig = Rig::new(8, PollMode::Busy);
+        let mut woken = Vec::new();
+        for hook_is_called in [true, false, false, true, true] {
+            if hook_is_called {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            rig.sleep(Some(Instant::now()));
+            let before = rig.reaper.count();
+            rig.start();
+            woken.push(rig.reaper.count() - before);
+            rig.work();
+        }
+        assert_eq!(woken, [0, 1, 1, 0, 0]);
+    });
 }
