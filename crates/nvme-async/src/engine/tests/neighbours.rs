@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use super::rig::{Rig, state, submission, vector};
+use super::rig::{Rig, Wakes, state, submission, vector};
 use crate::engine::access::Access;
 use crate::engine::park::Hook;
 use crate::engine::reaper::{BURST, Reaper};
-use crate::engine::state::{Failure, Here, Outcome, Term};
+use crate::engine::state::{Failure, Here, Outcome, Place, Term};
 use crate::engine::{Notification, PollMode, SharedQueue, State};
 use crate::io::HoldingsMut;
 
@@ -120,4 +120,28 @@ fn a_hook_that_is_not_called_is_noticed() {
         }
         assert_eq!(woken, [0, 1, 1, 0, 0]);
     });
+}
+
+/// The runtime does not sleep while the queue is to be polled: after a while the hook lets it go round.
+#[tokio::test]
+async fn a_hook_that_polls_lets_the_runtime_go_round() {
+    let (mut state, _device) = state(8, PollMode::Busy);
+    state.dismiss_reapers(&mut Default::default());
+    let term = state.claim_reaper(Here::now()).expect("the seat is free");
+    let queue = SharedQueue::new(state, vector().0);
+    let hook = Hook::default();
+    queue.park(&hook, term);
+    let mut read = std::pin::pin!(submission(&queue, 0).0);
+    let started = poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await;
+    assert!(started.is_pending());
+    let (wakes, waker) = Wakes::new();
+    queue.with(|state| {
+        state.seat(term).expect("it has one").place = Place::Asleep {
+            waker,
+            next_look: None,
+            pause: None,
+        };
+    });
+    hook.park();
+    assert_eq!(wakes.count(), 1);
 }
