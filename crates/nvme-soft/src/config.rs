@@ -73,7 +73,8 @@ pub struct Config {
     /// How long each I/O command takes from fetch to completion. Commands do not wait for each
     /// other; data moves at the end of that time.
     pub latency: Duration,
-    /// For how long the controller's thread looks for new commands before it sleeps.
+    /// The longest time for which the controller's thread looks for new commands before it sleeps. It is
+    /// less where they come so rarely that it sleeps anyway.
     pub spin: Duration,
     /// The largest identifier that a namespace may have (NN), at most 65,536; 0 stands for as many
     /// as there are at the start, so that none can be added.
@@ -117,7 +118,7 @@ impl Default for Config {
             dmrsl: 0,
             dmsl: 0,
             latency: Duration::ZERO,
-            spin: Duration::from_micros(10),
+            spin: Duration::from_micros(50),
             max_namespaces: 0,
             track_unflushed: false,
             faults: Vec::new(),

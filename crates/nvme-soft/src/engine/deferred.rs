@@ -7,7 +7,7 @@ use nvme_spec::opcode::AdminOpcode;
 use nvme_spec::{Sqe, Status};
 
 use super::queues::Completion;
-use super::{Engine, Outcome};
+use super::{Engine, MAX_INTERRUPT_DELAY, Outcome};
 
 /// A command for which something is to be done when its time has come.
 pub(super) struct Deferred {
@@ -75,12 +75,13 @@ impl Engine {
         self.deferred.front().map(|deferred| deferred.due)
     }
 
-    /// Does what is due.
+    /// Does what is due; returns whether there was anything.
     pub(super) fn serve_due(&mut self) -> bool {
-        let mut busy = false;
+        let mut since = None;
         while let Some(due) = self.first_due()
             && self.is_serving()
-            && due <= Instant::now()
+            && let now = Instant::now()
+            && due <= now
             && let Some(Deferred {
                 submission_queue,
                 command,
@@ -88,6 +89,10 @@ impl Engine {
                 ..
             }) = self.deferred.pop_front()
         {
+            if now - *since.get_or_insert(now) > MAX_INTERRUPT_DELAY {
+                self.signal();
+                since = Some(now);
+            }
             self.admin.begin_batch();
             match task {
                 Task::Serve => self.serve_command(submission_queue, &command),
@@ -95,10 +100,9 @@ impl Engine {
                 Task::CompleteAgain(completion) => self.post(completion),
                 Task::Work => self.work_late(submission_queue, &command),
             }
-            self.signal();
-            busy = true;
         }
-        busy
+        self.signal();
+        since.is_some()
     }
 
     /// Executes a command whose completion was posted before it, and said that it succeeded. What it
