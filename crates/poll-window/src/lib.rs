@@ -254,10 +254,15 @@ impl Policy {
     /// their order, but not all of them need to be.
     pub fn observe(&mut self, situation: Situation, from: u64, to: u64, end: End) {
         let learned = &mut self.learned[self.place(situation)];
+        let mut most = f32::INFINITY;
         let is_new = match end {
             End::Polled => learned.history.add_completed(from, to),
             End::Interrupted { completions } => {
-                learned.crowd += (completions.max(1) as f32 - learned.crowd) / 8.0;
+                let completions = completions.max(1) as f32;
+                learned.crowd += (completions - learned.crowd) / 8.0;
+                // To poll all the time would have cost no more. Where every wait is a sleep, nothing else
+                // tells that it has become less.
+                most = to.saturating_sub(from) as f32 / completions;
                 // When it came, as far as one can tell.
                 let to = to.saturating_sub(self.costs.wake_latency).max(from);
                 learned.history.add_completed(from, to)
@@ -265,11 +270,14 @@ impl Policy {
             End::BrokenOff => return learned.history.add_broken_off(from, to),
         };
         learned.due -= 1;
+        let is_due = is_new || learned.due == 0;
+        let polled = &mut self.learned[situation.after_poll()];
+        polled.each = polled.each.min(most);
         // What was never seen tells most: how the device is used may have changed because of what was
         // said about it.
-        if is_new || learned.due == 0 {
+        if is_due {
             // What a sleep gathers would have followed a completion found by polling.
-            let each = self.learned[situation.after_poll()].each;
+            let each = polled.each;
             self.learned[self.place(situation)].renew(&self.costs, each, situation.is_alone());
         }
         self.has_slept = end != End::Polled;

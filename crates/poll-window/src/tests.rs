@@ -102,7 +102,8 @@ fn a_sleep_that_gathers_many_is_cheap_where_each_would_be_waited_for() {
         for _ in 0..300 {
             // Whatever a completion follows, it takes 8 µs.
             policy.observe(MANY, 0, 8_000, End::Polled);
-            let to = 8_000 + COSTS.wake_latency;
+            let to = 8_000 * completions as u64;
+            let to = to.max(8_000 + COSTS.wake_latency);
             for _ in 0..2 {
                 policy.observe(MANY, 0, to, End::Interrupted { completions });
             }
@@ -110,8 +111,28 @@ fn a_sleep_that_gathers_many_is_cheap_where_each_would_be_waited_for() {
         policy.plan(MANY, 0)
     };
     // A sleep costs 10 µs for one, which is more than polling, and 25 µs for four, which is less.
-    assert!(matches!(teach(1), Plan::Poll { .. }));
-    assert_eq!(teach(4), Plan::Sleep);
+    let polls = |plan| matches!(plan, Plan::Poll { .. });
+    assert!(polls(teach(1)) && !polls(teach(4)));
+}
+
+#[test]
+fn what_polling_would_cost_is_noticed_while_all_waits_are_sleeps() {
+    let costs = Costs {
+        wake_latency: 15_000,
+        timer_cpu: 20_000,
+        ..COSTS
+    };
+    let mut policy = Policy::new(costs);
+    let many = Situation::new(32, Kind::Read);
+    for _ in 0..100 {
+        policy.observe(many, 0, 20_000, End::Polled);
+    }
+    // It was slower then.
+    for _ in 0..300 {
+        policy.observe(many, 0, 115_000, End::Interrupted { completions: 32 });
+    }
+    // A sleep makes them 480 µs late in all, and saves the 80 µs that polling for all of them takes.
+    assert_ne!(policy.plan(many, 20_000), Plan::Sleep);
 }
 
 #[test]
