@@ -18,6 +18,9 @@ const SILENT_CHECK: Duration = Duration::from_millis(1);
 /// Of a queue without an interrupt that is not polled any more.
 const LEAST_PAUSE: Duration = Duration::from_micros(10);
 
+/// The longest pause during which an interrupt that can be masked is: its timer ends it soon enough.
+const MASKED_PAUSE: Duration = Duration::from_micros(100);
+
 /// Tells one reaper from another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Term(u64);
@@ -167,10 +170,12 @@ impl State {
             PollMode::Paired => {
                 let (situation, progress) = (self.situation(), self.progress());
                 let wait = self.window.wait(situation, progress, now);
+                let age = now.saturating_duration_since(progress);
                 match wait {
-                    // Nothing would end it.
+                    // Nothing would end a sleep, and a timer is late. What is here was to be polled for;
+                    // where that was wrong, the policy learns it best so.
+                    Wait::Sleep if age < self.settings.max_window => Wait::Poll,
                     Wait::Sleep => {
-                        let age = now.saturating_duration_since(progress);
                         let pause = (age / 4).max(LEAST_PAUSE);
                         Wait::Pause { until: now + pause }
                     }
@@ -178,7 +183,11 @@ impl State {
                 }
             }
         };
-        self.set_mask(wait == Wait::Poll);
+        self.set_mask(match wait {
+            Wait::Poll => true,
+            Wait::Pause { until } => until.saturating_duration_since(now) <= MASKED_PAUSE,
+            Wait::Sleep => false,
+        });
         wait
     }
 

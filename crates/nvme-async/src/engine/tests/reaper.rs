@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use poll_window::{Costs, Kind, Situation};
 
-use super::rig::{Rig, TIMEOUT, Wakes};
+use super::rig::{MAX_WINDOW, Rig, TIMEOUT, Wakes};
 use crate::device::{Doorbell, VectorMask};
 use crate::engine::PollMode;
 use crate::engine::state::{Here, Look, Place, Refusal};
@@ -279,7 +279,9 @@ fn a_queue_without_an_interrupt_is_looked_at() {
     rig.state.window = slow_window();
     let start = Instant::now();
     rig.start();
-    let mut now = start;
+    // What is here was to be polled for.
+    assert_eq!(rig.state.wait(start + MAX_WINDOW / 2), Wait::Poll);
+    let mut now = start + 2 * MAX_WINDOW;
     let mut looks = 0;
     while now < start + Duration::from_millis(100) {
         let Wait::Pause { until } = rig.state.wait(now) else {

@@ -26,6 +26,7 @@ use crate::queue::tests::device::{ModelDevice, Words};
 use crate::queue::{CompletionRing, QueueCore, QueueDoorbell, SubmissionRing};
 
 pub(super) const ID: u16 = 1;
+pub(super) const MAX_WINDOW: Duration = Duration::from_micros(50);
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const RETRIES: u32 = 2;
 
@@ -124,7 +125,7 @@ pub(in crate::engine) fn state(entries: u16, mode: PollMode) -> (State, Device) 
     let settings = QueueSettings {
         mode,
         costs: Costs::default(),
-        max_window: Duration::from_micros(50),
+        max_window: MAX_WINDOW,
         coalescing_time: Duration::ZERO,
         retries: RETRIES,
         fails_fast: false,
