@@ -46,9 +46,10 @@ impl fmt::Display for Place {
 /// How one is told of completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
+    /// Interrupts are masked while queues are polled, as is the default for a software controller.
     Adaptive,
-    /// As adaptive, with interrupts masked while queues are polled.
-    Masked,
+    /// As adaptive, with interrupts that are never masked.
+    Unmasked,
     Paired,
     /// Pure polling: the window has no end, and there are no interrupts.
     Busy,
@@ -63,7 +64,7 @@ impl Mode {
     /// Those that there are in every place.
     const COMMON: [Self; 5] = [
         Self::Adaptive,
-        Self::Masked,
+        Self::Unmasked,
         Self::Paired,
         Self::Busy,
         Self::Interrupt,
@@ -71,14 +72,14 @@ impl Mode {
 
     fn options(self) -> OpenOptions {
         let mode = match self {
-            Self::Adaptive | Self::Masked | Self::Spin => PollMode::Adaptive,
+            Self::Adaptive | Self::Unmasked | Self::Spin => PollMode::Adaptive,
             Self::Paired => PollMode::Paired,
             Self::Busy => PollMode::Busy,
             Self::Interrupt => PollMode::Interrupt,
         };
         OpenOptions::new()
             .poll_mode(mode)
-            .mask_interrupts(self == Self::Masked)
+            .mask_interrupts(self != Self::Unmasked)
     }
 }
 
@@ -86,7 +87,7 @@ impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Adaptive => "adaptive",
-            Self::Masked => "masked",
+            Self::Unmasked => "unmasked",
             Self::Paired => "paired",
             Self::Busy => "busy",
             Self::Interrupt => "interrupt",

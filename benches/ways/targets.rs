@@ -68,12 +68,18 @@ impl Targets {
             });
         };
         match (depth, found.way.mode) {
-            (1, Mode::Adaptive) => add("latency by busy's", found.latency_ratio, Bound::Most(1.25)),
-            (32, Mode::Adaptive) => add("IOPS by busy's", found.iops_ratio, Bound::Least(0.85)),
-            (32, Mode::Masked | Mode::Paired | Mode::Busy) => {
-                add("interrupts per read", found.interrupts, Bound::Most(0.01));
+            (1, Mode::Adaptive | Mode::Unmasked) => {
+                add("latency by busy's", found.latency_ratio, Bound::Most(1.25));
+            }
+            (32, Mode::Adaptive | Mode::Unmasked) => {
+                add("IOPS by busy's", found.iops_ratio, Bound::Least(0.85));
             }
             _ => {}
+        }
+        if depth == 32
+            && let Mode::Adaptive | Mode::Paired | Mode::Busy = found.way.mode
+        {
+            add("interrupts per read", found.interrupts, Bound::Most(0.01));
         }
         if depth == 32 && latency.is_zero() && found.way.mode != Mode::Interrupt {
             add(
@@ -86,7 +92,7 @@ impl Targets {
 
     /// That of paced reads.
     pub(crate) fn look_at_paced(&mut self, latency: Duration, found: &Medians) {
-        if let Mode::Adaptive | Mode::Masked | Mode::Paired = found.way.mode {
+        if let Mode::Adaptive | Mode::Unmasked | Mode::Paired = found.way.mode {
             self.0.push(Target {
                 what: "CPU by interrupt's",
                 way: found.way,

@@ -34,7 +34,8 @@ pub struct OpenOptions {
     pub(crate) queue_entries: u16,
     pub(crate) poll_mode: PollMode,
     pub(crate) max_window: Duration,
-    pub(crate) mask_interrupts: bool,
+    /// Nothing if that is for the device to say.
+    pub(crate) mask_interrupts: Option<bool>,
     pub(crate) coalescing: InterruptCoalescing,
     pub(crate) shadow_doorbells: bool,
     pub(crate) timeout: Option<Duration>,
@@ -71,8 +72,8 @@ impl Default for OpenOptions {
             local_queues: parallelism,
             queue_entries: 256,
             poll_mode: PollMode::default(),
-            max_window: Duration::from_micros(50),
-            mask_interrupts: false,
+            max_window: Duration::from_micros(100),
+            mask_interrupts: None,
             coalescing: InterruptCoalescing::new(),
             shadow_doorbells: true,
             timeout: Some(Duration::from_secs(30)),
@@ -139,20 +140,23 @@ impl OpenOptions {
         self
     }
 
-    /// The longest time that an adaptive queue polls without a completion; by default 50 µs.
+    /// The longest time that an adaptive queue polls without a completion; by default 100 µs.
     pub fn max_window(mut self, window: Duration) -> Self {
         self.max_window = window;
         self
     }
 
-    /// Whether the interrupts of adaptive queues are masked while they are polled; by default they are
-    /// not, and come although nobody waits for them.
+    /// Whether the interrupts of adaptive queues are masked while they are polled. Otherwise they come
+    /// although nobody waits for them. By default they are masked where nobody else touches the masks
+    /// ([`VectorMask::is_exclusive`]), as with the software controller.
     ///
     /// It is done in the MSI-X table where that can be mapped ([`Device::vector_mask`]) and the
-    /// controller has a vector for each queue; elsewhere nothing changes. The kernel does not know of it,
-    /// and unmasks a vector when it moves it to another processor.
+    /// controller has a vector for each queue; elsewhere nothing changes. Over VFIO the kernel does not
+    /// know of it, and unmasks a vector when it moves it to another processor.
+    ///
+    /// [`VectorMask::is_exclusive`]: crate::device::VectorMask::is_exclusive
     pub fn mask_interrupts(mut self, mask: bool) -> Self {
-        self.mask_interrupts = mask;
+        self.mask_interrupts = Some(mask);
         self
     }
 

@@ -24,24 +24,44 @@ pub enum Doorbell {
 ///
 /// While a vector is masked its interrupts are held back; when it is unmasked there is one if any was.
 #[derive(Clone, Debug)]
-pub struct VectorMask(Doorbell);
+pub struct VectorMask {
+    word: Doorbell,
+    is_exclusive: bool,
+}
 
 impl VectorMask {
     const MASKED: u32 = 1;
 
-    /// A word that is written as a doorbell is.
+    /// A word that is written as a doorbell is, and that others may write too, such as the kernel when it
+    /// moves the interrupt to another processor.
     pub fn new(word: Doorbell) -> Self {
-        Self(word)
+        Self {
+            word,
+            is_exclusive: false,
+        }
+    }
+
+    /// A word that nobody else writes, so that it costs nothing to rely on it.
+    pub fn exclusive(word: Doorbell) -> Self {
+        Self {
+            word,
+            is_exclusive: true,
+        }
+    }
+
+    /// Whether nobody else writes it.
+    pub fn is_exclusive(&self) -> bool {
+        self.is_exclusive
     }
 
     /// Holds interrupts back from now on.
     pub fn mask(&self) {
-        self.0.ring(Self::MASKED);
+        self.word.ring(Self::MASKED);
     }
 
     /// Lets interrupts through, and what was held back.
     pub fn unmask(&self) {
-        self.0.ring(0);
+        self.word.ring(0);
     }
 }
 

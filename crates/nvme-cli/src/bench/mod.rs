@@ -122,7 +122,8 @@ enum Workload {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Poll {
-    /// Polling while one is expected soon, then the interrupt.
+    /// Polling while one is expected soon, then the interrupt. Whether interrupts are masked while queues
+    /// are polled is the device's default.
     Adaptive,
     /// The interrupt only.
     Interrupt,
@@ -132,6 +133,8 @@ enum Poll {
     Paired,
     /// As adaptive, with interrupts masked while queues are polled.
     Masked,
+    /// As adaptive, with interrupts that are never masked.
+    Unmasked,
 }
 
 /// Which runtime runs the tasks.

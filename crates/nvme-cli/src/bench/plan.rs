@@ -128,12 +128,16 @@ pub(super) fn open_options(arguments: &Arguments) -> OpenOptions {
         // One entry of a queue stays empty. All tasks may meet in one queue.
         .queue_entries((tasks + 1).next_power_of_two().clamp(256, 4096) as u16)
         .poll_mode(match arguments.poll {
-            Poll::Adaptive | Poll::Masked => PollMode::Adaptive,
+            Poll::Adaptive | Poll::Masked | Poll::Unmasked => PollMode::Adaptive,
             Poll::Interrupt => PollMode::Interrupt,
             Poll::Busy => PollMode::Busy,
             Poll::Paired => PollMode::Paired,
-        })
-        .mask_interrupts(arguments.poll == Poll::Masked);
+        });
+    let options = match arguments.poll {
+        Poll::Masked => options.mask_interrupts(true),
+        Poll::Unmasked => options.mask_interrupts(false),
+        Poll::Adaptive | Poll::Interrupt | Poll::Busy | Poll::Paired => options,
+    };
     match arguments.flavor {
         // A single worker uses one queue, and what is no worker the other.
         Flavor::Current | Flavor::Park => options.queues(2).local_queues(0),

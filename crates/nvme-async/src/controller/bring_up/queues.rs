@@ -103,9 +103,12 @@ impl BringUp<'_> {
             let core = self.core(id, entries, submission, completion, buffers)?;
             let mut state = State::new(core, settings);
             let is_alone = usize::from(granted) < vectors.len();
-            if self.options.mask_interrupts && settings.mode == PollMode::Adaptive && is_alone {
+            if settings.mode == PollMode::Adaptive && is_alone {
                 let mask = self.registers.device.vector_mask(vector as u16);
-                mask.into_iter().for_each(|mask| state.mask_by(mask));
+                let wanted = self.options.mask_interrupts;
+                mask.filter(|mask| wanted.unwrap_or_else(|| mask.is_exclusive()))
+                    .into_iter()
+                    .for_each(|mask| state.mask_by(mask));
             }
             let queue = SharedQueue::new(state, vectors[vector].clone());
             if settings.mode == PollMode::Paired

@@ -214,7 +214,7 @@ impl Device for SoftDevice {
     fn vector_mask(&self, vector: u16) -> Option<VectorMask> {
         let exists = usize::from(vector) < self.vectors().len();
         exists.then(|| {
-            VectorMask::new(Doorbell::Call {
+            VectorMask::exclusive(Doorbell::Call {
                 target: self.vectors.clone(),
                 offset: vectors::control(vector),
             })
