@@ -1,7 +1,9 @@
 //! What kind of controller to be.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::DoorbellMemory;
 use crate::fault::{Fault, FaultError};
 use crate::store::Store;
 
@@ -39,6 +41,8 @@ pub struct Config {
     /// Whether there is Doorbell Buffer Config (OACS), for hosts to which a register write is
     /// expensive. The doorbells of all queues are then to fit into the smallest page.
     pub doorbell_buffers: bool,
+    /// The host writes the doorbells to memory, where the controller looks for them.
+    pub polled_doorbells: Option<PolledDoorbells>,
     /// How long becoming ready may take, as announced (CAP.TO, CRTO); rounded up to 500 ms.
     pub ready_timeout: Duration,
     /// Abort commands that may be outstanding (ACL), 1 to 256.
@@ -104,6 +108,7 @@ impl Default for Config {
             volatile_write_cache: true,
             doorbell_stride: 0,
             doorbell_buffers: false,
+            polled_doorbells: None,
             ready_timeout: Duration::from_secs(5),
             abort_limit: 4,
             async_event_limit: 4,
@@ -125,6 +130,16 @@ impl Default for Config {
             namespaces: Vec::new(),
         }
     }
+}
+
+/// Doorbells that are memory, whose writes nobody tells of.
+#[derive(Clone, Debug)]
+pub struct PolledDoorbells {
+    /// The memory.
+    pub memory: Arc<dyn DoorbellMemory>,
+    /// How often the controller looks at it when nothing has been to do for long. Before that it looks
+    /// all the time for [`Config::spin`], and then ever less often, beginning with 50 µs.
+    pub idle_interval: Duration,
 }
 
 /// One namespace.

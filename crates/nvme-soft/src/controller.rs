@@ -48,6 +48,10 @@ impl SoftController {
         let doorbells = Arc::new(Doorbells::new(
             config.io_queue_pairs,
             config.doorbell_stride,
+            config
+                .polled_doorbells
+                .as_ref()
+                .map(|polled| polled.memory.clone()),
         ));
         let shared = Arc::new(Shared::new(Registers::new(&config), doorbells));
         let engine = Engine::new(config, shared.clone(), memory, interrupts);

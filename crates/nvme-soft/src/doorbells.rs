@@ -4,11 +4,13 @@
 mod shadow;
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use nvme_spec::registers::DoorbellKind;
+use nvme_spec::registers::{DoorbellKind, doorbell_offset};
 
 pub(crate) use self::shadow::HostDoorbells;
+use crate::DoorbellMemory;
 use crate::wake::{Urgency, Wake};
 
 /// Where the doorbells begin in BAR 0.
@@ -33,6 +35,8 @@ pub struct Doorbells {
     has_shadow: AtomicBool,
     /// The function is not there, and all its queues are closed.
     vanished: AtomicBool,
+    /// Where the host writes them, if that is memory; what they have then counts.
+    memory: Option<Arc<dyn DoorbellMemory>>,
     wake: Wake,
 }
 
@@ -53,7 +57,11 @@ struct Doorbell {
 
 impl Doorbells {
     /// Doorbells for the admin queue and `io_queue_pairs` more, `4 << stride` bytes apart.
-    pub(crate) fn new(io_queue_pairs: u16, stride: u8) -> Self {
+    pub(crate) fn new(
+        io_queue_pairs: u16,
+        stride: u8,
+        memory: Option<Arc<dyn DoorbellMemory>>,
+    ) -> Self {
         Self {
             queues: (0..=io_queue_pairs)
                 .map(|_| QueueDoorbells::default())
@@ -64,6 +72,7 @@ impl Doorbells {
             invalid: AtomicU64::new(0),
             has_shadow: AtomicBool::new(false),
             vanished: AtomicBool::new(false),
+            memory,
             wake: Wake::new(),
         }
     }
@@ -90,10 +99,15 @@ impl Doorbells {
                 ATTENTION_INVALID_VALUE
             });
         }
+        if let Some(memory) = &self.memory {
+            memory.store(offset, value);
+        }
         if is_head {
-            // With shadow doorbells the head may have gone round the queue in between.
+            // With shadow doorbells the head may have gone round the queue in between, and so it may where
+            // the doorbells are memory.
             if doorbell.value.load(Ordering::Relaxed) == value
                 && !self.has_shadow.load(Ordering::Relaxed)
+                && self.memory.is_none()
             {
                 self.redundant_heads.fetch_add(1, Ordering::Relaxed);
                 return self.complain(ATTENTION_INVALID_VALUE);
@@ -148,6 +162,9 @@ impl Doorbells {
             DoorbellKind::CompletionHead => &queue.completion_head,
         };
         doorbell.value.store(value, Ordering::Relaxed);
+        if let Some(memory) = &self.memory {
+            memory.store(doorbell_offset(id, kind, self.stride()), value);
+        }
     }
 
     pub(crate) fn raise_attention(&self, what: u32) {
@@ -169,6 +186,7 @@ impl Doorbells {
 
     /// Makes the tail doorbell of a new submission queue live, at 0.
     pub(crate) fn open_submission(&self, id: u16, entries: u32) {
+        self.set(id, DoorbellKind::SubmissionTail, 0);
         self.queues[usize::from(id)].submission_tail.open(entries);
     }
 
@@ -181,6 +199,7 @@ impl Doorbells {
 
     /// Makes the head doorbell of a new completion queue live, at 0.
     pub(crate) fn open_completion(&self, id: u16, entries: u32) {
+        self.set(id, DoorbellKind::CompletionHead, 0);
         self.queues[usize::from(id)].completion_head.open(entries);
     }
 
@@ -191,14 +210,24 @@ impl Doorbells {
             .store(0, Ordering::Release);
     }
 
+    /// The tail of a submission queue. Memory may hold any value, and so may this.
     pub(crate) fn submission_tail(&self, id: u16) -> u32 {
+        if let Some(memory) = &self.memory {
+            let kind = DoorbellKind::SubmissionTail;
+            return memory.load(doorbell_offset(id, kind, self.stride()));
+        }
         self.queues[usize::from(id)]
             .submission_tail
             .value
             .load(Ordering::Acquire)
     }
 
+    /// The head of a completion queue, any value as [`Doorbells::submission_tail`].
     pub(crate) fn completion_head(&self, id: u16) -> u32 {
+        if let Some(memory) = &self.memory {
+            let kind = DoorbellKind::CompletionHead;
+            return memory.load(doorbell_offset(id, kind, self.stride()));
+        }
         self.queues[usize::from(id)]
             .completion_head
             .value
@@ -218,7 +247,6 @@ impl Doorbells {
 
 impl Doorbell {
     fn open(&self, entries: u32) {
-        self.value.store(0, Ordering::Relaxed);
         self.entries.store(entries, Ordering::Release);
     }
 }
@@ -238,7 +266,7 @@ mod tests {
 
     #[test]
     fn the_stride_places_the_registers() {
-        let doorbells = Doorbells::new(2, 1);
+        let doorbells = Doorbells::new(2, 1, None);
         doorbells.open_submission(1, 16);
         doorbells.open_completion(1, 16);
         doorbells.ring(FIRST + 2 * 8, 5);
@@ -250,7 +278,7 @@ mod tests {
 
     #[test]
     fn invalid_writes_change_nothing_and_raise_attention() {
-        let doorbells = Doorbells::new(1, 0);
+        let doorbells = Doorbells::new(1, 0, None);
         doorbells.open_submission(0, 8);
         doorbells.open_completion(0, 8);
         for (offset, value, attention) in [
@@ -277,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_closed_queue_has_no_doorbell() {
-        let doorbells = Doorbells::new(1, 0);
+        let doorbells = Doorbells::new(1, 0, None);
         doorbells.open_submission(1, 8);
         doorbells.close_submission(1);
         doorbells.ring(FIRST + 8, 1);

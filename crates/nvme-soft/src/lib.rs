@@ -11,7 +11,8 @@
 //! Interrupts of I/O queues are put off where the host has set Interrupt Coalescing.
 //!
 //! The controller works on one thread of its own, which sleeps, without a timer, when there is
-//! nothing to do. Each kind of bad command is answered with the status that the specification
+//! nothing to do; where the host writes doorbells to memory ([`Config::polled_doorbells`]) it looks at them
+//! from time to time. Each kind of bad command is answered with the status that the specification
 //! names, and access to host memory that is refused ends the command and is counted.
 //!
 //! To test what a host does about a controller that is not so well behaved, its [`fault`]s are data:
@@ -80,7 +81,7 @@ mod wake;
 use std::fmt;
 
 pub use change::{ChangeError, NamespaceChange};
-pub use config::{Config, NamespaceConfig, StartError};
+pub use config::{Config, NamespaceConfig, PolledDoorbells, StartError};
 pub use controller::{ResetError, SoftController};
 pub use counters::Counters;
 pub use doorbells::Doorbells;
@@ -163,6 +164,18 @@ impl fmt::Display for AccessFault {
 }
 
 impl std::error::Error for AccessFault {}
+
+/// Doorbells that a host writes as memory, such as a page that another process has mapped.
+///
+/// The controller sets a doorbell to 0 when its queue is created. Any value may be found there.
+pub trait DoorbellMemory: fmt::Debug + Send + Sync {
+    /// The word at this offset of BAR 0, before all that is read after it. What is outside of the memory
+    /// is 0.
+    fn load(&self, offset: u32) -> u32;
+
+    /// Sets the word at this offset of BAR 0, if that is inside of the memory.
+    fn store(&self, offset: u32, value: u32);
+}
 
 /// Where the controller's interrupts go.
 pub trait Interrupts: Send + Sync {

@@ -38,6 +38,9 @@ const MAX_INTERRUPT_DELAY: Duration = Duration::from_micros(4);
 /// Timers are late by about this much, so the end of a wait is spent awake.
 const TIMER_MARGIN: Duration = Duration::from_micros(60);
 
+/// The first sleep between two looks at doorbells that are memory; each further one is twice as long.
+const FIRST_NAP: Duration = Duration::from_micros(50);
+
 /// Whether commands are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -98,6 +101,8 @@ pub(crate) struct Engine {
     state: State,
     bus_master: bool,
     hold: Hold,
+    /// The last sleep between two looks at doorbells that are memory; zero when there was work since.
+    nap: Duration,
     /// When a slow controller becomes ready.
     ready_at: Option<Instant>,
     spin: Spin,
@@ -150,6 +155,7 @@ impl Engine {
             state: State::Disabled,
             bus_master: true,
             hold: Hold::Nothing,
+            nap: Duration::ZERO,
             ready_at: None,
             spin: Spin::new(config.spin),
             deferred: VecDeque::new(),
@@ -177,7 +183,9 @@ impl Engine {
             if self.doorbells.registers.wants_attention() && !self.attend() {
                 return;
             }
-            if !self.turn() {
+            if self.turn() {
+                self.nap = Duration::ZERO;
+            } else {
                 self.rest();
             }
         }
@@ -379,8 +387,13 @@ impl Engine {
     /// Waits for work: awake for a moment, then asleep.
     fn rest(&mut self) {
         let began = Instant::now();
+        // Between naps there is one look only.
+        let spin = match self.nap.is_zero() {
+            true => self.spin.time(),
+            false => Duration::ZERO,
+        };
         // One that cannot be counted to never comes.
-        let spin_end = began.checked_add(self.spin.time());
+        let spin_end = began.checked_add(spin);
         loop {
             if self.has_work() {
                 return;
@@ -411,6 +424,7 @@ impl Engine {
                 return;
             }
         }
+        let limit = self.next_nap().into_iter().chain(limit).min();
         // The fence in `sleep` is the one that `HostDoorbells::listen` wants.
         if self
             .doorbells
@@ -419,15 +433,28 @@ impl Engine {
             .sleep(listen, limit, || !self.has_work())
         {
             self.shared.counters.sleeps.add(1);
-            // To wait for a command's time is not to wait for the host.
+            // To wait for a command's time is not to wait for the host, and of naps it is not known how long
+            // the host has been waiting.
             let is_due = self
                 .next_due()
                 .is_some_and(|due| due <= Instant::now() + TIMER_MARGIN);
             match is_due {
+                _ if !self.nap.is_zero() => {}
                 true => self.spin.has_slept(Duration::MAX),
                 false => self.spin.has_slept(began.elapsed()),
             }
         }
+    }
+
+    /// How long to sleep at most because doorbells are memory, to which the host may write meanwhile.
+    fn next_nap(&mut self) -> Option<Duration> {
+        let polled = self.config.polled_doorbells.as_ref()?;
+        if !self.is_serving() {
+            return None;
+        }
+        let longest = polled.idle_interval;
+        self.nap = (2 * self.nap).max(FIRST_NAP).min(longest);
+        Some(self.nap)
     }
 
     fn has_work(&self) -> bool {

@@ -14,5 +14,6 @@ mod lifecycle;
 mod model;
 mod namespaces;
 mod plans;
+mod polled;
 mod power;
 mod queues;
