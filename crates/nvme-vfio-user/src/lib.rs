@@ -1,0 +1,67 @@
+//! A software NVMe controller (`nvme-soft`) as a PCI function that other processes use over vfio-user:
+//! SPDK's driver, cloud-hypervisor, QEMU from 10.1 on, or this project's own.
+//!
+//! [`Device`] is the controller with all that a PCI function has besides: configuration space, MSI-X, and
+//! the memory of whoever uses it. [`Server`] has a socket for clients to find it at.
+//!
+//! * **One client at a time.** A second one waits until the first is gone, and finds a function that was
+//!   reset: configuration space, memory, interrupts and queues of the client before are no more. What it
+//!   wrote to namespaces is there.
+//! * **BAR 0** has 16 KiB: registers, doorbells at 1000h, the MSI-X table at 2000h and its pending bits at
+//!   3000h. All of it is served by messages; with [`Doorbells::Mapped`] the doorbells can be mapped too.
+//! * **Interrupts** are MSI-X. A vector fires through its eventfd (DEVICE_SET_IRQS) while MSI-X is enabled in
+//!   configuration space and neither the function nor the vector is masked. As in the kernel's VFIO, setting
+//!   an eventfd unmasks its vector. An eventfd is made nonblocking, so that nobody waits for its reader.
+//! * **DEVICE_RESET** resets the controller and leaves configuration space and eventfds as they are, as the
+//!   kernel's VFIO does. A function level reset by configuration space clears that, too.
+//! * **Migration** is not supported: DEVICE_FEATURE and what belongs to it are refused.
+//!
+//! # Hostile clients
+//!
+//! A client can do to its own session what it likes and nothing to the server or to other memory. Memory
+//! comes as a file. Whoever has that file can make it shorter, after which a mapping of it raises SIGBUS. So
+//! only what cannot become shorter is mapped: a memfd with the seal `F_SEAL_SHRINK`. Other files are read and
+//! written by system calls, where such an access is an error, and only those on file systems that do not
+//! make one wait for another process; [`Options::trust_client`] maps them, too. Memory without a file is
+//! asked for by messages, which have [10 seconds](DMA_TIMEOUT) to be answered.
+//!
+//! # Doorbells
+//!
+//! With [`Doorbells::Trapped`] each write of a doorbell register is a message, and the controller has Doorbell
+//! Buffer Config: a driver that uses it writes the register only when the controller sleeps. An idle server
+//! takes no CPU time. With [`Doorbells::Mapped`] a write is a store, but an idle server has to look: after
+//! [`Options::idle_interval`] at the latest, which also is how late the first command after a pause may be
+//! seen.
+//!
+//! ```no_run
+//! use nvme_soft::{Config, NamespaceConfig, store::MemoryStore};
+//! use nvme_vfio_user::{Device, Options, Server};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut config = Config::default();
+//! config.namespaces.push(NamespaceConfig::new(MemoryStore::new(1 << 30)?, 4096));
+//! let device = Device::new(config, &Options::default())?;
+//! let server = Server::bind("/run/nvme.sock")?;
+//! // Another thread ends it: server.stopper().stop().
+//! server.run(&device)?;
+//! # Ok(())
+//! # }
+//! ```
+
+#![deny(unsafe_code)]
+
+mod bar;
+mod config_space;
+mod connection;
+mod device;
+mod doorbells;
+mod link;
+mod memory;
+mod server;
+mod session;
+mod vectors;
+
+pub use connection::ServeError;
+pub use device::{Device, Doorbells, Options, StartError};
+pub use link::DMA_TIMEOUT;
+pub use server::{BindError, Server, Stopper};

@@ -1,0 +1,282 @@
+//! The connection to a client: messages to it, and what the server asks of it.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vfio_user::socket::{MessageReader, Received, send};
+use vfio_user::{DmaAccess, Limits, Message, Reply, Request};
+
+/// How long a client has to answer DMA_READ and DMA_WRITE. The connection ends if it does not.
+pub const DMA_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may not read what it is sent.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// One client's connection.
+///
+/// Its thread receives everything on the client's socket and [delivers](Link::deliver) replies; the
+/// controller's thread asks, and waits for them. Where client and server have agreed on a second socket, that
+/// is for what the controller's thread asks, and it receives there itself.
+#[derive(Debug)]
+pub(crate) struct Link {
+    stream: UnixStream,
+    /// Held while a message is sent.
+    sending: Mutex<()>,
+    asked: Mutex<Asked>,
+    answered: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    /// What the next message from here is called.
+    id: u16,
+    /// Bytes that the client takes by one message.
+    max_transfer: u32,
+    state: State,
+    twin: Option<Twin>,
+    /// The second socket once more, to end it while someone waits there.
+    twin_stream: Option<UnixStream>,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    /// Nothing is asked.
+    #[default]
+    Idle,
+    /// A reply is waited for.
+    Waiting,
+    Answered(Message),
+    /// The connection is over.
+    Closed,
+}
+
+#[derive(Debug)]
+struct Twin {
+    stream: UnixStream,
+    reader: MessageReader,
+}
+
+impl Link {
+    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+        Ok(Self {
+            stream,
+            sending: Mutex::default(),
+            asked: Mutex::default(),
+            answered: Condvar::new(),
+        })
+    }
+
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Asked> {
+        // Each change is complete in itself.
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of how much the client takes at a time, and opens the second socket if it wants one; returns
+    /// the client's end of that.
+    pub(crate) fn agree(
+        &self,
+        max_transfer: u32,
+        wants_twin: bool,
+    ) -> io::Result<Option<UnixStream>> {
+        let mut asked = self.asked();
+        asked.max_transfer = max_transfer;
+        if !wants_twin {
+            return Ok(None);
+        }
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(DMA_TIMEOUT))?;
+        ours.set_write_timeout(Some(DMA_TIMEOUT))?;
+        asked.twin_stream = Some(ours.try_clone()?);
+        asked.twin = Some(Twin {
+            stream: ours,
+            reader: MessageReader::new(Limits {
+                max_fds: 0,
+                max_transfer,
+            }),
+        });
+        Ok(Some(theirs))
+    }
+
+    /// Sends a message. The connection ends if that fails.
+    pub(crate) fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = send(&self.stream, bytes, fds);
+        drop(sending);
+        if sent.is_err() {
+            self.close();
+        }
+        sent
+    }
+
+    /// Ends the connection: whoever waits for the client goes on.
+    pub(crate) fn close(&self) {
+        let mut asked = self.asked();
+        asked.state = State::Closed;
+        // What is closed already is as it is wanted.
+        if let Some(twin) = &asked.twin_stream {
+            let _ = twin.shutdown(Shutdown::Both);
+        }
+        drop(asked);
+        self.answered.notify_all();
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Takes a reply; returns false if nothing was asked.
+    pub(crate) fn deliver(&self, reply: Message) -> bool {
+        let mut asked = self.asked();
+        if !matches!(asked.state, State::Waiting) || asked.id != reply.header.id() {
+            return false;
+        }
+        asked.state = State::Answered(reply);
+        drop(asked);
+        self.answered.notify_all();
+        true
+    }
+
+    /// Reads memory of the client's.
+    pub(crate) fn dma_read(&self, address: u64, out: &mut [u8]) -> io::Result<()> {
+        let mut at = address;
+        for part in out.chunks_mut(self.chunk()) {
+            let request = Request::DmaRead(DmaAccess {
+                address: at,
+                count: part.len() as u64,
+            });
+            self.ask(&request, |reply| {
+                if let Reply::DmaRead { data, .. } = reply {
+                    part.copy_from_slice(data);
+                }
+            })?;
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes memory of the client's.
+    pub(crate) fn dma_write(&self, address: u64, data: &[u8]) -> io::Result<()> {
+        let mut at = address;
+        for part in data.chunks(self.chunk()) {
+            let request = Request::DmaWrite {
+                address: at,
+                data: part,
+            };
+            self.ask(&request, |_| {})?;
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn chunk(&self) -> usize {
+        self.asked().max_transfer.max(1) as usize
+    }
+
+    /// Asks the client; `take` gets the answer, which is one to that. An answer that is none ends the
+    /// connection, and so does none.
+    fn ask(&self, request: &Request<'_>, take: impl FnOnce(Reply<'_>)) -> io::Result<()> {
+        let mut asked = self.asked();
+        if !matches!(asked.state, State::Idle) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let limits = Limits {
+            max_fds: 0,
+            max_transfer: asked.max_transfer,
+        };
+        asked.id = asked.id.wrapping_add(1);
+        let bytes = request.encode(asked.id, false);
+        let answer = if asked.twin.is_some() {
+            self.ask_twin(asked, &bytes)
+        } else {
+            self.ask_here(asked, &bytes)
+        };
+        let message = answer.inspect_err(|error| {
+            tracing::warn!(%error, command = %request.command(), "the client does not answer");
+            self.close();
+        })?;
+        let reply = match message.reply(&limits) {
+            Ok(reply) if reply.answers(request) => reply,
+            Ok(_) => {
+                self.close();
+                return Err(io::Error::other("an answer to something else"));
+            }
+            Err(error @ vfio_user::ReplyError::Peer { .. }) => return Err(io::Error::other(error)),
+            Err(error) => {
+                self.close();
+                return Err(io::Error::other(error));
+            }
+        };
+        take(reply);
+        Ok(())
+    }
+
+    /// Asks on the client's socket, where another thread receives.
+    fn ask_here(&self, mut asked: MutexGuard<'_, Asked>, bytes: &[u8]) -> io::Result<Message> {
+        asked.state = State::Waiting;
+        // The answer may come before the message is sent altogether.
+        drop(asked);
+        self.send(bytes, &[])?;
+        let until = Instant::now() + DMA_TIMEOUT;
+        let mut asked = self.asked();
+        loop {
+            match std::mem::take(&mut asked.state) {
+                State::Answered(message) => return Ok(message),
+                State::Waiting => asked.state = State::Waiting,
+                state => {
+                    asked.state = state;
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            asked = self
+                .answered
+                .wait_timeout(asked, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Asks on the second socket. The state stays idle, so that a reply on the other one is one too many.
+    fn ask_twin(&self, mut asked: MutexGuard<'_, Asked>, bytes: &[u8]) -> io::Result<Message> {
+        let id = asked.id;
+        // Out of the lock, which whoever closes the connection takes.
+        let Some(mut twin) = asked.twin.take() else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        drop(asked);
+        let answer = twin.ask(bytes, id);
+        self.asked().twin = Some(twin);
+        answer
+    }
+}
+
+impl Twin {
+    fn ask(&mut self, bytes: &[u8], id: u16) -> io::Result<Message> {
+        send(self.stream.as_fd(), bytes, &[])?;
+        match self.reader.read(&self.stream).map_err(io::Error::other)? {
+            Received::Message(message) if message.header.id() == id => Ok(message),
+            Received::Message(_) => Err(io::Error::other("an answer to something else")),
+            // The time limit of the socket.
+            Received::Pending => Err(io::ErrorKind::TimedOut.into()),
+            Received::Closed => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+/// Ends the connection when the session is over, however.
+pub(crate) struct CloseOnDrop(pub(crate) Arc<Link>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}

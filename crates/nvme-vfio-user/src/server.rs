@@ -1,0 +1,242 @@
+//! The socket that clients connect to.
+
+use std::fs;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::device::Device;
+
+/// Clients that wait for their turn.
+const BACKLOG: i32 = 16;
+/// How long is waited where a connection can't be accepted, such as for lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a socket could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// There is something else at that path. It is left alone.
+    #[error("{}: there is something that is not a socket", .0.display())]
+    NotASocket(PathBuf),
+    /// Another server is there.
+    #[error("{}: another process serves this socket", .0.display())]
+    InUse(PathBuf),
+    /// Anything else.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The path.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+/// A socket for clients to connect to; removed on drop.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the socket, so that nobody else's is removed.
+    identity: (u64, u64),
+    stop: Arc<Stop>,
+}
+
+#[derive(Debug)]
+struct Stop {
+    stopped: AtomicBool,
+    wake: OwnedFd,
+    client: Mutex<Option<UnixStream>>,
+}
+
+/// Ends [`Server::run`].
+#[derive(Clone, Debug)]
+pub struct Stopper(Arc<Stop>);
+
+impl Stopper {
+    /// Ends the connection that there is, and the server. May be called from any thread.
+    pub fn stop(&self) {
+        self.0.stopped.store(true, Ordering::SeqCst);
+        if let Err(error) = rustix::io::write(&self.0.wake, &1_u64.to_ne_bytes()) {
+            tracing::error!(%error, "the server is not woken");
+        }
+        if let Some(client) = &*self.0.client() {
+            // If it is closed already that is what is wanted.
+            let _ = client.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Stop {
+    fn client(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+}
+
+impl Server {
+    /// Makes a socket at `path` that only its owner can connect to. A socket that a server has left behind
+    /// there, and that nobody serves, is replaced; anything else is not.
+    ///
+    /// # Errors
+    ///
+    /// [`BindError`].
+    pub fn bind(path: impl AsRef<Path>) -> Result<Self, BindError> {
+        let path = path.as_ref();
+        let failed = |source| BindError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        remove_stale(path)?;
+        let socket = listen(path).map_err(|error| match error {
+            Errno::ADDRINUSE => BindError::InUse(path.to_owned()),
+            error => failed(error.into()),
+        })?;
+        let metadata = fs::symlink_metadata(path).map_err(failed)?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Self {
+            listener: UnixListener::from(socket),
+            path: path.to_owned(),
+            identity: (metadata.dev(), metadata.ino()),
+            stop: Arc::new(Stop {
+                stopped: AtomicBool::new(false),
+                wake: eventfd(0, flags).map_err(|error| failed(error.into()))?,
+                client: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Where the socket is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What ends [`Server::run`].
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.stop.clone())
+    }
+
+    /// Serves one client after the other until it is stopped. What clients do wrong is logged.
+    ///
+    /// # Errors
+    ///
+    /// If the socket can't be waited at.
+    pub fn run(&self, device: &Device) -> io::Result<()> {
+        while self.wait(None)? {
+            let (stream, _) = match self.listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a connection");
+                    self.wait(Some(ACCEPT_PAUSE))?;
+                    continue;
+                }
+            };
+            match stream.try_clone() {
+                Ok(clone) => *self.stop.client() = Some(clone),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection");
+                    continue;
+                }
+            }
+            // Whoever stopped it before did not find the client.
+            if self.stop.is_stopped() {
+                break;
+            }
+            tracing::info!("a client has connected");
+            match device.serve(stream) {
+                Ok(()) => tracing::info!("the client has left"),
+                Err(error) if self.stop.is_stopped() => tracing::debug!(%error, "stopped"),
+                Err(error) => tracing::warn!(%error, "the connection has ended"),
+            }
+            *self.stop.client() = None;
+        }
+        Ok(())
+    }
+
+    /// Waits for a connection, or with a limit for that time only. Returns false once stopped.
+    fn wait(&self, pause: Option<Duration>) -> io::Result<bool> {
+        let stop = PollFd::new(&self.stop.wake, PollFlags::IN);
+        let both = [PollFd::new(&self.listener, PollFlags::IN), stop.clone()];
+        let only = [stop];
+        let mut fds: Vec<_> = if pause.is_some() {
+            only.into()
+        } else {
+            both.into()
+        };
+        let limit = pause.map(|pause| rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: pause.subsec_nanos().into(),
+        });
+        loop {
+            match poll(&mut fds, limit.as_ref()) {
+                Ok(_) => return Ok(!self.stop.is_stopped()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let is_ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if is_ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(%error, path = %self.path.display(), "the socket stays");
+        }
+    }
+}
+
+/// Removes a socket that nobody serves.
+fn remove_stale(path: &Path) -> Result<(), BindError> {
+    let failed = |source| BindError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(BindError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(failed(error)),
+        // Served, or its backlog is full.
+        _ => Err(BindError::InUse(path.to_owned())),
+    }
+}
+
+fn listen(path: &Path) -> Result<OwnedFd, Errno> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // Before it is there for others to find.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}

@@ -1,0 +1,499 @@
+//! MSI-X: the table, the pending bits, and an eventfd for each vector (PCI Express base specification,
+//! section "MSI-X Capability and Table Structure").
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nvme_soft::Interrupts;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, readlink};
+use rustix::io::Errno;
+use vfio_user::{IrqAction, IrqData, SetIrqs};
+
+/// Bytes of an entry of the table.
+const ENTRY: u32 = 16;
+/// Where the Vector Control word of an entry is.
+const CONTROL: u32 = 12;
+/// In that word: the vector is masked.
+const MASKED: u32 = 1 << 0;
+/// Vectors that the table's page has room for.
+pub(crate) const MAX_VECTORS: u16 = 256;
+
+/// The vectors of the function.
+#[derive(Debug)]
+pub(crate) struct Vectors {
+    count: u16,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Bits of Message Control in configuration space.
+    enabled: bool,
+    function_masked: bool,
+    vectors: Vec<Vector>,
+}
+
+#[derive(Debug)]
+struct Vector {
+    /// Message Address, Message Upper Address and Message Data. The eventfd stands for them.
+    message: [u32; 3],
+    masked: bool,
+    pending: bool,
+    /// Signalled when the vector is triggered, masked and unmasked.
+    trigger: Option<Arc<OwnedFd>>,
+    on_mask: Option<Arc<OwnedFd>>,
+    on_unmask: Option<Arc<OwnedFd>>,
+}
+
+impl Default for Vector {
+    fn default() -> Self {
+        Self {
+            message: [0; 3],
+            masked: true,
+            pending: false,
+            trigger: None,
+            on_mask: None,
+            on_unmask: None,
+        }
+    }
+}
+
+/// What to signal once the lock is released.
+type Signals = Vec<Arc<OwnedFd>>;
+
+impl Vectors {
+    pub(crate) fn new(count: u16) -> Self {
+        Self {
+            count,
+            state: Mutex::new(State {
+                enabled: false,
+                function_masked: false,
+                vectors: (0..count).map(|_| Vector::default()).collect(),
+            }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change is complete in itself.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes something, and signals what follows from it.
+    fn change(&self, change: impl FnOnce(&mut State, &mut Signals)) {
+        let mut signals = Signals::new();
+        let mut state = self.state();
+        change(&mut state, &mut signals);
+        state.fire_pending(&mut signals);
+        drop(state);
+        for eventfd in signals {
+            signal(&eventfd);
+        }
+    }
+
+    /// Takes note of Message Control.
+    pub(crate) fn set_control(&self, enabled: bool, function_masked: bool) {
+        self.change(|state, _| {
+            state.enabled = enabled;
+            state.function_masked = function_masked;
+        });
+    }
+
+    /// A word of the table; 0 past its end.
+    pub(crate) fn read_table(&self, offset: u32) -> u32 {
+        let state = self.state();
+        let Some(vector) = state.vectors.get((offset / ENTRY) as usize) else {
+            return 0;
+        };
+        match vector.message.get((offset % ENTRY / 4) as usize) {
+            Some(word) => *word,
+            None if vector.masked => MASKED,
+            None => 0,
+        }
+    }
+
+    /// Writes a word of the table.
+    pub(crate) fn write_table(&self, offset: u32, value: u32) {
+        self.change(|state, signals| {
+            let Some(vector) = state.vectors.get_mut((offset / ENTRY) as usize) else {
+                return;
+            };
+            if offset % ENTRY == CONTROL {
+                vector.mask(value & MASKED != 0, signals);
+            } else if let Some(word) = vector.message.get_mut((offset % ENTRY / 4) as usize) {
+                *word = value;
+            }
+        });
+    }
+
+    /// A word of the pending bits; 0 past their end.
+    pub(crate) fn read_pending(&self, offset: u32) -> u32 {
+        let state = self.state();
+        let first = (offset as usize).saturating_mul(8);
+        let vectors = state.vectors.iter().skip(first).take(32);
+        vectors.enumerate().fold(0, |bits, (bit, vector)| {
+            bits | u32::from(vector.pending) << bit
+        })
+    }
+
+    /// Does what DEVICE_SET_IRQS asks for.
+    ///
+    /// # Errors
+    ///
+    /// EINVAL if a vector is out of range, or a descriptor is no eventfd; nothing has happened then.
+    pub(crate) fn set(&self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), Errno> {
+        let start = set.start as usize;
+        let end = start.saturating_add(set.count as usize);
+        if end > usize::from(self.count) {
+            return Err(Errno::INVAL);
+        }
+        let mut eventfds = Vec::with_capacity(fds.len());
+        for fd in fds {
+            eventfds.push(Arc::new(check_eventfd(fd)?));
+        }
+        let mut gone = Vec::new();
+        self.change(|state, signals| {
+            if set.count == 0 && set.action == IrqAction::Trigger && set.data == IrqData::None {
+                gone = state.forget_eventfds();
+                return;
+            }
+            let mut eventfds = eventfds.into_iter();
+            for (index, vector) in state.vectors[start..end].iter_mut().enumerate() {
+                match set.data {
+                    IrqData::Eventfd => {
+                        gone.extend(vector.set_eventfd(set.action, eventfds.next()));
+                    }
+                    IrqData::Bool(chosen) if chosen.get(index).is_none_or(|byte| *byte == 0) => {}
+                    IrqData::Bool(_) | IrqData::None => match set.action {
+                        IrqAction::Mask => vector.mask(true, signals),
+                        IrqAction::Unmask => vector.mask(false, signals),
+                        IrqAction::Trigger => signals.extend(vector.trigger.clone()),
+                    },
+                }
+            }
+        });
+        gone.into_iter().for_each(release);
+        Ok(())
+    }
+
+    /// Forgets pending interrupts, as a reset of the controller does.
+    pub(crate) fn forget_pending(&self) {
+        for vector in &mut self.state().vectors {
+            vector.pending = false;
+        }
+    }
+
+    /// Sets the table and Message Control to what they are at first, as a reset of the function does. The
+    /// eventfds stay.
+    pub(crate) fn reset_table(&self) {
+        let mut state = self.state();
+        (state.enabled, state.function_masked) = (false, false);
+        for vector in &mut state.vectors {
+            vector.message = [0; 3];
+            // What has an eventfd stays unmasked, as in the kernel's VFIO, which restores the table.
+            vector.masked = vector.trigger.is_none();
+            vector.pending = false;
+        }
+    }
+
+    /// Forgets everything, for the next client.
+    pub(crate) fn clear(&self) {
+        let gone = self.state().forget_eventfds();
+        gone.into_iter().for_each(release);
+        self.reset_table();
+    }
+}
+
+impl State {
+    fn fire_pending(&mut self, signals: &mut Signals) {
+        if !self.enabled || self.function_masked {
+            return;
+        }
+        for vector in &mut self.vectors {
+            if vector.pending
+                && !vector.masked
+                && let Some(trigger) = &vector.trigger
+            {
+                signals.push(trigger.clone());
+                vector.pending = false;
+            }
+        }
+    }
+
+    fn forget_eventfds(&mut self) -> Vec<Arc<OwnedFd>> {
+        let mut gone = Vec::new();
+        for vector in &mut self.vectors {
+            gone.extend(vector.trigger.take());
+            gone.extend(vector.on_mask.take());
+            gone.extend(vector.on_unmask.take());
+            vector.masked = true;
+        }
+        gone
+    }
+}
+
+impl Vector {
+    fn mask(&mut self, masked: bool, signals: &mut Signals) {
+        if self.masked != masked {
+            let told = if masked {
+                &self.on_mask
+            } else {
+                &self.on_unmask
+            };
+            signals.extend(told.clone());
+        }
+        self.masked = masked;
+    }
+
+    /// Sets or takes away an eventfd; returns the one before.
+    fn set_eventfd(
+        &mut self,
+        action: IrqAction,
+        eventfd: Option<Arc<OwnedFd>>,
+    ) -> Option<Arc<OwnedFd>> {
+        let place = match action {
+            IrqAction::Mask => &mut self.on_mask,
+            IrqAction::Unmask => &mut self.on_unmask,
+            IrqAction::Trigger => {
+                self.masked = eventfd.is_none();
+                &mut self.trigger
+            }
+        };
+        std::mem::replace(place, eventfd)
+    }
+}
+
+impl Interrupts for Vectors {
+    fn count(&self) -> u16 {
+        self.count
+    }
+
+    fn raise(&self, vector: u16) {
+        let mut state = self.state();
+        let passes = state.enabled && !state.function_masked;
+        let Some(vector) = state.vectors.get_mut(usize::from(vector)) else {
+            return;
+        };
+        match &vector.trigger {
+            Some(trigger) if passes && !vector.masked => {
+                let trigger = trigger.clone();
+                drop(state);
+                signal(&trigger);
+            }
+            _ => vector.pending = true,
+        }
+    }
+}
+
+/// Makes an eventfd readable. One that is full is readable anyway.
+fn signal(eventfd: &OwnedFd) {
+    if let Err(error) = rustix::io::write(eventfd, &1_u64.to_ne_bytes())
+        && error != Errno::AGAIN
+    {
+        tracing::warn!(%error, "an eventfd of the client's");
+    }
+}
+
+/// Refuses a descriptor that is no eventfd, and makes it nonblocking.
+fn check_eventfd(fd: OwnedFd) -> Result<OwnedFd, Errno> {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let name = readlink(path, Vec::new())?;
+    if name.to_bytes() != b"anon_inode:[eventfd]" {
+        return Err(Errno::INVAL);
+    }
+    unblock(&fd)?;
+    Ok(fd)
+}
+
+fn unblock(fd: impl AsFd) -> Result<(), Errno> {
+    let flags = fcntl_getfl(&fd)?;
+    if flags.contains(OFlags::NONBLOCK) {
+        return Ok(());
+    }
+    fcntl_setfl(&fd, flags | OFlags::NONBLOCK)
+}
+
+/// Drops an eventfd that is taken out of the table. A client that made it block again and filled it holds up
+/// whoever signals it right now: that one goes on when it is emptied.
+fn release(eventfd: Arc<OwnedFd>) {
+    while Arc::strong_count(&eventfd) > 1 {
+        // If it is empty, nobody is held up.
+        let _ = unblock(&eventfd).and_then(|()| rustix::io::read(&eventfd, &mut [0; 8]));
+        std::thread::yield_now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    fn set(start: u32, count: u32, action: IrqAction, data: IrqData<'_>) -> SetIrqs<'_> {
+        SetIrqs {
+            index: vfio_user::irq::MSIX,
+            start,
+            count,
+            action,
+            data,
+        }
+    }
+
+    fn new_eventfd() -> (OwnedFd, OwnedFd) {
+        let ours = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
+        let theirs = ours.try_clone().expect("cloned");
+        (ours, theirs)
+    }
+
+    fn is_signalled(eventfd: &OwnedFd) -> bool {
+        rustix::io::read(eventfd, &mut [0; 8]).is_ok()
+    }
+
+    /// Four vectors, of which 1 and 2 have eventfds, enabled.
+    fn vectors() -> (Vectors, [OwnedFd; 2]) {
+        let vectors = Vectors::new(4);
+        let ((first, one), (second, two)) = (new_eventfd(), new_eventfd());
+        let set = set(1, 2, IrqAction::Trigger, IrqData::Eventfd);
+        vectors.set(&set, vec![one, two]).expect("set");
+        vectors.set_control(true, false);
+        (vectors, [first, second])
+    }
+
+    #[test]
+    fn a_vector_fires_while_nothing_masks_it() {
+        let (vectors, [first, second]) = vectors();
+        vectors.raise(1);
+        assert!(is_signalled(&first) && !is_signalled(&second));
+        // Each way to hold it back, and to let it go.
+        for way in 0..4 {
+            let hold = |holds: bool| match way {
+                0 => vectors.write_table(ENTRY + CONTROL, holds.into()),
+                1 => vectors.set_control(true, holds),
+                2 => vectors.set_control(!holds, false),
+                _ => {
+                    let action = if holds {
+                        IrqAction::Mask
+                    } else {
+                        IrqAction::Unmask
+                    };
+                    vectors
+                        .set(&set(1, 1, action, IrqData::None), Vec::new())
+                        .expect("set");
+                }
+            };
+            hold(true);
+            vectors.raise(1);
+            vectors.raise(1);
+            assert!(!is_signalled(&first));
+            assert_eq!(vectors.read_pending(0), 0b10);
+            hold(false);
+            assert!(is_signalled(&first));
+            assert_eq!(vectors.read_pending(0), 0);
+            hold(false);
+            assert!(!is_signalled(&first));
+        }
+    }
+
+    #[test]
+    fn what_came_before_the_eventfd_is_kept() {
+        let vectors = Vectors::new(1);
+        vectors.set_control(true, false);
+        vectors.raise(0);
+        vectors.raise(9);
+        let (ours, theirs) = new_eventfd();
+        assert_eq!(vectors.read_table(CONTROL), 1);
+        vectors
+            .set(
+                &set(0, 1, IrqAction::Trigger, IrqData::Eventfd),
+                vec![theirs],
+            )
+            .expect("set");
+        assert!(is_signalled(&ours));
+        assert_eq!(vectors.read_table(CONTROL), 0);
+    }
+
+    #[test]
+    fn all_kinds_of_data() {
+        let (vectors, [first, second]) = vectors();
+        let run = |set: &SetIrqs<'_>| vectors.set(set, Vec::new());
+        // Triggered by the client, by choice.
+        run(&set(1, 2, IrqAction::Trigger, IrqData::Bool(&[0, 1]))).expect("set");
+        assert!(!is_signalled(&first) && is_signalled(&second));
+        // Masked by choice, and told of it.
+        let (told, eventfd) = new_eventfd();
+        let tell = set(1, 1, IrqAction::Mask, IrqData::Eventfd);
+        vectors.set(&tell, vec![eventfd]).expect("set");
+        run(&set(0, 3, IrqAction::Mask, IrqData::Bool(&[0, 1, 0]))).expect("set");
+        assert!(is_signalled(&told));
+        vectors.raise(1);
+        vectors.raise(2);
+        assert!(!is_signalled(&first) && is_signalled(&second));
+        // Out of range.
+        for (start, count) in [(4, 1), (0, 5), (u32::MAX, 0), (1, u32::MAX - 1)] {
+            assert_eq!(
+                run(&set(start, count, IrqAction::Mask, IrqData::None)),
+                Err(Errno::INVAL)
+            );
+        }
+        // Taken away: one, and all.
+        run(&set(2, 1, IrqAction::Trigger, IrqData::Eventfd)).expect("set");
+        vectors.raise(2);
+        assert!(!is_signalled(&second));
+        run(&set(0, 0, IrqAction::Trigger, IrqData::None)).expect("set");
+        run(&set(1, 1, IrqAction::Trigger, IrqData::None)).expect("set");
+        assert!(!is_signalled(&first));
+        assert_eq!(vectors.read_table(ENTRY + CONTROL), 1);
+    }
+
+    #[test]
+    fn only_eventfds_are_taken() {
+        let vectors = Vectors::new(1);
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().expect("sockets");
+        let set = set(0, 1, IrqAction::Trigger, IrqData::Eventfd);
+        assert_eq!(vectors.set(&set, vec![socket.into()]), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn a_full_eventfd_holds_nobody_up_for_ever() {
+        let (vectors, [first, _second]) = vectors();
+        rustix::io::write(&first, &(u64::MAX - 1).to_ne_bytes()).expect("filled");
+        vectors.raise(1);
+        // The client makes it block again.
+        fcntl_setfl(&first, OFlags::empty()).expect("set");
+        std::thread::scope(|scope| {
+            let raise = scope.spawn(|| vectors.raise(1));
+            while !raise.is_finished() && Arc::strong_count(&vectors.trigger(1)) < 3 {
+                std::thread::yield_now();
+            }
+            vectors.clear();
+            raise.join().expect("no panic");
+        });
+    }
+
+    impl Vectors {
+        fn trigger(&self, vector: usize) -> Arc<OwnedFd> {
+            self.state().vectors[vector]
+                .trigger
+                .clone()
+                .expect("it was set")
+        }
+    }
+
+    #[test]
+    fn the_table_is_kept_and_reset() {
+        let (vectors, _eventfds) = vectors();
+        for (offset, value) in [(16, 0xfee0_0000), (20, 1), (24, 0x4021), (28, 0)] {
+            vectors.write_table(offset, value);
+            assert_eq!(vectors.read_table(offset), value);
+        }
+        // Past the end.
+        vectors.write_table(4 * ENTRY, 7);
+        assert_eq!(vectors.read_table(4 * ENTRY), 0);
+        assert_eq!(
+            (vectors.read_pending(8), vectors.read_pending(u32::MAX)),
+            (0, 0)
+        );
+        vectors.reset_table();
+        assert_eq!((vectors.read_table(16), vectors.read_table(12)), (0, 1));
+    }
+}

@@ -1,0 +1,6 @@
+//! Serves clients that speak in messages, well or badly.
+
+mod bad;
+mod client;
+mod good;
+mod sockets;
