@@ -13,6 +13,7 @@ mod identify;
 mod list;
 mod pci;
 mod progress;
+mod serve;
 mod smart;
 mod target;
 
@@ -50,6 +51,7 @@ enum Command {
     Smart(smart::Arguments),
     Bench(bench::Arguments),
     Copy(copy::Arguments),
+    Serve(serve::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -71,6 +73,7 @@ fn main() -> ExitCode {
         Command::Smart(arguments) => smart::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Copy(arguments) => copy::run(&arguments),
+        Command::Serve(arguments) => serve::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -53,6 +53,7 @@ use iova::DmaMapper;
 use nvme_soft::{Config, Counters, Doorbells, SoftController, StartError};
 
 pub use iommu::{SoftIommu, Stray};
+pub use open::config;
 pub(crate) use open::open;
 
 use self::vectors::{Vectors, eventfd, signal};

@@ -12,18 +12,58 @@ use nvme_soft::{Config, NamespaceConfig};
 use super::{SoftDevice, SoftOptions};
 use crate::Error;
 use crate::device::Device;
-use crate::url::SoftTarget;
+use crate::url::{SoftTarget, Target, UrlError};
+
+/// What a `file:` or `mem:` URL describes, for a controller that is served to other processes rather than
+/// opened here. It makes the files that are to be made, and blocks for as long as that takes.
+///
+/// What says how the controller is opened in this process, `ns` and `fd-only`, makes no difference.
+///
+/// # Errors
+///
+/// [`Error::Url`] if it is no such URL, and [`Error::Open`] if a file, or the plan of faults, can't be opened.
+pub fn config(url: &str) -> Result<Config, Error> {
+    match url.parse()? {
+        Target::Soft(target) => config_of(&target),
+        _ => Err(UrlError {
+            url: url.to_owned(),
+            reason:
+                "names no software controller; expected file:disk.img?size=1G or mem:?size=256M"
+                    .to_owned(),
+        }
+        .into()),
+    }
+}
 
 /// Starts the controller that a URL describes. It blocks for as long as files take to open.
 pub(crate) fn open(target: &SoftTarget, vectors: u16) -> Result<Arc<dyn Device>, Error> {
-    let address = match &target.path {
+    let config = config_of(target)?;
+    let options = SoftOptions {
+        vectors,
+        fd_only: target.fd_only,
+        ..SoftOptions::default()
+    };
+    match SoftDevice::new(address(target), config, &options) {
+        Ok(device) => Ok(Arc::new(device)),
+        Err(error) => Err(failed(target, error)),
+    }
+}
+
+fn address(target: &SoftTarget) -> String {
+    match &target.path {
         Some(path) => format!("file:{}", path.display()),
         None => "mem:".to_owned(),
-    };
-    let failed = |reason: Box<dyn std::error::Error + Send + Sync>| Error::Open {
-        address: address.clone(),
-        reason,
-    };
+    }
+}
+
+fn failed(target: &SoftTarget, reason: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::Open {
+        address: address(target),
+        reason: Box::new(reason),
+    }
+}
+
+fn config_of(target: &SoftTarget) -> Result<Config, Error> {
     let mut config = Config {
         latency: target.latency,
         ..Config::default()
@@ -31,26 +71,16 @@ pub(crate) fn open(target: &SoftTarget, vectors: u16) -> Result<Arc<dyn Device>,
     // Before files are made, for nothing if the plan is wrong.
     if let Some(plan) = &target.faults {
         let plan = Plan::read(plan).map_err(|source| {
-            failed(Box::new(OpenPlanError {
-                address: address.clone(),
-                source,
-            }))
+            let address = address(target);
+            failed(target, OpenPlanError { address, source })
         })?;
         config.faults = plan.faults;
     }
     for number in 1..=target.namespaces {
-        let namespace = namespace(target, number).map_err(|error| failed(Box::new(error)))?;
+        let namespace = namespace(target, number).map_err(|error| failed(target, error))?;
         config.namespaces.push(namespace);
     }
-    let options = SoftOptions {
-        vectors,
-        fd_only: target.fd_only,
-        ..SoftOptions::default()
-    };
-    match SoftDevice::new(address.clone(), config, &options) {
-        Ok(device) => Ok(Arc::new(device)),
-        Err(error) => Err(failed(Box::new(error))),
-    }
+    Ok(config)
 }
 
 fn namespace(target: &SoftTarget, number: u32) -> Result<NamespaceConfig, OpenFileError> {
