@@ -20,18 +20,19 @@
 //!
 //! A client can do to its own session what it likes and nothing to the server or to other memory. Memory
 //! comes as a file. Whoever has that file can make it shorter, after which a mapping of it raises SIGBUS. So
-//! only what cannot become shorter is mapped: a memfd with the seal `F_SEAL_SHRINK`. Other files are read and
-//! written by system calls, where such an access is an error, and only those on file systems that do not
-//! make one wait for another process; [`Options::trust_client`] maps them, too. Memory without a file is
-//! asked for by messages, which have [10 seconds](DMA_TIMEOUT) to be answered.
+//! only what cannot become shorter is mapped: a memfd with the seal `F_SEAL_SHRINK`, if it is not of huge
+//! pages. Other files are read and written by system calls, where what is not there is no signal, and only
+//! those on file systems that do not make one wait for another process; [`Options::trust_client`] maps them,
+//! too. Memory without a file is asked for by messages, which have [10 seconds](DMA_TIMEOUT) to be answered.
 //!
 //! # Doorbells
 //!
 //! With [`Doorbells::Trapped`] each write of a doorbell register is a message, and the controller has Doorbell
 //! Buffer Config: a driver that uses it writes the register only when the controller sleeps. An idle server
-//! takes no CPU time. With [`Doorbells::Mapped`] a write is a store, but an idle server has to look: after
-//! [`Options::idle_interval`] at the latest, which also is how late the first command after a pause may be
-//! seen.
+//! takes no CPU time, and the first command after a pause completes within about 0.1 ms. With
+//! [`Doorbells::Mapped`] a write is a store, but an idle server has to look: after
+//! [`Options::idle_interval`] at the latest, which also is by how much the first command after a pause may be
+//! late. At 1 ms that takes about 2 % of a processor, and only while a client has the controller enabled.
 //!
 //! ```no_run
 //! use nvme_soft::{Config, NamespaceConfig, store::MemoryStore};
