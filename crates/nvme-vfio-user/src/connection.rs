@@ -15,8 +15,8 @@ use crate::link::{CloseOnDrop, Link};
 use crate::session::{LIMITS, Session, Violation};
 
 /// Messages that wait for their turn. A client that sends more is not read until one was served, or an access
-/// to its memory has timed out.
-const QUEUE: usize = 4096;
+/// to its memory has timed out: it can't have the server keep more than that.
+const QUEUE: usize = 1024;
 
 /// How a connection ended, if not by the client closing it.
 #[derive(Debug, thiserror::Error)]

@@ -203,12 +203,13 @@ impl Device {
 
     /// Forgets a client: nothing of it is accessed or known any more.
     pub(crate) fn forget_client(&self) {
-        self.memory.clear();
         self.controller.set_bus_master(false);
         if self.controller.reset().is_err() {
             // Only where a fault was asked for that prevents it.
             tracing::error!("the controller could not be reset");
         }
+        // Not before, or what is in flight would be a failure of the controller's.
+        self.memory.clear();
         self.vectors.clear();
         self.config().reset();
         if let Some(page) = &self.page

@@ -15,10 +15,11 @@ use crate::link::Link;
 use crate::memory::{MAX_MAPS, PAGE};
 use crate::{bar, config_space};
 
-/// What this server accepts. Some clients refuse a server that takes more descriptors at a time.
+/// What this server accepts. Some clients refuse a server that takes more descriptors at a time, and no region
+/// has more bytes.
 pub(crate) const LIMITS: Limits = Limits {
     max_fds: 16,
-    max_transfer: 1 << 20,
+    max_transfer: 64 << 10,
 };
 /// What a client has to take by one message, if it has memory that is asked for by messages.
 const LEAST_TRANSFER: u32 = 64;
@@ -28,10 +29,8 @@ const LEAST_TRANSFER: u32 = 64;
 pub(crate) enum Violation {
     #[error("the first message is not VERSION")]
     NoVersion,
-    #[error("major version {0}")]
-    Major(u16),
-    #[error("VERSION is not as it should be")]
-    Version,
+    #[error("major version {major}, and {max_transfer} bytes by one message")]
+    Version { major: u16, max_transfer: u32 },
     #[error("the connection was lost")]
     Lost,
 }
@@ -74,9 +73,11 @@ impl<'a> Session<'a> {
     pub(crate) fn may_wait(message: &Message) -> bool {
         match message.header.command() {
             Command::DMA_MAP | Command::DMA_UNMAP | Command::DEVICE_RESET => true,
-            Command::REGION_WRITE | Command::REGION_WRITE_MULTI => {
-                !matches!(message.request(&LIMITS), Ok(Request::RegionWrite(write)) if write.region != region::CONFIG)
-            }
+            Command::REGION_WRITE_MULTI => true,
+            Command::REGION_WRITE => match message.request(&LIMITS) {
+                Ok(Request::RegionWrite(write)) => write.region == region::CONFIG,
+                _ => false,
+            },
             _ => false,
         }
     }
@@ -91,7 +92,7 @@ impl<'a> Session<'a> {
         let fds = std::mem::take(&mut message.fds);
         let request =
             Request::decode(&header, &message.payload, fds.len(), &LIMITS).map_err(|error| {
-                tracing::warn!(%error, "a malformed command");
+                tracing::debug!(%error, "a malformed command");
                 Errno::from_raw_os_error(i32::try_from(error.errno()).unwrap_or(0))
             });
         if !self.is_agreed {
@@ -139,14 +140,17 @@ impl<'a> Session<'a> {
         let max_transfer = theirs.capabilities.max_data_xfer_size;
         if theirs.major != MAJOR || max_transfer < LEAST_TRANSFER {
             self.refuse(message, Errno::INVAL)?;
-            return Err(Violation::Major(theirs.major));
+            return Err(Violation::Version {
+                major: theirs.major,
+                max_transfer,
+            });
         }
         let twin = &theirs.capabilities.twin_socket;
         let wants_twin = twin.as_ref().is_some_and(|twin| twin.supported);
         let twin = self
             .link
             .agree(max_transfer.min(LIMITS.max_transfer), wants_twin)
-            .map_err(|_| Violation::Version)?;
+            .map_err(|_| Violation::Lost)?;
         let reply = Reply::Version(Version {
             major: MAJOR,
             minor: theirs.minor.min(MINOR),
