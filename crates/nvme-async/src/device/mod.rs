@@ -1,7 +1,12 @@
 //! How a controller is reached: one small trait, and the transports that implement it.
 
+#[expect(unsafe_code, reason = "it maps doorbells")]
+mod bar;
+mod config;
 #[expect(unsafe_code, reason = "doorbells are words of a mapped BAR")]
 pub mod doorbell;
+#[expect(unsafe_code, reason = "it makes system calls")]
+mod host;
 #[cfg(feature = "soft")]
 #[expect(unsafe_code, reason = "it copies from and to memory as a device would")]
 pub mod soft;

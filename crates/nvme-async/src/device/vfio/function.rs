@@ -12,14 +12,15 @@ use iova::vfio::InfoReply;
 use vfio_bindings::bindings::vfio as abi;
 
 use super::closable::Closable;
-use super::config::{self, ReadConfig};
 use super::error::OpenError;
 use super::group::Member;
-use super::info::{self, Region};
+use super::info;
 use super::pci::PciAddress;
 use super::registry::{Entry, Opened, Registry};
 use super::sys;
 use crate::device::DoorbellCall;
+use crate::device::bar::Region;
+use crate::device::config::{self, ReadConfig, WriteConfig};
 
 /// The functions that this process has open.
 static OPEN_FUNCTIONS: Registry<PciAddress, Function> = Registry::new();
@@ -137,18 +138,7 @@ impl Function {
     /// Sets and clears bits of the PCI command register, and checks that it took them.
     pub(super) fn change_command(&self, set: u16, clear: u16) -> io::Result<()> {
         let _guard = self.command.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = self.config.offset + config::COMMAND;
-        let wanted = u16::from_le_bytes(self.read(config::COMMAND)?) & !clear | set;
-        self.write_at(&wanted.to_le_bytes(), at)?;
-        let command = u16::from_le_bytes(self.read(config::COMMAND)?);
-        // A function that is gone reads as all ones; one without INTx need not have its bit.
-        let set = set & !config::INTX_DISABLE;
-        if command == 0xffff || command & set != set || command & clear != 0 {
-            return Err(io::Error::other(format!(
-                "PCI command register is {command:#06x}"
-            )));
-        }
-        Ok(())
+        config::change_command(self, set, clear)
     }
 
     /// Resets the function.
@@ -176,6 +166,12 @@ impl Function {
 impl ReadConfig for Function {
     fn read<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]> {
         self.read_at(self.config.offset + offset)
+    }
+}
+
+impl WriteConfig for Function {
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write_at(bytes, self.config.offset + offset)
     }
 }
 
@@ -218,7 +214,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
-    use crate::device::vfio::config::MEMORY_SPACE;
+    use crate::device::config::MEMORY_SPACE;
 
     /// Where the configuration space is in the file that stands for a device.
     const CONFIG: u64 = 0x2000;

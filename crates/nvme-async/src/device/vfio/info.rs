@@ -6,16 +6,7 @@ use std::mem::offset_of;
 use iova::vfio::InfoReply;
 use vfio_bindings::bindings::vfio as abi;
 
-/// A region of a device: a BAR, or the configuration space.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Region {
-    /// Where it begins in the device's file.
-    pub(super) offset: u64,
-    /// Bytes.
-    pub(super) size: u64,
-    /// The parts of it that can be mapped, as offset in the region and length.
-    pub(super) mappable: Vec<(u64, u64)>,
-}
+use crate::device::bar::Region;
 
 /// Reads a region from a reply of `VFIO_DEVICE_GET_REGION_INFO`.
 pub(super) fn region(reply: InfoReply<'_>) -> io::Result<Region> {

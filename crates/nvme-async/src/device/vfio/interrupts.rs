@@ -10,7 +10,7 @@ use super::error::OpenError;
 use super::function::Function;
 use super::pci::PciAddress;
 use super::sys;
-use crate::device::Notice;
+use crate::device::{Notice, host};
 
 /// Enables MSI-X with one eventfd for each vector: as many as the device has, but at most `most`.
 ///
@@ -38,7 +38,7 @@ pub(super) fn enable_vectors(
         .unwrap_or(u16::MAX)
         .min(most.max(1));
     let mut eventfds = (0..vectors)
-        .map(|_| sys::eventfd().map(Arc::new))
+        .map(|_| host::eventfd().map(Arc::new))
         .collect::<io::Result<Vec<_>>>()
         .map_err(|source| match source.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => OpenError::OpenFiles {
@@ -95,7 +95,7 @@ fn enable_notice(function: &Function, index: u32) -> io::Result<Option<OwnedFd>>
     if info.count == 0 {
         return Ok(None);
     }
-    let eventfd = sys::eventfd()?;
+    let eventfd = host::eventfd()?;
     function.with_file(|device| sys::set_eventfds(device, index, &[eventfd.as_fd()]))?;
     Ok(Some(eventfd))
 }

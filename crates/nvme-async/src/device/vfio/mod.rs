@@ -24,9 +24,7 @@
 //! Both are forgotten here at the same time, so that a device that is plugged in again (its group
 //! has the same number) can be opened although buffers of the old one are still around.
 
-mod bar;
 mod closable;
-mod config;
 mod error;
 mod function;
 mod group;
@@ -49,13 +47,13 @@ use nvme_spec::registers::{self, Capabilities};
 pub use self::error::OpenError;
 pub use self::pci::{Holder, Neighbour, ParsePciAddressError, PciAddress};
 
-use self::bar::{DOORBELLS, MappedDoorbells, Reserved};
-use self::config::{BUS_MASTER, INTX_DISABLE, MEMORY_SPACE};
 use self::function::Function;
 use self::group::Group;
 use self::lease::Lease;
 use self::pci::Roots;
-use crate::device::{Device, DeviceError, Doorbell, Notice, VectorMask};
+use crate::device::bar::{self, DOORBELLS, MappedDoorbells, Reserved};
+use crate::device::config::{self, BUS_MASTER, INTX_DISABLE, MEMORY_SPACE};
+use crate::device::{Device, DeviceError, Doorbell, Notice, VectorMask, host};
 
 /// A PCI function that is bound to vfio-pci.
 pub struct VfioDevice {
@@ -115,7 +113,7 @@ impl VfioDevice {
         let stride = doorbell_stride(&function).map_err(system("reading register CAP"))?;
         let keep: Arc<dyn Any + Send + Sync> = function.clone();
         let map = |file: BorrowedFd<'_>| {
-            bar::map_doorbells(file, function.bar(), stride, sys::page_size(), &keep)
+            bar::map_doorbells(file, function.bar(), stride, host::page_size(), &keep)
         };
         let doorbells = match function.with_file(map) {
             Ok(doorbells) => doorbells,

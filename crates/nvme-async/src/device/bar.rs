@@ -8,9 +8,19 @@ use std::sync::Arc;
 use nvme_spec::registers;
 
 use super::config::Msix;
-use super::info::Region;
-use super::sys::Mapping;
-use crate::device::{Doorbell, MappedRegisters};
+use super::host::Mapping;
+use super::{Doorbell, MappedRegisters};
+
+/// A region of a device: a BAR, or the configuration space.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Region {
+    /// Where it begins in the device's file.
+    pub(super) offset: u64,
+    /// Bytes.
+    pub(super) size: u64,
+    /// The parts of it that can be mapped, as offset in the region and length.
+    pub(super) mappable: Vec<(u64, u64)>,
+}
 
 /// Where doorbells begin in BAR 0.
 pub(super) const DOORBELLS: u64 = registers::offset::DOORBELLS as u64;
@@ -158,7 +168,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::device::vfio::sys;
+    use crate::device::host;
 
     const K: u64 = 0x400;
     const END: u64 = DOORBELLS + 512 * K;
@@ -247,7 +257,7 @@ mod tests {
 
     #[test]
     fn detached_doorbells_can_be_rung_and_hold_no_file() {
-        let page = sys::page_size();
+        let page = host::page_size();
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4 * page + 0x4000).unwrap();
         let bar = Region {

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 
 /// Command register (PCI local bus specification 3.0, section 6.2.2).
-pub(super) const COMMAND: u64 = 0x04;
+const COMMAND: u64 = 0x04;
 /// The function answers accesses to its memory BARs.
 pub(super) const MEMORY_SPACE: u16 = 1 << 1;
 /// The function may access host memory.
@@ -16,10 +16,33 @@ const STATUS: u64 = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const CAPABILITIES_POINTER: u64 = 0x34;
 const MSIX: u8 = 0x11;
+/// Message Control, in that capability (section 6.8.2.3).
+const MSIX_CONTROL: u64 = 2;
 
 /// Reads `N` bytes at an offset of configuration space.
 pub(super) trait ReadConfig {
     fn read<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]>;
+}
+
+/// Writes bytes at an offset of configuration space, as one access.
+pub(super) trait WriteConfig: ReadConfig {
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Sets and clears bits of the command register, and checks that it took them. Only one thread may do
+/// so at a time.
+pub(super) fn change_command(config: &impl WriteConfig, set: u16, clear: u16) -> io::Result<()> {
+    let wanted = u16::from_le_bytes(config.read(COMMAND)?) & !clear | set;
+    config.write(COMMAND, &wanted.to_le_bytes())?;
+    let command = u16::from_le_bytes(config.read(COMMAND)?);
+    // A function that is gone reads as all ones; one without INTx need not have its bit.
+    let set = set & !INTX_DISABLE;
+    if command == 0xffff || command & set != set || command & clear != 0 {
+        return Err(io::Error::other(format!(
+            "PCI command register is {command:#06x}"
+        )));
+    }
+    Ok(())
 }
 
 /// The parts of BAR 0 that belong to MSI-X (section 6.8.2).
@@ -34,7 +57,7 @@ pub(super) fn msix_in_bar0(config: &impl ReadConfig) -> io::Result<Msix> {
     let Some(at) = find_capability(config, MSIX)? else {
         return Ok(Msix::default());
     };
-    let vectors = u64::from(u16::from_le_bytes(config.read(at + 2)?) & 0x7ff) + 1;
+    let vectors = u64::from(u16::from_le_bytes(config.read(at + MSIX_CONTROL)?) & 0x7ff) + 1;
     let table = u32::from_le_bytes(config.read(at + 4)?);
     let pending = u32::from_le_bytes(config.read(at + 8)?);
     let in_bar0 = |place: u32, len| {
