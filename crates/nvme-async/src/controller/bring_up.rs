@@ -2,10 +2,14 @@
 
 mod queues;
 
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::task::Poll;
 use std::time::Duration;
 
+use futures::future::{Either, select};
 use iova::{AddressSpace, Retention};
 use nvme_spec::feature;
 use nvme_spec::identify::{IdentifyController, SglAlignment};
@@ -19,14 +23,14 @@ use super::registers::{AdminRings, Registers};
 use super::registry::Release;
 use super::tenure::Tenure;
 use super::{CommandLimits, ControllerInner, shutdown};
-use crate::device::Device;
+use crate::device::{Device, Notice};
 use crate::engine::eventfd::Wakeups;
 use crate::engine::{Failed, Failure, PollMode, QueueSettings, SharedQueue, State, price};
 use crate::io::DmaContext;
 use crate::memory::{DEVICE_PAGE, DmaBuf, Pool};
 use crate::queue::data_pointer::SglSupport;
 use crate::recovery::{Plant, Settings, Supervision};
-use crate::{CommandName, Error, OnRecovery, OpenOptions};
+use crate::{CommandName, Error, Fate, OnRecovery, OpenOptions};
 
 const ADMIN_ENTRIES: u16 = 64;
 /// The sizes of queue entries, as powers of two (CC.IOSQES, CC.IOCQES).
@@ -59,21 +63,63 @@ struct BringUp<'a> {
     costs: Costs,
 }
 
-/// Resets the controller behind `device` and makes it ready.
+/// Resets the controller behind `device` and makes it ready, unless it goes away meanwhile.
 pub(super) async fn bring_up(
     device: Arc<dyn Device>,
     options: &OpenOptions,
     release: Release,
 ) -> Result<Arc<ControllerInner>, Error> {
-    let address: Arc<str> = device.address().into();
     check_runtime(&*device)?;
+    let removed = Error::Removed {
+        address: device.address().to_owned(),
+        fate: Fate::NotExecuted,
+    };
+    let gone = gone(&device)?;
+    let brought_up = bring_up_present(device, options, release);
+    // In this order: where both have happened, what the controller itself said is of no use.
+    match select(pin!(gone), pin!(brought_up)).await {
+        Either::Left(_) => Err(removed),
+        Either::Right((brought_up, _)) => brought_up,
+    }
+}
+
+/// Resolves when the transport says that the device is gone.
+fn gone(device: &Arc<dyn Device>) -> Result<impl Future<Output = ()> + use<>, Error> {
+    let notices = device.notices();
+    let descriptor = notices.iter().find(|(notice, _)| *notice == Notice::Gone);
+    let watched = descriptor.map(|(_, descriptor)| Wakeups::register(descriptor));
+    let watched = watched.transpose();
+    let mut watched = watched.map_err(|failure| no_runtime(&**device, failure))?;
+    Ok(poll_fn(move |context| {
+        // It is not read: whoever looks later is told too.
+        let told = watched
+            .as_mut()
+            .map(|notice| notice.poll_interrupt(context));
+        if told == Some(true) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }))
+}
+
+async fn bring_up_present(
+    device: Arc<dyn Device>,
+    options: &OpenOptions,
+    release: Release,
+) -> Result<Arc<ControllerInner>, Error> {
+    let address: Arc<str> = device.address().into();
     let registers = Registers {
         device: device.clone(),
     };
-    let capabilities = registers.capabilities()?;
-    check_capabilities(&address, capabilities)?;
-    let version = registers.version()?;
-    let ready_timeout = registers.ready_timeout(capabilities)?;
+    let about = |registers: &Registers| {
+        let capabilities = registers.capabilities()?;
+        check_capabilities(registers.device.address(), capabilities)?;
+        let version = registers.version()?;
+        let ready_timeout = registers.ready_timeout(capabilities)?;
+        Ok((capabilities, version, ready_timeout))
+    };
+    let (capabilities, version, ready_timeout) = registers.access(about).await?;
     registers.disable(ready_timeout).await?;
 
     let retention = Retention {
@@ -82,6 +128,10 @@ pub(super) async fn bring_up(
     };
     let space = AddressSpace::with_retention(device.mapper(), retention)?;
     let pool = Pool::new(space.clone(), options.pool_limit);
+    if device.waits_for_peer() {
+        let pool = pool.clone();
+        registers.access(move |_| Ok(pool.map_all()?)).await?;
+    }
     let this = BringUp {
         options,
         registers: registers.clone(),
@@ -102,6 +152,7 @@ pub(super) async fn bring_up(
         this.pool.clone(),
         sgl_support(&identify),
         options.isolate,
+        device.waits_for_peer(),
         limits.max_transfer as usize,
     )?;
     let retry_delays = [&identify.crdt1, &identify.crdt2, &identify.crdt3]
@@ -198,17 +249,8 @@ async fn price_of_a_sleep(options: &OpenOptions) -> Costs {
 
 /// The runtime has what completions need.
 pub(super) fn check_runtime(device: &dyn Device) -> Result<(), Error> {
-    let none = |failure: Failure| -> Error {
-        let name = CommandName {
-            address: device.address().to_owned(),
-            name: "open",
-            nsid: None,
-            blocks: None,
-        };
-        Failed::from(failure).into_error(name)
-    };
     if tokio::runtime::Handle::try_current().is_err() {
-        return Err(none(Failure::RuntimeGone));
+        return Err(no_runtime(device, Failure::RuntimeGone));
     }
     let Some(vector) = device.vectors().first() else {
         return Err(Error::Unusable {
@@ -216,7 +258,19 @@ pub(super) fn check_runtime(device: &dyn Device) -> Result<(), Error> {
             reason: "it has no interrupt vectors".to_owned(),
         });
     };
-    Wakeups::register(vector).map(drop).map_err(none)
+    let registered = Wakeups::register(vector).map(drop);
+    registered.map_err(|failure| no_runtime(device, failure))
+}
+
+/// What the runtime lacks.
+fn no_runtime(device: &dyn Device, failure: Failure) -> Error {
+    let name = CommandName {
+        address: device.address().to_owned(),
+        name: "open",
+        nsid: None,
+        blocks: None,
+    };
+    Failed::from(failure).into_error(name)
 }
 
 fn check_capabilities(address: &str, capabilities: Capabilities) -> Result<(), Error> {
@@ -318,8 +372,16 @@ impl BringUp<'_> {
             ready_timeout,
             admin: Some(admin.clone()),
         };
-        self.registers.set_up_admin(&rings)?;
-        self.registers.enable(configuration)?;
+        // It goes on when this is dropped, but not after the controller was stopped because of that.
+        let tenure = guard.tenure.clone();
+        let enable = move |registers: &Registers| {
+            let enabled = tenure.while_held(|_| {
+                registers.set_up_admin(&rings)?;
+                registers.enable(configuration)
+            });
+            enabled.unwrap_or_else(|| Err(registers.removed()))
+        };
+        self.registers.access(enable).await?;
         self.registers.ready(ready_timeout).await?;
         Ok((admin, rings, configuration, guard))
     }

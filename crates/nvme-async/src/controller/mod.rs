@@ -136,6 +136,9 @@ impl Controller {
     /// Allocates a buffer of `len` bytes that the device reaches without a copy. Its contents are
     /// unspecified.
     ///
+    /// Where the controller is in another process, what is larger than 2 MiB is copied: to map memory
+    /// is to wait for that process.
+    ///
     /// # Errors
     ///
     /// [`Error::Memory`] when the pool has reached its limit
@@ -156,7 +159,16 @@ impl Controller {
     ///
     /// Dropping it leaves nothing mapped.
     pub async fn register(&self, memory: Arc<dyn Registered>) -> Result<Registration, Error> {
-        Registration::new(&self.inner.dma.space, memory).await
+        let space = &self.inner.dma.space;
+        if !self.inner.tenure.waits_for_peer() {
+            return Registration::new(space, memory, false).await;
+        }
+        let space = space.clone();
+        let register = move || {
+            let registration = Registration::new(&space, memory, true);
+            Handle::current().block_on(registration)
+        };
+        registers::apart(self.address(), register).await
     }
 
     /// What is mapped for the device, and who waits for room.

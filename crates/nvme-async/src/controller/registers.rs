@@ -1,5 +1,6 @@
 //! The controller's registers, and waiting for them.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use nvme_spec::registers::{
     AdminQueueAttributes, Capabilities, ControllerConfiguration, ControllerStatus, ReadyTimeouts,
     ShutdownNotification, ShutdownStatus, Version, offset,
 };
+use tokio::runtime::Handle;
 
 use crate::device::{Device, DeviceError};
 use crate::{Error, Fate};
@@ -38,6 +40,19 @@ enum Stop {
 }
 
 impl Registers {
+    /// Accesses registers from a task: where another process answers, in a thread that may wait for
+    /// it. That goes on when this is dropped.
+    pub(crate) async fn access<R: Send + 'static>(
+        &self,
+        access: impl FnOnce(&Self) -> Result<R, Error> + Send + 'static,
+    ) -> Result<R, Error> {
+        if !self.device.waits_for_peer() {
+            return access(self);
+        }
+        let this = self.clone();
+        apart(self.device.address(), move || access(&this)).await
+    }
+
     pub(crate) fn capabilities(&self) -> Result<Capabilities, Error> {
         let bits = self.device.read64(offset::CAP)?;
         if bits == u64::MAX {
@@ -76,7 +91,7 @@ impl Registers {
     /// Disables the controller and waits until it is (NVMe base specification 2.0, section 3.1.3.5,
     /// CC.EN). Afterwards it accesses no host memory.
     pub(crate) async fn disable(&self, timeout: Duration) -> Result<(), Error> {
-        self.clear_enable()?;
+        self.access(Self::clear_enable).await?;
         self.wait("become disabled", timeout, false, |status| !status.rdy())
             .await
     }
@@ -109,7 +124,10 @@ impl Registers {
     /// Announces a normal shutdown and waits until the controller has flushed what it must (NVMe
     /// base specification 2.0, section 3.6).
     pub(crate) async fn shut_down(&self, timeout: Duration) -> Result<(), Error> {
-        self.configure(self.configuration()?.with_shn(ShutdownNotification::Normal))?;
+        let announce = |this: &Self| {
+            this.configure(this.configuration()?.with_shn(ShutdownNotification::Normal))
+        };
+        self.access(announce).await?;
         self.wait("shut down", timeout, false, |status| {
             status.shst() == ShutdownStatus::Complete
         })
@@ -179,20 +197,23 @@ impl Registers {
         action: &'static str,
         timeout: Duration,
         fatal_matters: bool,
-        done: impl Fn(ControllerStatus) -> bool,
+        done: fn(ControllerStatus) -> bool,
     ) -> Result<(), Error> {
+        let look = move |this: &Self| {
+            this.look(fatal_matters, done)
+                .map_err(|stop| this.error(stop))
+        };
         let mut wait = Wait::new(timeout);
         loop {
-            if self
-                .look(fatal_matters, &done)
-                .map_err(|stop| self.error(stop))?
-                .is_none()
-            {
+            if self.access(look).await?.is_none() {
                 return Ok(());
             }
             match wait.pause() {
                 Some(pause) => tokio::time::sleep(pause).await,
-                None => return Err(self.not_ready(action, timeout)),
+                None => {
+                    let late = move |this: &Self| Err(this.not_ready(action, timeout));
+                    return self.access(late).await;
+                }
             }
         }
     }
@@ -236,7 +257,7 @@ impl Registers {
         }
     }
 
-    fn removed(&self) -> Error {
+    pub(super) fn removed(&self) -> Error {
         Error::Removed {
             address: self.address(),
             fate: Fate::NotExecuted,
@@ -245,6 +266,26 @@ impl Registers {
 
     fn address(&self) -> String {
         self.device.address().to_owned()
+    }
+}
+
+/// Does something that may wait for another process, in a thread that may. That goes on when this is
+/// dropped.
+pub(crate) async fn apart<R: Send + 'static>(
+    address: &str,
+    work: impl FnOnce() -> Result<R, Error> + Send + 'static,
+) -> Result<R, Error> {
+    let gone = || Error::RuntimeGone {
+        address: address.to_owned(),
+        fate: Fate::NotExecuted,
+    };
+    let runtime = Handle::try_current().map_err(|_| gone())?;
+    match runtime.spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            Err(_) => Err(gone()),
+        },
     }
 }
 

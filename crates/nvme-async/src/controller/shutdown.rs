@@ -77,16 +77,18 @@ pub(super) async fn shut_down(inner: &Arc<ControllerInner>) -> Result<(), Error>
         Ok(()) => true,
         Err(error) => {
             note(Err(error));
-            let reset = registers.device.reset();
+            let reset = |registers: &Registers| Ok(registers.device.reset()?);
+            let reset = registers.access(reset).await;
             let disabled = reset.is_ok();
-            note(reset.map_err(Error::from));
+            note(reset);
             disabled
         }
     };
-    let cut_off = registers.device.set_bus_master(false);
+    let cut_off = |registers: &Registers| Ok(registers.device.set_bus_master(false)?);
+    let cut_off = registers.access(cut_off).await;
     // A controller that goes on can't do so with memory.
     let stopped = disabled || cut_off.is_ok();
-    note(cut_off.map_err(Error::from));
+    note(cut_off);
     let remains: Vec<Remains> = inner
         .all_queues()
         .chain([&inner.admin.queue])
@@ -193,29 +195,33 @@ async fn drain(inner: &ControllerInner) {
 /// Stops a controller that is not used any more, in a thread of its own, and drops `keep` when
 /// that is done: memory that the controller may access until then above all.
 pub(super) fn stop_and_drop(
-    tenure: &Tenure,
+    tenure: &Arc<Tenure>,
     ready_timeout: Duration,
     keep: impl Send + 'static,
     supervisor: Option<Retired>,
 ) {
+    let waits_for_peer = tenure.waits_for_peer();
     // From here on it accesses no memory, whatever the thread takes.
-    if let Some(registers) = tenure.registers()
+    if !waits_for_peer
+        && let Some(registers) = tenure.registers()
         && let Err(error) = registers.device.set_bus_master(false)
     {
         tracing::warn!(%error, "an unused controller could not be cut off from memory");
     }
-    let Some(held) = tenure.take() else {
-        // It was given up before.
-        if tenure.runs_on() {
-            std::mem::forget(keep);
-        }
-        return;
-    };
+    let taken = (!waits_for_peer).then(|| tenure.take());
+    let tenure = tenure.clone();
     let stop = move || {
+        let held = taken.unwrap_or_else(|| tenure.take());
+        let Some(Held { registers, release }) = held else {
+            // It was given up before.
+            if tenure.runs_on() {
+                std::mem::forget(keep);
+            }
+            return;
+        };
         if let Some(supervisor) = supervisor {
             supervisor.wait();
         }
-        let Held { registers, release } = held;
         let disabled = registers.disable_blocking(ready_timeout);
         // A recovery that ended just now may have allowed it to access memory again.
         let stopped = disabled.is_ok()
@@ -228,6 +234,10 @@ pub(super) fn stop_and_drop(
                  never freed"
             );
             std::mem::forget(keep);
+        } else if waits_for_peer {
+            // Mappings end with it, so that nobody who still has memory will have to wait for that.
+            registers.device.close();
+            drop(keep);
         } else {
             drop(keep);
         }

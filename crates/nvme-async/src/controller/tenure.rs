@@ -10,6 +10,8 @@ use crate::engine::sync::lock_std;
 /// A controller's device, until it is given up: when it was shut down, has failed, or is gone.
 pub(crate) struct Tenure {
     address: Arc<str>,
+    /// Whether the device's registers are another process's.
+    waits_for_peer: bool,
     held: Mutex<Option<Held>>,
     /// Whether it was given up without having been stopped.
     runs_on: AtomicBool,
@@ -26,6 +28,7 @@ impl Tenure {
     pub(crate) fn new(registers: Registers, release: Release) -> Arc<Self> {
         Arc::new(Self {
             address: registers.device.address().into(),
+            waits_for_peer: registers.device.waits_for_peer(),
             held: Mutex::new(Some(Held { registers, release })),
             runs_on: AtomicBool::new(false),
         })
@@ -33,6 +36,17 @@ impl Tenure {
 
     pub(crate) fn address(&self) -> &str {
         &self.address
+    }
+
+    /// See [`Device::waits_for_peer`](crate::device::Device::waits_for_peer).
+    pub(crate) fn waits_for_peer(&self) -> bool {
+        self.waits_for_peer
+    }
+
+    /// Does something with the registers during which the device is not taken away, if there is one.
+    pub(crate) fn while_held<R>(&self, usage: impl FnOnce(&Registers) -> R) -> Option<R> {
+        let held = lock_std(&self.held);
+        held.as_ref().map(|held| usage(&held.registers))
     }
 
     /// The registers, while there is a device.

@@ -27,8 +27,8 @@ pub use doorbell::{Doorbell, DoorbellCall, MappedRegisters, VectorMask};
 
 /// A controller as a transport presents it.
 ///
-/// Registers are the control path: a call may be a system call or a message to another process,
-/// and may block for about a millisecond. Nothing here is called per command except what
+/// Registers are the control path: a call is a system call, or a message to another process
+/// ([`Device::waits_for_peer`]). Nothing here is called per command except what
 /// [`Device::doorbell`] hands out.
 pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// The address by which the user opened it, for errors and traces.
@@ -77,6 +77,13 @@ pub trait Device: fmt::Debug + Send + Sync + 'static {
     /// Resets the function; afterwards the controller is disabled and accesses no host memory.
     fn reset(&self) -> Result<(), DeviceError>;
 
+    /// Whether registers, mappings and resets are messages that another process answers when it gets
+    /// round to it. The driver then makes such calls only in threads that may block, and has all
+    /// memory of its pool mapped when the controller is opened, since buffers are allocated anywhere.
+    fn waits_for_peer(&self) -> bool {
+        false
+    }
+
     /// The kernel's number of the thread that a software controller in this process runs in.
     fn software_thread(&self) -> Option<u32> {
         None
@@ -114,6 +121,8 @@ pub enum Notice {
     ReleaseRequested,
     /// The device reported an uncorrectable error.
     Failed,
+    /// The device is gone, and accesses no memory any more.
+    Gone,
 }
 
 /// A register access, reset or bus-master change that the transport could not do.

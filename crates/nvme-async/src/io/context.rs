@@ -50,6 +50,8 @@ pub(crate) struct DmaContext {
     sgl: SglSupport,
     /// Whether data is always copied, so that the device never reaches memory of the caller.
     isolate: bool,
+    /// Whether the pool maps nothing more, and has no block that is larger than a chunk.
+    has_whole_pool: bool,
     reserve: Arc<Reserve>,
     bounced_bytes: AtomicU64,
 }
@@ -106,6 +108,7 @@ impl DmaContext {
         pool: Pool,
         sgl: SglSupport,
         isolate: bool,
+        has_whole_pool: bool,
         max_transfer: usize,
     ) -> Result<Self, AllocError> {
         let reserve = Arc::new(Reserve::new(&pool, max_transfer)?);
@@ -115,6 +118,7 @@ impl DmaContext {
             pool,
             sgl,
             isolate,
+            has_whole_pool,
             reserve,
             bounced_bytes,
         })
@@ -127,7 +131,7 @@ impl DmaContext {
 
     /// A buffer of `len` bytes with unspecified contents.
     pub(crate) fn buffer(&self, len: usize) -> Result<DmaBuf, Error> {
-        if self.isolate {
+        if self.isolate || (self.has_whole_pool && len > Pool::LARGEST_PART) {
             Ok(DmaBuf::heap(len))
         } else {
             Ok(self.pool.alloc(len)?)

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::thread;
 
 use iova::{AddressSpace, Direction, FixedMapping, HostMemory};
 
@@ -13,20 +14,37 @@ use crate::memory::Registered;
 /// need no copy and no system call.
 ///
 /// Dropping it unregisters the memory once no [`RegisteredSlice`] of it is left, those that
-/// commands still use included.
+/// commands still use included. Where the controller is in another process, that is asked to let go of
+/// it in a thread of its own, and the memory's owner is dropped there.
 pub struct Registration {
     region: Arc<Region>,
 }
 
 struct Region {
-    mapping: FixedMapping,
+    /// Until it is dropped.
+    mapping: Option<FixedMapping>,
+    len: usize,
     memory: Arc<dyn Registered>,
+    waits_for_peer: bool,
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        let mapping = self.mapping.take();
+        if self.waits_for_peer {
+            // Where there can be no thread, the closure is dropped here.
+            let unmap = thread::Builder::new().name("nvme-async-unmap".to_owned());
+            let _ = unmap.spawn(move || drop(mapping));
+        }
+    }
 }
 
 impl Registration {
+    /// Where the device `waits_for_peer`, it is unmapped in a thread of its own.
     pub(crate) async fn new(
         space: &AddressSpace,
         memory: Arc<dyn Registered>,
+        waits_for_peer: bool,
     ) -> Result<Self, Error> {
         let mut host = HostMemory::new(memory.addr(), memory.len());
         if let Some((fd, offset)) = memory.file() {
@@ -38,7 +56,12 @@ impl Registration {
             unsafe { space.register(host, Direction::Bidirectional, Arc::new(memory.clone())) };
         let mapping = mapping.await?;
         Ok(Self {
-            region: Arc::new(Region { mapping, memory }),
+            region: Arc::new(Region {
+                len: mapping.len(),
+                mapping: Some(mapping),
+                memory,
+                waits_for_peer,
+            }),
         })
     }
 
@@ -48,7 +71,7 @@ impl Registration {
         reason = "an empty registration is refused"
     )]
     pub fn len(&self) -> usize {
-        self.region.mapping.len()
+        self.region.len
     }
 
     /// `len` bytes at `offset`, to be read into or written from; nothing if the range is empty or

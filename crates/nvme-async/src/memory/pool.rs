@@ -18,7 +18,8 @@ const CHUNK: usize = buddy::PAGES * DEVICE_PAGE;
 /// Memory that is mapped for one device before it is needed, and handed out in blocks.
 ///
 /// The pool grows by chunks of 2 MiB, each a [`SharedMemory`] with one fixed mapping, up to a limit
-/// that is set when it is made. It keeps them until the last handle is dropped. A block is a power
+/// that is set when it is made; or it has all of them from the start, as parts of one such mapping
+/// ([`map_all`](Self::map_all)). It keeps them until the last handle is dropped. A block is a power
 /// of two of device pages (4 KiB) up to a chunk, aligned to its size in the chunk; what is larger
 /// than a chunk gets one of its own, in whole pages, that is unmapped when it is freed.
 ///
@@ -49,6 +50,43 @@ impl Pool {
                 growing: Mutex::default(),
             }),
         }
+    }
+
+    /// The largest block that is a part of a chunk.
+    pub(crate) const LARGEST_PART: usize = CHUNK;
+
+    /// Maps all that the limit allows at once, so that nothing will be mapped, or unmapped before the
+    /// last handle is dropped. Pages that are never used take no memory. What is larger than a chunk
+    /// can't be allocated then.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`alloc`](Self::alloc); nothing is mapped then.
+    pub(crate) fn map_all(&self) -> Result<(), AllocError> {
+        let _growing = lock(&self.handle.growing);
+        let shared = &self.handle.shared;
+        let first = shared.state().chunks.len();
+        let count = (shared.limit / CHUNK).saturating_sub(first);
+        if count == 0 {
+            return Ok(());
+        }
+        let reservations: Vec<_> = (0..count)
+            .map(|_| Reservation::new(shared, CHUNK))
+            .collect::<Result<_, _>>()?;
+        let area = Arc::new(self.map(count * CHUNK)?);
+        let chunks: Vec<_> = reservations
+            .into_iter()
+            .enumerate()
+            .map(|(number, reservation)| {
+                let index = Some(first + number);
+                Arc::new(Chunk::new(&area, number * CHUNK, CHUNK, index, reservation))
+            })
+            .collect();
+        let mut state = shared.state();
+        for chunk in chunks {
+            state.add_chunk(chunk);
+        }
+        Ok(())
     }
 
     /// Allocates `len` bytes.
@@ -96,8 +134,13 @@ impl Pool {
         }
         // Only the holder of `growing` adds chunks, so the number stays right.
         let index = shared.state().chunks.len();
-        let chunk = Arc::new(self.map(CHUNK, Some(index))?);
-        Ok(shared.state().add_chunk(chunk, order))
+        let chunk = Arc::new(self.map_chunk(CHUNK, Some(index))?);
+        let mut state = shared.state();
+        state.add_chunk(chunk);
+        // Before anybody else can.
+        Ok(state
+            .take(order)
+            .expect("a fresh chunk has free blocks of every order"))
     }
 
     /// Allocates a chunk for one block alone.
@@ -107,12 +150,17 @@ impl Pool {
         let len = len
             .checked_next_multiple_of(page)
             .ok_or(AllocError::LimitReached { limit })?;
-        let chunk = Arc::new(self.map(len, None)?);
+        let chunk = Arc::new(self.map_chunk(len, None)?);
         Ok(self.handle.shared.state().block(chunk, 0, len))
     }
 
-    fn map(&self, len: usize, index: Option<usize>) -> Result<Chunk, AllocError> {
+    fn map_chunk(&self, len: usize, index: Option<usize>) -> Result<Chunk, AllocError> {
         let reservation = Reservation::new(&self.handle.shared, len)?;
+        let area = Arc::new(self.map(len)?);
+        Ok(Chunk::new(&area, 0, len, index, reservation))
+    }
+
+    fn map(&self, len: usize) -> Result<Area, AllocError> {
         let memory = Arc::new(SharedMemory::new(len).map_err(AllocError::Memory)?);
         let host_memory = HostMemory::new(memory.addr(), memory.len()).with_file(memory.fd(), 0);
         // SAFETY: `memory` owns a live, writable mapping of exactly that file range, which neither
@@ -124,12 +172,7 @@ impl Pool {
                 .try_register(host_memory, Direction::Bidirectional, memory.clone())
         };
         let mapping = mapping.map_err(AllocError::Mapping)?;
-        Ok(Chunk {
-            mapping,
-            memory,
-            index,
-            reservation,
-        })
+        Ok(Area { mapping, memory })
     }
 }
 
@@ -147,7 +190,7 @@ pub struct PoolStats {
     pub limit: usize,
     /// Bytes mapped for the device, in use or not, with those that are just being mapped.
     pub mapped: usize,
-    /// Chunks that these bytes are in; each is one mapping of the address space.
+    /// Chunks that these bytes are in.
     pub chunks: usize,
     /// Bytes in blocks that have not been freed, by the size of the block.
     pub allocated: usize,
@@ -232,20 +275,17 @@ impl State {
         Some(self.block(chunk, page * DEVICE_PAGE, DEVICE_PAGE << order))
     }
 
-    /// Adds `chunk` and takes a block of `order` from it before anybody else can.
-    fn add_chunk(&mut self, chunk: Arc<Chunk>, order: usize) -> Block {
+    fn add_chunk(&mut self, chunk: Arc<Chunk>) {
         debug_assert_eq!(chunk.index, Some(self.chunks.len()));
         self.chunks.push(chunk);
         self.free.add_chunk();
-        self.take(order)
-            .expect("a fresh chunk has free blocks of every order")
     }
 
     /// Makes the block of `len` bytes at `offset` of `chunk`, which is free.
     fn block(&mut self, chunk: Arc<Chunk>, offset: usize, len: usize) -> Block {
-        assert!(offset + len <= chunk.memory.len());
-        // SAFETY: offset is inside of the chunk's mapping, as was just checked.
-        let addr = unsafe { chunk.memory.addr().add(offset) };
+        assert!(offset + len <= chunk.len);
+        // SAFETY: offset is inside of the chunk, as was just checked, and so of its mapping.
+        let addr = unsafe { chunk.addr.0.add(offset) };
         self.allocated += len;
         self.outstanding += 1;
         Block {
@@ -258,13 +298,46 @@ impl State {
 
 /// Memory that is one mapping of the address space.
 ///
-/// The fields are dropped in this order: unmapped, freed, and only then room for another.
-struct Chunk {
+/// The fields are dropped in this order: unmapped, and then freed.
+struct Area {
     mapping: FixedMapping,
     memory: Arc<SharedMemory>,
+}
+
+/// A part of an area, or all of it.
+///
+/// The fields are dropped in this order: only when there is no memory is there room for another.
+struct Chunk {
+    addr: Address,
+    iova: u64,
+    len: usize,
     /// Its number among the chunks of the pool; nothing if it is a single block.
     index: Option<usize>,
+    _area: Arc<Area>,
     reservation: Reservation,
+}
+
+impl Chunk {
+    /// The part of `len` bytes at `offset`.
+    fn new(
+        area: &Arc<Area>,
+        offset: usize,
+        len: usize,
+        index: Option<usize>,
+        reservation: Reservation,
+    ) -> Self {
+        assert!(offset + len <= area.memory.len());
+        // SAFETY: offset is inside of the area's mapping, as was just checked.
+        let addr = unsafe { area.memory.addr().add(offset) };
+        Self {
+            addr: Address(addr),
+            iova: area.mapping.iova() + offset as u64,
+            len,
+            index,
+            _area: area.clone(),
+            reservation,
+        }
+    }
 }
 
 /// A part of the pool's limit.
@@ -327,12 +400,12 @@ impl Block {
 
     /// Where the device finds the block.
     pub(super) fn iova(&self) -> u64 {
-        self.chunk.mapping.iova() + self.offset() as u64
+        self.chunk.iova + self.offset() as u64
     }
 
     /// Where in its chunk the block starts, in bytes.
     fn offset(&self) -> usize {
-        self.addr.0.addr().get() - self.chunk.memory.addr().addr().get()
+        self.addr.0.addr().get() - self.chunk.addr.0.addr().get()
     }
 }
 
@@ -352,7 +425,7 @@ impl Drop for Block {
     }
 }
 
-/// The address of a [`Block`], beside what keeps it valid: following that each time would cost two
+/// The address of a [`Block`] or [`Chunk`], beside what keeps it valid: following that each time would cost two
 /// dependent loads for every access to a buffer.
 struct Address(NonNull<u8>);
 

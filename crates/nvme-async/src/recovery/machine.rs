@@ -211,6 +211,7 @@ impl Recovery {
                 self.phase = Phase::Releasing(Wait::new(now, timeout));
                 self.tick(now);
             }
+            Notice::Gone => self.end(End::Removed),
             Notice::Failed => {
                 if matches!(self.phase, Phase::Live | Phase::Recreating { .. }) {
                     self.reset(now, ResetCause::Reported);
