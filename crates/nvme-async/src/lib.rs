@@ -82,6 +82,7 @@ pub use crate::url::{UrlError, parse_size};
 /// | URL | reaches |
 /// | --- | --- |
 /// | `nvme://0000:44:00.0/1` | a PCI function bound to `vfio-pci`, namespace 1 (`/1` may be left out) |
+/// | `vfio-user:/run/nvme.sock?ns=1` | a controller in another process that serves the vfio-user protocol, namespace 1 (`?ns=1` may be left out) |
 /// | `file:disk.img?size=1G&lba=4096` | a software controller over a file, which is created sparse when `size` is given |
 /// | `mem:?size=256M` | a software controller over memory |
 ///
@@ -91,7 +92,7 @@ pub use crate::url::{UrlError, parse_size};
 /// `faults=plan.toml` (a file that says what it does wrong and when; the documentation of the module
 /// `fault` of `nvme-soft` has the keys and an example).
 ///
-/// Opening two namespaces of one PCI function or file in one process shares the controller.
+/// Opening two namespaces of one PCI function, socket or file in one process shares the controller.
 ///
 /// # Errors
 ///

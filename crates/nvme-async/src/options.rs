@@ -100,6 +100,16 @@ impl OpenOptions {
         self
     }
 
+    /// The vfio-user socket of the controller to open, whatever characters are in its path.
+    #[cfg(feature = "vfio-user")]
+    pub fn vfio_user(mut self, socket: impl Into<std::path::PathBuf>) -> Self {
+        self.target = Some(Ok(Target::VfioUser {
+            path: socket.into(),
+            namespace: None,
+        }));
+        self
+    }
+
     /// The device to open, as a URL; see [`open`](crate::open) for their forms. A namespace in the
     /// URL counts unless [`namespace`](Self::namespace) is called.
     pub fn url(mut self, url: &str) -> Self {

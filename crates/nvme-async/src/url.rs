@@ -17,6 +17,13 @@ pub(crate) enum Target {
     /// The software controller.
     #[cfg(feature = "soft")]
     Soft(SoftTarget),
+    /// A controller in another process.
+    #[cfg(feature = "vfio-user")]
+    VfioUser {
+        /// The server's socket.
+        path: PathBuf,
+        namespace: Option<u32>,
+    },
 }
 
 /// A software controller to start.
@@ -70,6 +77,8 @@ impl Target {
             Self::Pci { namespace, .. } => *namespace,
             #[cfg(feature = "soft")]
             Self::Soft(soft) => soft.namespace,
+            #[cfg(feature = "vfio-user")]
+            Self::VfioUser { namespace, .. } => *namespace,
         }
     }
 }
@@ -93,9 +102,13 @@ impl FromStr for Target {
         if let Some(rest) = url.strip_prefix("mem:") {
             return parse_memory(rest).map(Self::Soft).map_err(error);
         }
+        #[cfg(feature = "vfio-user")]
+        if let Some(rest) = url.strip_prefix("vfio-user:") {
+            return parse_vfio_user(rest).map_err(error);
+        }
         Err(error(
-            "unknown scheme; expected nvme://0000:44:00.0/1, file:disk.img?size=1G or \
-             mem:?size=256M"
+            "unknown scheme; expected nvme://0000:44:00.0/1, vfio-user:/run/nvme.sock?ns=1, \
+             file:disk.img?size=1G or mem:?size=256M"
                 .to_owned(),
         ))
     }
@@ -119,6 +132,23 @@ fn parse_namespace(text: &str) -> Result<u32, String> {
         )),
         Ok(nsid) => Ok(nsid),
     }
+}
+
+#[cfg(feature = "vfio-user")]
+fn parse_vfio_user(rest: &str) -> Result<Target, String> {
+    let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+    if path.is_empty() {
+        return Err("the path is missing; expected vfio-user:/run/nvme.sock?ns=1".to_owned());
+    }
+    let mut namespace = None;
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        match pair.split_once('=') {
+            Some(("ns", value)) => namespace = Some(parse_namespace(value)?),
+            _ => return Err(format!("unknown option {pair:?}; there is ns")),
+        }
+    }
+    let path = path.into();
+    Ok(Target::VfioUser { path, namespace })
 }
 
 #[cfg(feature = "soft")]
@@ -308,6 +338,33 @@ mod tests {
             "mem:?size=1G&namespaces=0",
             "mem:?size=1G&faults",
             "mem:?size=1G&faults=",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[cfg(feature = "vfio-user")]
+    #[test]
+    fn sockets() {
+        let parse = |url: &str| url.parse::<Target>();
+        let socket = |path: &str, namespace| {
+            Ok(Target::VfioUser {
+                path: path.into(),
+                namespace,
+            })
+        };
+        assert_eq!(
+            parse("vfio-user:/run/nvme.sock?ns=2"),
+            socket("/run/nvme.sock", Some(2))
+        );
+        assert_eq!(parse("vfio-user:a b%20:c?"), socket("a b%20:c", None));
+        for bad in [
+            "vfio-user:",
+            "vfio-user:?ns=1",
+            "vfio-user:/a?ns=0",
+            "vfio-user:/a?ns",
+            "vfio-user:/a?size=1G",
+            "vfio-user",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

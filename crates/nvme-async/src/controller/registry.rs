@@ -1,6 +1,8 @@
 //! Which controllers are open in this process, so that two URLs of one device share it.
 
 use std::collections::HashMap;
+#[cfg(any(feature = "soft", feature = "vfio-user"))]
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use tokio::runtime::Handle;
@@ -123,18 +125,26 @@ fn key(target: &Target) -> Option<String> {
     match target {
         Target::Pci { address, .. } => Some(format!("nvme://{address}")),
         #[cfg(feature = "soft")]
-        Target::Soft(soft) => soft.path.as_ref().map(|path| {
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            // The file may be about to be created; its folder is there.
-            let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
-            let path = match (folder, path.file_name()) {
-                (Some(folder), Some(name)) => folder.join(name),
-                _ => path,
-            };
-            let path = path.canonicalize().unwrap_or(path);
-            format!("file:{}", path.display())
-        }),
+        Target::Soft(soft) => {
+            let path = soft.path.as_deref()?;
+            Some(format!("file:{}", resolved(path).display()))
+        }
+        #[cfg(feature = "vfio-user")]
+        Target::VfioUser { path, .. } => Some(format!("vfio-user:{}", resolved(path).display())),
     }
+}
+
+/// A path by which a file is always the same one.
+#[cfg(any(feature = "soft", feature = "vfio-user"))]
+fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    // The file may be about to be created; its folder is there.
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    let path = match (folder, path.file_name()) {
+        (Some(folder), Some(name)) => folder.join(name),
+        _ => path,
+    };
+    path.canonicalize().unwrap_or(path)
 }
 
 fn lock() -> std::sync::MutexGuard<'static, HashMap<String, Entry>> {

@@ -18,6 +18,10 @@ const CAPABILITIES_POINTER: u64 = 0x34;
 const MSIX: u8 = 0x11;
 /// Message Control, in that capability (section 6.8.2.3).
 const MSIX_CONTROL: u64 = 2;
+#[cfg(feature = "vfio-user")]
+const MSIX_FUNCTION_MASK: u16 = 1 << 14;
+#[cfg(feature = "vfio-user")]
+const MSIX_ENABLE: u16 = 1 << 15;
 
 /// Reads `N` bytes at an offset of configuration space.
 pub(super) trait ReadConfig {
@@ -40,6 +44,27 @@ pub(super) fn change_command(config: &impl WriteConfig, set: u16, clear: u16) ->
     if command == 0xffff || command & set != set || command & clear != 0 {
         return Err(io::Error::other(format!(
             "PCI command register is {command:#06x}"
+        )));
+    }
+    Ok(())
+}
+
+/// Turns MSI-X on, with no vector masked by the function, or off; not at all where there is no such
+/// capability.
+#[cfg(feature = "vfio-user")]
+pub(super) fn enable_msix(config: &impl WriteConfig, enable: bool) -> io::Result<()> {
+    let Some(at) = find_capability(config, MSIX)? else {
+        return Ok(());
+    };
+    let control = at + MSIX_CONTROL;
+    let read = || config.read(control).map(u16::from_le_bytes);
+    let bit = if enable { MSIX_ENABLE } else { 0 };
+    let wanted = read()? & !(MSIX_ENABLE | MSIX_FUNCTION_MASK) | bit;
+    config.write(control, &wanted.to_le_bytes())?;
+    let control = read()?;
+    if control & (MSIX_ENABLE | MSIX_FUNCTION_MASK) != bit {
+        return Err(io::Error::other(format!(
+            "MSI-X message control is {control:#06x}"
         )));
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! What transports need of the kernel: eventfds, and mappings of a device's registers.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 
 /// A nonblocking eventfd, closed on exec.
@@ -13,6 +13,14 @@ pub(super) fn eventfd() -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes an eventfd readable.
+#[cfg(any(feature = "soft", feature = "vfio-user"))]
+pub(super) fn signal(eventfd: impl AsFd) {
+    // The only error that an open eventfd can have here is that its counter is at its maximum, when
+    // it is readable anyway.
+    let _ = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
 }
 
 /// The size of the host's pages in bytes.
@@ -101,7 +109,6 @@ unsafe impl Sync for Mapping {}
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::os::fd::AsFd;
 
     use super::*;
 

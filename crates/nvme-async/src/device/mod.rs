@@ -13,6 +13,9 @@ pub mod soft;
 #[expect(unsafe_code, reason = "it makes system calls")]
 pub mod vfio;
 
+#[cfg(feature = "vfio-user")]
+pub mod vfio_user;
+
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -149,5 +152,19 @@ pub(crate) fn open(target: &Target, vectors: u16) -> Result<Arc<dyn Device>, Err
         },
         #[cfg(feature = "soft")]
         Target::Soft(target) => soft::open(target, vectors),
+        #[cfg(feature = "vfio-user")]
+        Target::VfioUser { path, .. } => {
+            let options = vfio_user::VfioUserOptions {
+                vectors,
+                ..Default::default()
+            };
+            match vfio_user::VfioUserDevice::open(path, &options) {
+                Ok(device) => Ok(Arc::new(device)),
+                Err(error) => Err(Error::Open {
+                    address: vfio_user::address_of(path),
+                    reason: Box::new(error),
+                }),
+            }
+        }
     }
 }

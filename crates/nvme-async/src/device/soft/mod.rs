@@ -56,7 +56,8 @@ pub use iommu::{SoftIommu, Stray};
 pub use open::config;
 pub(crate) use open::open;
 
-use self::vectors::{Vectors, eventfd, signal};
+use self::vectors::Vectors;
+use crate::device::host::{eventfd, signal};
 use crate::device::{Device, DeviceError, Doorbell, DoorbellCall, Notice, VectorMask};
 
 /// How a [`SoftDevice`] is attached to this process.

@@ -1,13 +1,14 @@
 //! Interrupt vectors and notices as eventfds, and a table as that of MSI-X to mask them.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use nvme_soft::Interrupts;
 
 use crate::device::DoorbellCall;
+use crate::device::host::{eventfd, signal};
 
 /// Bytes of an entry of the table, and where its Vector Control word is.
 const ENTRY: u32 = 16;
@@ -103,27 +104,6 @@ impl Interrupts for Vectors {
             signal(descriptor);
         }
     }
-}
-
-/// Makes an eventfd readable.
-pub(super) fn signal(eventfd: &OwnedFd) {
-    let one = 1_u64.to_ne_bytes();
-    // The only error that an open eventfd can have here is that its counter is at its maximum, when
-    // it is readable anyway.
-    //
-    // SAFETY: `one` is readable for its length during the call.
-    unsafe { libc::write(eventfd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-}
-
-/// A nonblocking eventfd.
-pub(super) fn eventfd() -> io::Result<OwnedFd> {
-    // SAFETY: takes no pointers.
-    let descriptor = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-    if descriptor < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 #[cfg(test)]
