@@ -22,6 +22,7 @@ mod planted;
 mod polling;
 mod queues;
 mod recovery;
+mod remote;
 mod runtime_ends;
 mod runtimes;
 mod waiters;

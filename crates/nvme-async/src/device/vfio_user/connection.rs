@@ -157,9 +157,20 @@ impl Connection {
         fds: Vec<OwnedFd>,
         take: impl FnOnce(Reply<'_>, Vec<OwnedFd>) -> Option<R>,
     ) -> io::Result<R> {
+        self.call_within(self.reply_timeout, request, fds, take)
+    }
+
+    /// As [`call`](Self::call), with another time to wait.
+    pub(super) fn call_within<R>(
+        &self,
+        timeout: Duration,
+        request: &Request<'_>,
+        fds: Vec<OwnedFd>,
+        take: impl FnOnce(Reply<'_>, Vec<OwnedFd>) -> Option<R>,
+    ) -> io::Result<R> {
         let (id, replied) = self.send(request, fds)?;
         let command = request.command();
-        let message = match replied.recv_timeout(self.reply_timeout) {
+        let message = match replied.recv_timeout(timeout) {
             Ok(message) => message,
             Err(RecvTimeoutError::Timeout) => {
                 self.lock().calls.remove(&id);

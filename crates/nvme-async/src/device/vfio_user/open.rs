@@ -72,14 +72,12 @@ pub(super) fn negotiate(
         minor: MINOR,
         capabilities,
     };
-    let negotiated = connection.call(
-        &Request::Version(version),
-        Vec::new(),
-        |reply, _| match reply {
+    let request = Request::Version(version);
+    let negotiated =
+        connection.call_within(timeout, &request, Vec::new(), |reply, _| match reply {
             Reply::Version(version) => Some(version.capabilities),
             _ => None,
-        },
-    );
+        });
     let address = connection.address();
     let capabilities = negotiated.map_err(|source| match connection.why_ended() {
         // The kernel connects for a server that has not accepted yet.
