@@ -29,6 +29,7 @@ use crate::failure::Failure;
 /// NVMe devices from user space.
 ///
 /// A URL names a device: nvme://0000:44:00.0/1 (a PCI function bound to vfio-pci, namespace 1),
+/// vfio-user:/run/nvme.sock?ns=1 (a controller that another process serves),
 /// file:disk.img?size=1G&lba=4096 (a software controller over a file, created sparse when a size is
 /// given) or mem:?size=256M (the same over memory). A software controller takes faults=plan.toml, a
 /// file that says what it does wrong and when.

@@ -26,7 +26,7 @@ use crate::format::parse_seconds;
 /// Workloads that write destroy what is in the region.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Arguments {
-    /// The namespace, such as nvme://0000:44:00.0/1 or mem:?size=256M.
+    /// The namespace, such as nvme://0000:44:00.0/1, vfio-user:/run/nvme.sock or mem:?size=256M.
     url: String,
 
     /// The workload.

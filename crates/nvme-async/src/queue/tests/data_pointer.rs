@@ -263,6 +263,30 @@ fn lists_are_chained_where_a_page_of_them_is_full() {
     }
 }
 
+/// Some controllers read the list as one array, without pointers to further pages in it (SPDK's, which
+/// transfer at most 128 KiB).
+#[test]
+fn lists_of_up_to_2_mib_are_one_array() {
+    let page = 0x1000;
+    for (offset, len) in [
+        (0, 12 << 10),
+        (4, 128 << 10),
+        (512, 128 << 10),
+        (0, 2 << 20),
+    ] {
+        let segments = [segment(page * 5 + offset, len)];
+        let shape = shape(&segments, page, SglSupport::None);
+        let list = List::new(list_bytes(shape, &segments, page));
+        let pointer = describe(shape, &segments, page, Some(&list));
+        let prp1 = page * 5 + offset;
+        assert_eq!(pointer, Some(DataPointer::Prp { prp1, prp2: LIST }));
+        let entries = (offset + len).div_ceil(page) - 1;
+        for index in 0..entries {
+            assert_eq!(list.read(LIST + index * 8), page * (6 + index));
+        }
+    }
+}
+
 #[test]
 fn a_segment_of_4_gib_takes_no_sgl_descriptor() {
     let segments = [segment(2, 1 << 32)];
