@@ -1,0 +1,111 @@
+//! A durable key-value service on an NVMe namespace, for clients of Redis.
+//!
+//! ```text
+//! cargo run --release --example kv -- [--device URL] [--listen 127.0.0.1:6380]
+//! redis-cli -p 6380 set greeting hello
+//! ```
+//!
+//! `README.md` beside this file says what it does and how fast. [`store`] is the storage engine, with the
+//! format on the device and why a crash loses nothing; [`server`] speaks to clients.
+
+mod server;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::error::Error;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use clap::Parser;
+use nvme_async::OpenOptions;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::store::{Durability, Options, Store};
+
+/// Serves keys and values from an NVMe namespace, durably, to clients of Redis.
+#[derive(Debug, Parser)]
+#[command(name = "kv")]
+struct Arguments {
+    /// The device: nvme://0000:44:00.0/1, file:PATH?size=1G (created if need be) or mem:?size=256M
+    #[arg(long, value_name = "URL", default_value = "file:kv.img?size=1G")]
+    device: String,
+    /// Where to listen
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:6380")]
+    listen: SocketAddr,
+    /// How writes become durable where there is a volatile write cache
+    #[arg(long, value_enum, default_value_t)]
+    durability: Durability,
+    /// Makes a new store on the device. EVERYTHING ON IT IS LOST
+    #[arg(long)]
+    format: bool,
+    /// Most bytes in a second that compaction reads, such as 64M, unless writers wait for it
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = nvme_async::parse_size)]
+    compaction_rate: u64,
+    /// Most connections
+    #[arg(long, default_value_t = server::Limits::default().connections)]
+    max_clients: usize,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    match run(Arguments::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then finishes what was begun and takes a checkpoint.
+async fn run(arguments: Arguments) -> Result<(), Box<dyn Error>> {
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
+    let mut stop = std::pin::pin!(async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    });
+    let listener = TcpListener::bind(arguments.listen)
+        .await
+        .map_err(|error| format!("{}: {error}", arguments.listen))?;
+    let options = Options {
+        durability: arguments.durability,
+        format: arguments.format,
+        compaction_rate: arguments.compaction_rate,
+        ..Options::default()
+    };
+    let open = async {
+        let namespace = OpenOptions::new().url(&arguments.device).open().await?;
+        Store::open(namespace, options).await
+    };
+    let store = tokio::select! {
+        store = open => store.map_err(|error| format!("{}: {error}", arguments.device))?,
+        // Recovery changes nothing that the next one would miss.
+        () = &mut stop => return Ok(()),
+    };
+    let address = listener.local_addr()?;
+    tracing::info!(
+        device = arguments.device,
+        "ready to accept connections on {address}"
+    );
+
+    let limits = server::Limits {
+        connections: arguments.max_clients,
+        ..server::Limits::default()
+    };
+    server::serve(store.clone(), listener, limits, stop).await?;
+    store.close().await?;
+    store.namespace().controller().shutdown().await?;
+    tracing::info!("closed");
+    Ok(())
+}

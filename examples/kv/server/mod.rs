@@ -1,0 +1,286 @@
+//! A server that speaks RESP 2 and 3, as Redis does, in front of a store.
+
+mod commands;
+mod glob;
+mod info;
+mod protocol;
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use futures::stream::{FuturesOrdered, StreamExt};
+use hdrhistogram::Histogram;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use self::commands::Answer;
+use self::protocol::Parser;
+use crate::store::{MAX_VALUE, Store};
+
+/// What is read of a connection at a time, and kept for it without being asked.
+const CHUNK: usize = 64 << 10;
+/// Most requests of a connection that are answered together.
+const MAX_TOGETHER: usize = 1024;
+/// How long clients have to take their last replies.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// What clients may use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) connections: usize,
+    /// Bytes of requests that are large, of all clients together.
+    pub(crate) pending: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 1000,
+            pending: 256 << 20,
+        }
+    }
+}
+
+/// What connections share.
+struct Server {
+    store: Store,
+    limits: Limits,
+    started: Instant,
+    connections: AtomicU64,
+    places: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
+    latencies: Mutex<Latencies>,
+}
+
+/// Microseconds from when requests were taken until their replies were complete.
+struct Latencies {
+    reads: Histogram<u64>,
+    writes: Histogram<u64>,
+}
+
+impl Server {
+    fn latencies(&self) -> MutexGuard<'_, Latencies> {
+        self.latencies.lock().expect("no one panics with it")
+    }
+}
+
+/// What a connection has said of itself.
+struct Session {
+    id: u64,
+    /// Of the protocol.
+    version: u8,
+    quits: bool,
+}
+
+/// Serves clients until `stop` resolves; then replies to what was asked, and returns.
+///
+/// # Errors
+///
+/// Those of the listener. Errors of connections end these.
+pub(crate) async fn serve(
+    store: Store,
+    listener: TcpListener,
+    limits: Limits,
+    stop: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let histogram = || Histogram::new(3).expect("between 0 and 5 digits");
+    let server = Arc::new(Server {
+        store,
+        limits,
+        started: Instant::now(),
+        connections: AtomicU64::new(0),
+        places: Arc::new(Semaphore::new(limits.connections)),
+        memory: Arc::new(Semaphore::new(limits.pending)),
+        latencies: Mutex::new(Latencies {
+            reads: histogram(),
+            writes: histogram(),
+        }),
+    });
+    let (stopping, stopped) = watch::channel(false);
+    let mut connections = JoinSet::new();
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    let (server, stopped) = (server.clone(), stopped.clone());
+                    connections.spawn(async move {
+                        if let Err(error) = connect(&server, stream, stopped).await {
+                            tracing::debug!(%error, "a connection ends");
+                        }
+                    });
+                }
+                // Such as too many open files: it may pass.
+                Err(error) => {
+                    tracing::warn!(%error, "a connection can't be accepted");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    stopping.send_replace(true);
+    let all = async { while connections.join_next().await.is_some() {} };
+    if timeout(FAREWELL, all).await.is_err() {
+        tracing::warn!(
+            left = connections.len(),
+            "clients do not take their replies"
+        );
+    }
+    Ok(())
+}
+
+async fn connect(
+    server: &Arc<Server>,
+    mut stream: TcpStream,
+    mut stopped: watch::Receiver<bool>,
+) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let id = server.connections.fetch_add(1, Ordering::Relaxed) + 1;
+    let Ok(_place) = server.places.clone().try_acquire_owned() else {
+        return stream
+            .write_all(b"-ERR max number of clients reached\r\n")
+            .await;
+    };
+    let mut connection = Connection {
+        server,
+        session: Session {
+            id,
+            version: 2,
+            quits: false,
+        },
+        parser: Parser::default(),
+        input: BytesMut::new(),
+        output: BytesMut::new(),
+        memory: None,
+    };
+    loop {
+        let broken = connection.answer(&mut stream).await?;
+        if broken || connection.session.quits || *stopped.borrow() {
+            return stream.shutdown().await;
+        }
+        connection.input.reserve(CHUNK);
+        tokio::select! {
+            read = stream.read_buf(&mut connection.input) => if read? == 0 {
+                return Ok(());
+            },
+            _ = stopped.changed() => {}
+        }
+    }
+}
+
+struct Connection<'a> {
+    server: &'a Arc<Server>,
+    session: Session,
+    parser: Parser,
+    input: BytesMut,
+    output: BytesMut,
+    /// For what is kept beyond a chunk.
+    memory: Option<OwnedSemaphorePermit>,
+}
+
+impl Connection<'_> {
+    /// Answers all requests that have arrived, in their order. They are begun one after the other, and
+    /// then finished together: so what a pipeline writes becomes durable in one batch. Returns whether
+    /// the client does not keep to the protocol.
+    async fn answer(&mut self, stream: &mut TcpStream) -> io::Result<bool> {
+        let mut complaint = None;
+        let mut is_empty = false;
+        while !is_empty && complaint.is_none() && !self.session.quits {
+            let (mut answers, mut bytes) = (Vec::new(), 0);
+            while answers.len() < MAX_TOGETHER && bytes < MAX_VALUE && !self.session.quits {
+                match self.parser.next(&mut self.input) {
+                    Ok(Some(request)) if request.is_empty() => {}
+                    Ok(Some(request)) => {
+                        let start = Instant::now();
+                        let session = &mut self.session;
+                        let answer = commands::execute(self.server, session, &request).await;
+                        bytes += answer.size();
+                        answers.push((start, session.version, answer));
+                    }
+                    Ok(None) => {
+                        is_empty = true;
+                        break;
+                    }
+                    Err(error) => {
+                        complaint = Some(error);
+                        break;
+                    }
+                }
+            }
+            self.reply(answers).await;
+            stream.write_all(&self.output).await?;
+            self.output.clear();
+        }
+        if complaint.is_none() {
+            complaint = self.keep().err();
+        }
+        let Some(complaint) = complaint else {
+            return Ok(false);
+        };
+        protocol::encode(
+            protocol::error(complaint),
+            self.session.version,
+            &mut self.output,
+        );
+        stream.write_all(&self.output).await?;
+        Ok(true)
+    }
+
+    async fn reply(&mut self, answers: Vec<(Instant, u8, Answer)>) {
+        let mut replies: FuturesOrdered<_> = answers
+            .into_iter()
+            .map(|(start, version, answer)| async move {
+                let is_read = matches!(answer, Answer::Value(_) | Answer::Values(_));
+                let is_write = matches!(answer, Answer::After(..));
+                (start, is_read, is_write, version, answer.reply().await)
+            })
+            .collect();
+        let mut times = Vec::new();
+        while let Some((start, is_read, is_write, version, reply)) = replies.next().await {
+            if is_read || is_write {
+                times.push((is_read, start.elapsed()));
+            }
+            protocol::encode(reply, version, &mut self.output);
+        }
+        let mut latencies = self.server.latencies();
+        for (is_read, time) in times {
+            let histogram = match is_read {
+                true => &mut latencies.reads,
+                false => &mut latencies.writes,
+            };
+            histogram.saturating_record(time.as_micros() as u64);
+        }
+    }
+
+    /// Sees to it that there is memory for the request of which a part has arrived.
+    fn keep(&mut self) -> Result<(), String> {
+        let wanted = self.parser.wanted().max(self.input.len());
+        let held = self
+            .memory
+            .as_ref()
+            .map_or(0, OwnedSemaphorePermit::num_permits);
+        if wanted <= CHUNK {
+            self.memory = None;
+        } else if wanted > held {
+            let memory = self.server.memory.clone();
+            let more = memory.try_acquire_many_owned((wanted - held) as u32);
+            let more = more.map_err(|_| {
+                "OOM too much memory is used by pending requests, try again later".to_owned()
+            })?;
+            match &mut self.memory {
+                Some(memory) => memory.merge(more),
+                memory => *memory = Some(more),
+            }
+        }
+        Ok(())
+    }
+}

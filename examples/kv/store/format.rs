@@ -1,0 +1,321 @@
+//! What is on the device, as bytes. All numbers are little-endian.
+
+use bytes::{Buf, BufMut};
+
+/// Batches, headers and roots start at multiples of this.
+pub(crate) const BLOCK: usize = 4096;
+/// Where the segments start; the two roots lie before.
+pub(super) const DATA_START: u64 = 64 << 10;
+/// Bytes before the records of a batch.
+pub(super) const BATCH_HEADER: usize = 32;
+/// Bytes before the key of a record.
+pub(super) const RECORD_HEADER: usize = 24;
+
+const ROOT_MAGIC: u64 = u64::from_le_bytes(*b"nvme-kv1");
+const SEGMENT_MAGIC: u32 = u32::from_le_bytes(*b"kvSG");
+const BATCH_MAGIC: u32 = u32::from_le_bytes(*b"kvBA");
+/// Most segments of a checkpoint: those whose numbers fit into a root.
+pub(super) const MAX_CHECKPOINT_SEGMENTS: usize = (BLOCK - 128) / 12;
+
+/// What checksums of one life of one segment of one store start from: bytes of another one never pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Seed(u32);
+
+impl Seed {
+    pub(super) fn new(store: u64, epoch: u64) -> Self {
+        let store = crc32c::crc32c(&store.to_le_bytes());
+        Self(crc32c::crc32c_append(store, &epoch.to_le_bytes()))
+    }
+
+    fn of(self, bytes: &[u8]) -> u32 {
+        crc32c::crc32c_append(self.0, bytes)
+    }
+
+    /// Fills in the checksum, which is the first four bytes.
+    fn sign(self, bytes: &mut [u8]) {
+        let checksum = self.of(&bytes[4..]);
+        bytes[..4].copy_from_slice(&checksum.to_le_bytes());
+    }
+
+    fn verifies(self, bytes: &[u8]) -> bool {
+        bytes[..4] == self.of(&bytes[4..]).to_le_bytes()
+    }
+}
+
+/// Where in the log something comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Position {
+    /// Of the segment.
+    pub(super) epoch: u64,
+    /// In the segment.
+    pub(super) offset: u32,
+    /// Of the batch.
+    pub(super) sequence: u64,
+}
+
+/// What recovery starts from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Root {
+    pub(super) store: u64,
+    pub(super) generation: u64,
+    pub(super) segment_size: u32,
+    pub(super) segments: u32,
+    pub(super) next_epoch: u64,
+    /// From where the log is replayed.
+    pub(super) position: Position,
+    /// How many batches the checkpoint has.
+    pub(super) chunks: u64,
+    /// The segments of the checkpoint, in order, with their epochs.
+    pub(super) checkpoint: Vec<(u32, u64)>,
+}
+
+impl Root {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(BLOCK);
+        bytes.put_u32_le(0);
+        bytes.put_u64_le(ROOT_MAGIC);
+        bytes.put_u64_le(self.store);
+        bytes.put_u64_le(self.generation);
+        bytes.put_u32_le(self.segment_size);
+        bytes.put_u32_le(self.segments);
+        bytes.put_u64_le(self.next_epoch);
+        bytes.put_u64_le(self.position.epoch);
+        bytes.put_u32_le(self.position.offset);
+        bytes.put_u64_le(self.position.sequence);
+        bytes.put_u64_le(self.chunks);
+        bytes.put_u32_le(self.checkpoint.len() as u32);
+        for (segment, epoch) in &self.checkpoint {
+            bytes.put_u32_le(*segment);
+            bytes.put_u64_le(*epoch);
+        }
+        bytes.resize(BLOCK, 0);
+        Seed::default().sign(&mut bytes);
+        bytes
+    }
+
+    /// Reads a block; nothing if it holds no root, or a torn one.
+    pub(super) fn decode(block: &[u8]) -> Option<Self> {
+        let mut bytes = &block[4..];
+        if !Seed::default().verifies(block) || bytes.get_u64_le() != ROOT_MAGIC {
+            return None;
+        }
+        let mut root = Self {
+            store: bytes.get_u64_le(),
+            generation: bytes.get_u64_le(),
+            segment_size: bytes.get_u32_le(),
+            segments: bytes.get_u32_le(),
+            next_epoch: bytes.get_u64_le(),
+            position: Position {
+                epoch: bytes.get_u64_le(),
+                offset: bytes.get_u32_le(),
+                sequence: bytes.get_u64_le(),
+            },
+            chunks: bytes.get_u64_le(),
+            checkpoint: Vec::new(),
+        };
+        let count = bytes.get_u32_le() as usize;
+        if count > MAX_CHECKPOINT_SEGMENTS {
+            return None;
+        }
+        root.checkpoint = (0..count)
+            .map(|_| (bytes.get_u32_le(), bytes.get_u64_le()))
+            .collect();
+        Some(root)
+    }
+}
+
+/// The first block of a segment. What counts lies in one logical block, so that it is never torn.
+pub(super) fn segment_header(store: u64, epoch: u64) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(BLOCK);
+    bytes.put_u32_le(0);
+    bytes.put_u32_le(SEGMENT_MAGIC);
+    bytes.put_u64_le(store);
+    bytes.put_u64_le(epoch);
+    Seed::default().sign(&mut bytes);
+    bytes.resize(BLOCK, 0);
+    bytes
+}
+
+/// The epoch in a segment's first block; nothing if this store never used the segment.
+pub(super) fn segment_epoch(store: u64, block: &[u8]) -> Option<u64> {
+    let block = block.get(..24)?;
+    let mut bytes = &block[4..];
+    let is_ours = Seed::default().verifies(block)
+        && bytes.get_u32_le() == SEGMENT_MAGIC
+        && bytes.get_u64_le() == store;
+    is_ours.then(|| bytes.get_u64_le())
+}
+
+/// Fills in the header of a batch, whose records are there, and pads it to whole blocks.
+pub(super) fn seal_batch(batch: &mut Vec<u8>, seed: Seed, sequence: u64) {
+    let len = batch.len();
+    let mut header = &mut batch[4..BATCH_HEADER];
+    header.put_u32_le(BATCH_MAGIC);
+    header.put_u64_le(sequence);
+    header.put_u32_le(len as u32);
+    header.put_bytes(0, 12);
+    seed.sign(batch);
+    batch.resize(len.next_multiple_of(BLOCK), 0);
+}
+
+/// The sequence number and the length of the batch that starts with `block`, which may be anything.
+pub(super) fn batch_header(mut block: &[u8]) -> Option<(u64, usize)> {
+    block.advance(4);
+    let magic = block.get_u32_le();
+    let (sequence, len) = (block.get_u64_le(), block.get_u32_le() as usize);
+    (magic == BATCH_MAGIC && len >= BATCH_HEADER).then_some((sequence, len))
+}
+
+/// Whether a batch is the one that was written.
+pub(super) fn batch_is_whole(batch: &[u8], seed: Seed) -> bool {
+    batch.len() >= BATCH_HEADER && seed.verifies(batch)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The key has this value.
+    Set = 1,
+    /// The key is gone.
+    Delete = 2,
+    /// The key expires at another time.
+    Expire = 3,
+    /// All keys are gone.
+    Clear = 4,
+    /// In checkpoints: the key's value is where this record's value says.
+    Entry = 5,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Record<'a> {
+    pub(super) kind: Kind,
+    /// In milliseconds since 1970; 0 for never.
+    pub(super) expires: u64,
+    pub(super) key: &'a [u8],
+    pub(super) value: &'a [u8],
+}
+
+/// Bytes of a record with such a key and value.
+pub(super) fn record_len(key: usize, value: usize) -> usize {
+    RECORD_HEADER + key + value
+}
+
+impl<'a> Record<'a> {
+    pub(super) fn len(&self) -> usize {
+        record_len(self.key.len(), self.value.len())
+    }
+
+    pub(super) fn encode(&self, seed: Seed, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.put_u32_le(0);
+        out.put_u32_le(self.kind as u32);
+        out.put_u32_le(self.key.len() as u32);
+        out.put_u32_le(self.value.len() as u32);
+        out.put_u64_le(self.expires);
+        out.put_slice(self.key);
+        out.put_slice(self.value);
+        seed.sign(&mut out[start..]);
+    }
+
+    /// Reads the record at the start of `bytes`, without its checksum.
+    pub(super) fn decode(bytes: &'a [u8]) -> Option<Self> {
+        let mut header = bytes.get(4..RECORD_HEADER)?;
+        let kind = match header.get_u32_le() {
+            1 => Kind::Set,
+            2 => Kind::Delete,
+            3 => Kind::Expire,
+            4 => Kind::Clear,
+            5 => Kind::Entry,
+            _ => return None,
+        };
+        let (key, value) = (header.get_u32_le() as usize, header.get_u32_le() as usize);
+        let expires = header.get_u64_le();
+        let body = bytes.get(RECORD_HEADER..record_len(key, value))?;
+        let (key, value) = body.split_at(key);
+        Some(Self {
+            kind,
+            expires,
+            key,
+            value,
+        })
+    }
+
+    /// Reads the record that is all of `bytes`, if it is the one that was written.
+    pub(super) fn verify(bytes: &'a [u8], seed: Seed) -> Option<Self> {
+        Self::decode(bytes).filter(|record| record.len() == bytes.len() && seed.verifies(bytes))
+    }
+}
+
+/// The records of a batch, with where each starts in it.
+pub(super) fn records(batch: &[u8]) -> impl Iterator<Item = (usize, Record<'_>)> {
+    let mut offset = BATCH_HEADER;
+    std::iter::from_fn(move || {
+        let record = Record::decode(batch.get(offset..)?)?;
+        let start = offset;
+        offset += record.len();
+        Some((start, record))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_damaged_or_from_another_life_does_not_pass() {
+        let seed = Seed::new(7, 1);
+        let record = Record {
+            kind: Kind::Set,
+            expires: 9,
+            key: b"key",
+            value: b"value",
+        };
+        let mut batch = vec![0; BATCH_HEADER];
+        record.encode(seed, &mut batch);
+        let len = batch.len();
+        seal_batch(&mut batch, seed, 5);
+        assert_eq!(batch_header(&batch), Some((5, len)));
+        assert_eq!(batch.len(), BLOCK);
+        assert!(batch_is_whole(&batch[..len], seed));
+        assert_eq!(
+            records(&batch[..len]).collect::<Vec<_>>(),
+            [(BATCH_HEADER, record)]
+        );
+        let bytes = &batch[BATCH_HEADER..len];
+        assert_eq!(Record::verify(bytes, seed), Some(record));
+        for other in [Seed::new(7, 2), Seed::new(8, 1)] {
+            assert!(!batch_is_whole(&batch[..len], other));
+            assert_eq!(Record::verify(bytes, other), None);
+        }
+        for byte in 0..len {
+            let mut damaged = batch[..len].to_vec();
+            damaged[byte] ^= 1;
+            assert!(!batch_is_whole(&damaged, seed), "byte {byte}");
+        }
+    }
+
+    #[test]
+    fn roots_and_headers_come_back() {
+        let root = Root {
+            store: 1,
+            generation: 2,
+            segment_size: 3,
+            segments: 4,
+            next_epoch: 5,
+            position: Position {
+                epoch: 6,
+                offset: 7,
+                sequence: 8,
+            },
+            chunks: 9,
+            checkpoint: vec![(10, 11); MAX_CHECKPOINT_SEGMENTS],
+        };
+        let mut block = root.encode();
+        assert_eq!(Root::decode(&block), Some(root));
+        block[BLOCK - 1] ^= 1;
+        assert_eq!(Root::decode(&block), None);
+        assert_eq!(Root::decode(&[0; BLOCK]), None);
+        assert_eq!(segment_epoch(3, &segment_header(3, 8)), Some(8));
+        assert_eq!(segment_epoch(4, &segment_header(3, 8)), None);
+        assert_eq!(segment_epoch(0, &[0; BLOCK]), None);
+    }
+}

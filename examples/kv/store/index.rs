@@ -1,0 +1,141 @@
+//! The keys and where their values are, in memory.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+
+use super::format::{self, RECORD_HEADER};
+
+/// The index is walked piece by piece, so that walks are short: these are the pieces.
+pub(super) const SHARDS: usize = 1024;
+
+/// Bytes of an entry's place in a checkpoint.
+const PLACE: usize = 12;
+
+/// Where the record of a key is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) segment: u32,
+    /// In the segment.
+    pub(super) offset: u32,
+    pub(super) value_len: u32,
+    /// In milliseconds since 1970; 0 for never.
+    pub(super) expires: u64,
+}
+
+impl Entry {
+    /// Bytes of its record.
+    pub(super) fn record_len(&self, key: &[u8]) -> usize {
+        format::record_len(key.len(), self.value_len as usize)
+    }
+
+    pub(super) fn is_expired(&self, now: u64) -> bool {
+        self.expires != 0 && self.expires <= now
+    }
+
+    /// Whether both are of the same record.
+    pub(super) fn is_same_record(&self, other: &Self) -> bool {
+        (self.segment, self.offset) == (other.segment, other.offset)
+    }
+
+    pub(super) fn encode(&self) -> [u8; PLACE] {
+        let mut place = [0; PLACE];
+        let numbers = [self.segment, self.offset, self.value_len];
+        for (bytes, number) in place.chunks_exact_mut(4).zip(numbers) {
+            bytes.copy_from_slice(&number.to_le_bytes());
+        }
+        place
+    }
+
+    pub(super) fn decode(place: &[u8], expires: u64) -> Option<Self> {
+        let place: &[u8; PLACE] = place.try_into().ok()?;
+        let (numbers, _) = place.as_chunks();
+        let [segment, offset, value_len] = [0, 1, 2].map(|i| u32::from_le_bytes(numbers[i]));
+        Some(Self {
+            segment,
+            offset,
+            value_len,
+            expires,
+        })
+    }
+}
+
+/// A map from keys to entries.
+pub(super) struct Index {
+    hasher: RandomState,
+    shards: Vec<HashMap<Box<[u8]>, Entry, RandomState>>,
+    len: usize,
+    /// Of all keys.
+    key_bytes: usize,
+    longest_key: usize,
+}
+
+impl Index {
+    pub(super) fn new() -> Self {
+        let hasher = RandomState::new();
+        Self {
+            shards: vec![HashMap::with_hasher(hasher.clone()); SHARDS],
+            hasher,
+            len: 0,
+            key_bytes: 0,
+            longest_key: 0,
+        }
+    }
+
+    fn shard(&self, key: &[u8]) -> usize {
+        // The maps use the low bits and the highest seven.
+        (self.hasher.hash_one(key) >> 32) as usize % SHARDS
+    }
+
+    pub(super) fn get(&self, key: &[u8]) -> Option<&Entry> {
+        self.shards[self.shard(key)].get(key)
+    }
+
+    pub(super) fn get_mut(&mut self, key: &[u8]) -> Option<&mut Entry> {
+        let shard = self.shard(key);
+        self.shards[shard].get_mut(key)
+    }
+
+    /// Returns what the key had.
+    pub(super) fn insert(&mut self, key: &[u8], entry: Entry) -> Option<Entry> {
+        let shard = self.shard(key);
+        if let Some(old) = self.shards[shard].get_mut(key) {
+            return Some(std::mem::replace(old, entry));
+        }
+        self.len += 1;
+        self.key_bytes += key.len();
+        self.longest_key = self.longest_key.max(key.len());
+        self.shards[shard].insert(key.into(), entry)
+    }
+
+    pub(super) fn remove(&mut self, key: &[u8]) -> Option<Entry> {
+        let shard = self.shard(key);
+        let entry = self.shards[shard].remove(key)?;
+        self.len -= 1;
+        self.key_bytes -= key.len();
+        Some(entry)
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self::new();
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn entries(&self, shard: usize) -> impl Iterator<Item = (&[u8], &Entry)> {
+        self.shards[shard]
+            .iter()
+            .map(|(key, entry)| (&**key, entry))
+    }
+
+    /// Bytes of a checkpoint's records.
+    pub(super) fn checkpoint_bytes(&self) -> usize {
+        self.len * (RECORD_HEADER + PLACE) + self.key_bytes
+    }
+
+    /// Bytes of the longest record of a checkpoint.
+    pub(super) fn longest_record(&self) -> usize {
+        RECORD_HEADER + PLACE + self.longest_key
+    }
+}

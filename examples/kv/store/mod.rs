@@ -1,0 +1,618 @@
+//! A durable key-value store on an NVMe namespace: a log, an index of it in memory, and checkpoints
+//! of the index.
+//!
+//! # On the device
+//!
+//! | where | what |
+//! | --- | --- |
+//! | blocks 0 and 1 (of 4 KiB) | two *roots*, written in turn; the valid one with the higher generation counts |
+//! | from 64 KiB on | *segments* of equal size, each used by the log, by a checkpoint, or free |
+//!
+//! A *segment* starts with a header block that holds its *epoch*: a number that is given out once, whenever
+//! a segment is made ready for use, in ascending order. After it come *batches*, one after the other.
+//! A batch is what one device write makes durable: a header with a *sequence number*, which counts the
+//! batches of the log, then records, then padding to whole blocks. Records are *set*, *delete*, *expire* and
+//! *clear*. A checkpoint is batches too, with a record for each key that says where its value is.
+//!
+//! Every batch and every record has a CRC-32C, which starts from the store's random number and the
+//! segment's epoch. So what an earlier life of the segment, or another store, left behind never
+//! passes. Segments are overwritten once before they are used, in the background, and so is the header
+//! with the epoch: on a file, a durable write then changes no metadata and is one write.
+//!
+//! A *root* says from which position the log is replayed (epoch, offset, sequence number), and which segments
+//! hold the checkpoint of what came before.
+//!
+//! # Why a crash loses nothing that was acknowledged
+//!
+//! Assumed of the device: a logical block is written as a whole or not at all; what was written with FUA, or
+//! before a flush that succeeded, stays; after a restart no earlier write reaches the media.
+//!
+//! Recovery loads the checkpoint of the valid root, then replays the log from its position: in the segment with
+//! that epoch and in those with higher ones, in their order. In each it takes batches as long as they are
+//! whole and have the next sequence number. A segment that does not start with it adds nothing.
+//!
+//! * **Torn writes, at any block.** The batch's checksum fails: it is not replayed, none of its records
+//!   is. It was not acknowledged.
+//! * **Batches in flight, out of order.** A batch is acknowledged after all before it. If *n* is lost and
+//!   *n+1* is there, neither was; the replay stops before *n*. It does so for ever: after a recovery the log
+//!   goes on in another segment, with a higher epoch, so that a new batch *n* never lies before the old *n+1*.
+//!   If *n+1* starts a segment of its own, that segment does not have the number that is next, now and
+//!   later: *n* is then found in a segment with a higher epoch, after which no lower one is looked at.
+//! * **What was replayed stays.** A batch may be whole and not yet durable (the process was killed, the page
+//!   cache lives). Recovery flushes before anyone can see what it replayed.
+//! * **Recycled segments.** Their batches have another epoch in their checksums. Epochs are never given out
+//!   twice: the header with the epoch is durable before the first batch is written, and recovery goes on
+//!   after the highest one that it finds, in any header or in the root.
+//! * **A torn checkpoint.** The root is written after the checkpoint and everything it refers to are durable.
+//!   Until then the old root, which lies in the other block, the old checkpoint and the log after the old
+//!   position stay as they are. A torn root fails its checksum.
+//! * **A checkpoint is taken while writes go on.** It holds, of each key, some state between its
+//!   position and its end. All that changed since the position is in the log, which says what is the case, not
+//!   what is to be changed; after its replay the state is that of the end.
+//! * **Tombstones.** The log before the position is never replayed, and segments after it are never
+//!   freed. So a *delete* in a freed segment has been forgotten together with everything older.
+//! * **Compaction.** A segment before the position is read, and the records that the index still refers to
+//!   are appended to the log, in one step with the check: what is overwritten before is not copied, what is
+//!   overwritten later comes later. It is freed when the copies are durable. The checkpoint
+//!   may still refer to it, but whatever it says of such a key is overruled by the log after it.
+//!   Readers hold the segment until they have read.
+//! * **Expiry.** Records carry the time at which they expire, so nothing is written when that comes; what has
+//!   expired is absent in every state. (A clock that is set back makes a key visible again.)
+//!
+//! Nobody sees what may be lost: a reader of a record that is not durable yet gets it when it is.
+
+pub(crate) mod format;
+mod index;
+mod log;
+mod maintenance;
+mod recovery;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use hdrhistogram::Histogram;
+use nvme_async::Namespace;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinSet;
+
+use self::format::{BATCH_HEADER, BLOCK, DATA_START, Kind, RECORD_HEADER, Record, record_len};
+use self::index::{Entry, SHARDS};
+pub(crate) use self::log::Commit;
+use self::log::{Class, NoRoom, State};
+
+/// Most bytes of a key.
+pub(crate) const MAX_KEY: usize = 64 << 10;
+/// Most bytes of a value, on devices of 1 GiB and more.
+pub(crate) const MAX_VALUE: usize = 16 << 20;
+
+/// How writes become durable where there is a volatile write cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Durability {
+    /// Each write by itself (Force Unit Access).
+    #[default]
+    Fua,
+    /// By a flush after each write.
+    Flush,
+}
+
+/// How a store is opened and works.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) durability: Durability,
+    /// Makes a new store, whatever the device holds.
+    pub(crate) format: bool,
+    /// A batch that has grown to this is written although others are on their way.
+    pub(crate) batch_bytes: usize,
+    /// Most batches on their way.
+    pub(crate) in_flight: usize,
+    /// Bytes in a second that compaction reads, unless writers wait for room.
+    pub(crate) compaction_rate: u64,
+    /// Bytes of the log after which a checkpoint is taken; at least four times the checkpoint's.
+    pub(crate) checkpoint_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            durability: Durability::Fua,
+            format: false,
+            batch_bytes: 64 << 10,
+            in_flight: 8,
+            compaction_rate: 64 << 20,
+            checkpoint_bytes: 64 << 20,
+        }
+    }
+}
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("the device holds something else; --format makes a store of it, and destroys that")]
+    Foreign,
+    #[error("the device is damaged: {0}")]
+    Damaged(String),
+    #[error("the device is too small: {0} bytes, at least {1} are needed")]
+    TooSmall(u64, u64),
+    #[error("the device has blocks of {0} bytes; at most 4096 can be used")]
+    Blocks(u32),
+    #[error("the store is full: {live} of {limit} bytes are in use")]
+    Full { live: u64, limit: u64 },
+    #[error("{0} bytes are more than the store takes at a time, which is {1}")]
+    TooLarge(usize, usize),
+    #[error("the store has failed, and must be opened again: {0}")]
+    Failed(String),
+    #[error("the store is being closed")]
+    Closed,
+    #[error(transparent)]
+    Device(#[from] nvme_async::Error),
+}
+
+/// What a write does.
+#[derive(Clone, Debug)]
+pub(crate) enum Change {
+    /// Expires in milliseconds since 1970; 0 is never.
+    Set {
+        key: Bytes,
+        value: Bytes,
+        expires: u64,
+    },
+    Delete {
+        key: Bytes,
+    },
+    Expire {
+        key: Bytes,
+        expires: u64,
+    },
+    Clear,
+}
+
+/// What is known of a key without a look at the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(crate) len: usize,
+    /// In milliseconds since 1970; 0 is never.
+    pub(crate) expires: u64,
+}
+
+/// All keys, at one moment.
+pub(crate) struct View<'a>(&'a State, u64);
+
+impl View<'_> {
+    pub(crate) fn get(&self, key: &[u8]) -> Option<Facts> {
+        let entry = self.0.index.get(key)?;
+        (!entry.is_expired(self.1)).then_some(Facts {
+            len: entry.value_len as usize,
+            expires: entry.expires,
+        })
+    }
+}
+
+/// Numbers of a store, since it was opened and of now.
+pub(crate) struct Statistics {
+    /// Records of each batch.
+    pub(crate) batches: Histogram<u64>,
+    /// Microseconds of each batch's write.
+    pub(crate) writes: Histogram<u64>,
+    pub(crate) checkpoints: u64,
+    pub(crate) compacted: u64,
+    pub(crate) moved_bytes: u64,
+    pub(crate) expired: u64,
+}
+
+/// How much there is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Usage {
+    pub(crate) keys: usize,
+    pub(crate) live: u64,
+    pub(crate) limit: u64,
+    pub(crate) pending: usize,
+    pub(crate) segments: usize,
+    pub(crate) segment_size: u32,
+    pub(crate) available: usize,
+    pub(crate) generation: u64,
+    pub(crate) written: u64,
+}
+
+struct Inner {
+    namespace: Namespace,
+    options: Options,
+    segment_size: u32,
+    state: Mutex<State>,
+    statistics: Mutex<Statistics>,
+    /// There is something to write.
+    appended: Notify,
+    /// There may be room, or more is durable.
+    room: Notify,
+    /// Segments are to be made ready.
+    wanted: Notify,
+    /// Something is to be freed.
+    tidy: Notify,
+    /// A checkpoint, then the end.
+    closing: Mutex<Option<oneshot::Sender<Result<(), Error>>>>,
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no one panics with it")
+    }
+
+    fn statistics(&self) -> MutexGuard<'_, Statistics> {
+        self.statistics.lock().expect("no one panics with it")
+    }
+
+    fn fail(&self, error: &Error) {
+        self.lock().fail(error.to_string());
+        self.room.notify_waiters();
+    }
+
+    /// Where in the namespace something in a segment is.
+    fn offset(&self, segment: u32, offset: u32) -> u64 {
+        segment_start(segment, self.segment_size) + u64::from(offset)
+    }
+}
+
+/// The store; clones are of the same one. Its tasks end with the last.
+#[derive(Clone)]
+pub(crate) struct Store {
+    inner: Arc<Inner>,
+    _tasks: Arc<JoinSet<()>>,
+}
+
+impl Store {
+    /// Opens the store on a namespace; makes one where there are only zeroes, or when told to.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Foreign`], [`Error::Damaged`] and those of the device.
+    pub(crate) async fn open(namespace: Namespace, options: Options) -> Result<Self, Error> {
+        let state = recovery::open(&namespace, &options).await?;
+        let histogram = || Histogram::new(3).expect("between 0 and 5 digits");
+        let inner = Arc::new(Inner {
+            namespace,
+            options,
+            segment_size: state.root.segment_size,
+            state: Mutex::new(state),
+            statistics: Mutex::new(Statistics {
+                batches: histogram(),
+                writes: histogram(),
+                checkpoints: 0,
+                compacted: 0,
+                moved_bytes: 0,
+                expired: 0,
+            }),
+            appended: Notify::new(),
+            room: Notify::new(),
+            wanted: Notify::new(),
+            tidy: Notify::new(),
+            closing: Mutex::new(None),
+        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(log::write(inner.clone()));
+        tasks.spawn(maintenance::prepare(inner.clone()));
+        tasks.spawn(maintenance::tidy(inner.clone()));
+        Ok(Self {
+            inner,
+            _tasks: Arc::new(tasks),
+        })
+    }
+
+    /// Looks for a key. It is decided now what is found; resolving the result gets it.
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Found, Error> {
+        let state = self.inner.lock();
+        state.check()?;
+        let entry = state
+            .index
+            .get(key)
+            .filter(|entry| !entry.is_expired(now()));
+        let Some(entry) = entry.copied() else {
+            return Ok(Found {
+                place: Place::Absent(state.commit_of_hidden()),
+                _pin: None,
+            });
+        };
+        let place = match state.pending(&entry, entry.record_len(key)) {
+            Some((record, commit)) => {
+                let value = record.slice(RECORD_HEADER + key.len()..);
+                Place::Pending(entry, value, commit)
+            }
+            None => Place::Stored(Stored {
+                store: self.clone(),
+                seed: state.seed(entry.segment),
+                key: Bytes::copy_from_slice(key),
+                entry,
+            }),
+        };
+        Ok(Found {
+            place,
+            _pin: Some(state.segments[entry.segment as usize].pin.clone()),
+        })
+    }
+
+    /// What is known of keys, and when that is durable.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&View<'_>) -> R) -> Result<(R, Commit), Error> {
+        let state = self.inner.lock();
+        state.check()?;
+        Ok((look(&View(&state, now())), state.commit()))
+    }
+
+    /// Decides by the keys that there are what to change, and changes that. Resolves when the order of it
+    /// among all changes is fixed, which may take until there is room. The changes are durable
+    /// together. `decide` may be called again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Full`], when something is set and there is no space for it; [`Error::TooLarge`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped before it resolves, it has done nothing.
+    pub(crate) async fn change<R>(
+        &self,
+        mut decide: impl FnMut(&View<'_>) -> (Vec<Change>, R),
+    ) -> Result<(R, Commit), Error> {
+        self.change_if(|_| true, &mut decide)
+            .await
+            .map(|result| result.expect("it is changed in any state"))
+    }
+
+    /// As [`change`](Self::change), for one key and by its value. What `decide` returns as an error,
+    /// changes nothing.
+    pub(crate) async fn modify<R>(
+        &self,
+        key: &[u8],
+        mut decide: impl FnMut(Option<(Facts, Bytes)>) -> (Vec<Change>, R),
+    ) -> Result<(R, Commit), Error> {
+        loop {
+            let found = self.get(key)?;
+            let seen = found.entry();
+            let value = found.peek().await?;
+            let mut decide = |view: &View<'_>| {
+                let facts = seen.and_then(|_| view.get(key));
+                decide(facts.zip(value.clone()))
+            };
+            let is_same = |state: &State| match (state.index.get(key), seen) {
+                (Some(entry), Some(seen)) => entry.is_same_record(&seen),
+                (entry, None) => entry.is_none_or(|entry| entry.is_expired(now())),
+                (None, Some(_)) => false,
+            };
+            // No other record comes to be in the place of the one that was found: `found` lives.
+            if let Some(result) = self.change_if(is_same, &mut decide).await? {
+                return Ok(result);
+            }
+        }
+    }
+
+    async fn change_if<R>(
+        &self,
+        is_wanted: impl Fn(&State) -> bool,
+        decide: &mut impl FnMut(&View<'_>) -> (Vec<Change>, R),
+    ) -> Result<Option<(R, Commit)>, Error> {
+        loop {
+            let mut room = std::pin::pin!(self.inner.room.notified());
+            room.as_mut().enable();
+            {
+                let mut state = self.inner.lock();
+                state.check()?;
+                if !is_wanted(&state) {
+                    return Ok(None);
+                }
+                let (changes, result) = decide(&View(&state, now()));
+                if self.append(&mut state, &changes)?.is_ok() {
+                    return Ok(Some((result, state.commit())));
+                }
+            }
+            self.inner.wanted.notify_one();
+            self.inner.tidy.notify_one();
+            room.await;
+        }
+    }
+
+    fn append(&self, state: &mut State, changes: &[Change]) -> Result<Result<(), NoRoom>, Error> {
+        if changes.is_empty() {
+            return Ok(Ok(()));
+        }
+        let records = changes.iter().map(Change::record);
+        let len: usize = records.clone().map(|record| record.len()).sum();
+        let most = state.root.segment_size as usize - BLOCK - BATCH_HEADER;
+        if len > most {
+            return Err(Error::TooLarge(len, most));
+        }
+        let mut class = Class::Delete;
+        let mut more = 0;
+        for record in records.clone().filter(|record| record.kind == Kind::Set) {
+            class = Class::Set;
+            let old = state.index.get(record.key);
+            let old = old.map_or(0, |entry| entry.record_len(record.key));
+            more += record.len() as i64 - old as i64;
+        }
+        let (live, limit) = (state.live, state.limit());
+        if class == Class::Set && more > 0 && live.saturating_add_signed(more) > limit {
+            return Err(Error::Full { live, limit });
+        }
+        let room = state.reserve(len, class);
+        if room.is_ok() {
+            records.for_each(|record| state.append(record));
+            self.inner.appended.notify_one();
+            if state.ready.len() < maintenance::READY {
+                self.inner.wanted.notify_one();
+            }
+        }
+        Ok(room)
+    }
+
+    /// Up to about `count` keys, and where to go on, 0 at the end. Keys that are there all the time are
+    /// returned at least once.
+    pub(crate) fn scan(&self, cursor: usize, count: usize) -> Result<(usize, Vec<Bytes>), Error> {
+        let state = self.inner.lock();
+        state.check()?;
+        let (mut keys, now) = (Vec::new(), now());
+        for shard in cursor..SHARDS {
+            if keys.len() >= count {
+                return Ok((shard, keys));
+            }
+            let entries = state.index.entries(shard);
+            let alive = entries.filter(|(_, entry)| !entry.is_expired(now));
+            keys.extend(alive.map(|(key, _)| Bytes::copy_from_slice(key)));
+        }
+        Ok((0, keys))
+    }
+
+    /// Finishes what was begun, takes a checkpoint, and stops: all operations fail from now on.
+    ///
+    /// # Errors
+    ///
+    /// Those of the device. What was acknowledged is durable all the same.
+    pub(crate) async fn close(&self) -> Result<(), Error> {
+        let commit = {
+            let mut state = self.inner.lock();
+            state.check()?;
+            state.closing = true;
+            state.commit()
+        };
+        self.inner.room.notify_waiters();
+        commit.durable().await?;
+        let (sender, receiver) = oneshot::channel();
+        *self.inner.closing.lock().expect("no one panics with it") = Some(sender);
+        self.inner.tidy.notify_one();
+        receiver.await.unwrap_or(Err(Error::Closed))
+    }
+
+    /// What was counted.
+    pub(crate) fn statistics(&self) -> MutexGuard<'_, Statistics> {
+        self.inner.statistics()
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        let state = self.inner.lock();
+        Usage {
+            keys: state.index.len(),
+            live: state.live,
+            limit: state.limit(),
+            pending: state.pending_bytes(),
+            segments: state.segments.len(),
+            segment_size: state.root.segment_size,
+            available: state.available(),
+            generation: state.root.generation,
+            written: state.written,
+        }
+    }
+
+    pub(crate) fn namespace(&self) -> &Namespace {
+        &self.inner.namespace
+    }
+}
+
+impl Change {
+    fn record(&self) -> Record<'_> {
+        let record = |kind, key, value, expires| Record {
+            kind,
+            expires,
+            key,
+            value,
+        };
+        match self {
+            Self::Set {
+                key,
+                value,
+                expires,
+            } => record(Kind::Set, &**key, &**value, *expires),
+            Self::Delete { key } => record(Kind::Delete, key, &[], 0),
+            Self::Expire { key, expires } => record(Kind::Expire, key, &[], *expires),
+            Self::Clear => record(Kind::Clear, &[], &[], 0),
+        }
+    }
+}
+
+/// What was found of a key. Where its record is, no other one comes to be as long as this lives.
+pub(crate) struct Found {
+    place: Place,
+    _pin: Option<Arc<()>>,
+}
+
+enum Place {
+    /// Nowhere, as of this commit.
+    Absent(Commit),
+    /// Not durable yet.
+    Pending(Entry, Bytes, Commit),
+    /// It is to be read.
+    Stored(Stored),
+}
+
+/// A value on the device.
+struct Stored {
+    store: Store,
+    seed: format::Seed,
+    key: Bytes,
+    entry: Entry,
+}
+
+impl Found {
+    fn entry(&self) -> Option<Entry> {
+        match &self.place {
+            Place::Absent(_) => None,
+            Place::Pending(entry, ..) => Some(*entry),
+            Place::Stored(stored) => Some(stored.entry),
+        }
+    }
+
+    /// Bytes of the value.
+    pub(crate) fn size(&self) -> usize {
+        self.entry().map_or(0, |entry| entry.value_len as usize)
+    }
+
+    /// The value, once it is durable; nothing if there is no such key.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Damaged`] if the device does not have what was written, and those of the device.
+    pub(crate) async fn value(self) -> Result<Option<Bytes>, Error> {
+        match self.place {
+            Place::Absent(commit) => commit.durable().await.map(|()| None),
+            Place::Pending(_, value, commit) => commit.durable().await.map(|()| Some(value)),
+            Place::Stored(stored) => stored.read().await.map(Some),
+        }
+    }
+
+    /// The value, durable or not.
+    async fn peek(&self) -> Result<Option<Bytes>, Error> {
+        match &self.place {
+            Place::Absent(_) => Ok(None),
+            Place::Pending(_, value, ..) => Ok(Some(value.clone())),
+            Place::Stored(stored) => stored.read().await.map(Some),
+        }
+    }
+}
+
+impl Stored {
+    async fn read(&self) -> Result<Bytes, Error> {
+        let (entry, len) = (&self.entry, self.entry.record_len(&self.key));
+        let inner = &self.store.inner;
+        let at = inner.offset(entry.segment, entry.offset);
+        let block = u64::from(inner.namespace.block_size());
+        let start = at / block * block;
+        let end = (at + len as u64).next_multiple_of(block);
+        let bytes = inner.namespace.read(start, (end - start) as usize).await?;
+        let skip = (at - start) as usize;
+        let record = bytes.slice(skip..skip + len);
+        match Record::verify(&record, self.seed) {
+            Some(found) if found.key == self.key => {
+                Ok(record.slice(record_len(self.key.len(), 0)..))
+            }
+            _ => Err(Error::Damaged(format!(
+                "the record at byte {at} is not the one that was written"
+            ))),
+        }
+    }
+}
+
+/// Where in the namespace a segment starts.
+fn segment_start(segment: u32, size: u32) -> u64 {
+    DATA_START + u64::from(segment) * u64::from(size)
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or(Duration::ZERO).as_millis() as u64
+}

@@ -1,0 +1,307 @@
+//! Makes a store, or finds what one holds. The module `store` says why that is right.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+use nvme_async::Namespace;
+
+use super::format::{
+    BLOCK, DATA_START, Position, Root, Seed, batch_header, batch_is_whole, records, segment_epoch,
+};
+use super::index::Index;
+use super::log::{Segment, State, Use};
+use super::{Error, MAX_KEY, MAX_VALUE, Options, segment_start};
+
+/// Bytes that are read at a time.
+const WINDOW: usize = 1 << 20;
+/// Headers that are read at a time.
+const READS: usize = 32;
+/// Fewer segments leave too little beside what is kept free.
+const LEAST_SEGMENTS: u64 = 24;
+/// No log has as many batches on their way: a gap that is followed by more is damage.
+const MOST_IN_FLIGHT: u64 = 1024;
+
+/// The size of the segments of a store on a device with `capacity` bytes: at least 24 of them, if
+/// possible large enough for the longest record.
+fn segment_size(capacity: u64) -> u64 {
+    let longest = (MAX_VALUE + MAX_KEY + 2 * BLOCK) as u64;
+    let size = (capacity / 64).max(longest).min(capacity / 32);
+    (size / DATA_START * DATA_START).clamp(2 * DATA_START, 64 << 20)
+}
+
+/// Opens or makes a store.
+pub(super) async fn open(namespace: &Namespace, options: &Options) -> Result<State, Error> {
+    let capacity = namespace.capacity();
+    let least = DATA_START + LEAST_SEGMENTS * segment_size(0);
+    if capacity < least {
+        return Err(Error::TooSmall(capacity, least));
+    }
+    if namespace.block_size() as usize > BLOCK {
+        return Err(Error::Blocks(namespace.block_size()));
+    }
+    let roots = namespace.read(0, 2 * BLOCK).await?;
+    let found = roots.chunks(BLOCK).filter_map(Root::decode);
+    let root = match found.max_by_key(|root| root.generation) {
+        Some(root) if !options.format => root,
+        None if !options.format && !is_blank(namespace, capacity).await? => {
+            return Err(Error::Foreign);
+        }
+        _ => format(namespace, capacity).await?,
+    };
+    let end = segment_start(root.segments, root.segment_size);
+    if end > capacity || u64::from(root.segment_size) < segment_size(0) {
+        return Err(Error::Damaged(format!(
+            "the store has {end} bytes and the device {capacity}"
+        )));
+    }
+    recover(namespace, root).await
+}
+
+/// Whether nothing is there: file systems, partition tables and their like lie at the beginning or
+/// the end.
+async fn is_blank(namespace: &Namespace, capacity: u64) -> Result<bool, Error> {
+    let len = WINDOW.min(capacity as usize);
+    for offset in [0, capacity - len as u64] {
+        let bytes = namespace.read(offset, len).await?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+async fn format(namespace: &Namespace, capacity: u64) -> Result<Root, Error> {
+    let size = segment_size(capacity);
+    let root = Root {
+        store: fastrand::u64(1..),
+        generation: 0,
+        segment_size: size as u32,
+        segments: ((capacity - DATA_START) / size) as u32,
+        next_epoch: 1,
+        position: Position {
+            epoch: 1,
+            offset: BLOCK as u32,
+            sequence: 1,
+        },
+        ..Root::default()
+    };
+    // The other root first, so that no older one is left when this one is there.
+    for (block, bytes) in [(1, vec![0; BLOCK]), (0, root.encode())] {
+        let write = namespace.write(block * BLOCK as u64, bytes);
+        write.await.map_err(nvme_async::Error::from)?;
+        namespace.flush().await?;
+    }
+    tracing::info!(segments = root.segments, segment_size = size, "formatted");
+    Ok(root)
+}
+
+async fn recover(namespace: &Namespace, root: Root) -> Result<State, Error> {
+    let start = Instant::now();
+    let headers = stream::iter(0..root.segments).map(|segment| {
+        let offset = segment_start(segment, root.segment_size);
+        async move { namespace.read(offset, BLOCK).await }
+    });
+    let headers: Vec<Bytes> = headers.buffered(READS).try_collect().await?;
+    let segments = headers.iter().map(|header| {
+        let epoch = segment_epoch(root.store, header);
+        Segment {
+            used_for: epoch.map_or(Use::Cold, |_| Use::Warm),
+            epoch: epoch.unwrap_or(0),
+            live: 0,
+            pin: Arc::new(()),
+        }
+    });
+    let segments = segments.collect();
+    let position = root.position;
+    let mut state = State::new(root, Index::new(), segments, position.sequence);
+    let epochs = state.segments.iter().map(|segment| segment.epoch + 1);
+    let next_epoch = epochs.max().unwrap_or(0);
+    state.root.next_epoch = state.root.next_epoch.max(next_epoch);
+
+    let mut progress = Progress::new();
+    load_checkpoint(namespace, &mut state, &mut progress).await?;
+    replay(namespace, &mut state, &mut progress).await?;
+    // What was found is to stay, also where only a cache has it.
+    namespace.flush().await?;
+
+    for segment in &mut state.segments {
+        if segment.live > 0 && matches!(segment.used_for, Use::Cold | Use::Warm) {
+            segment.used_for = Use::Log;
+        }
+    }
+    tracing::info!(keys = state.index.len(), bytes = progress.bytes, time = ?start.elapsed(), "recovered");
+    Ok(state)
+}
+
+async fn load_checkpoint(
+    namespace: &Namespace,
+    state: &mut State,
+    progress: &mut Progress,
+) -> Result<(), Error> {
+    let mut chunks = 0;
+    for (segment, epoch) in state.root.checkpoint.clone() {
+        let known = state.segments.get_mut(segment as usize);
+        let Some(known) = known.filter(|known| known.epoch == epoch) else {
+            break;
+        };
+        known.used_for = Use::Checkpoint;
+        let mut scanner = Scanner::new(state, segment, BLOCK as u32);
+        while let Some(batch) = scanner.next(namespace).await? {
+            if batch.sequence != chunks {
+                break;
+            }
+            for (_, record) in records(&batch.bytes) {
+                state.apply(&record, segment, 0);
+            }
+            chunks += 1;
+            progress.note(
+                batch.bytes.len(),
+                state.index.len(),
+                "loading the checkpoint",
+            );
+        }
+    }
+    if chunks != state.root.chunks {
+        return Err(Error::Damaged(format!(
+            "of the checkpoint's {} batches only {chunks} can be read",
+            state.root.chunks
+        )));
+    }
+    Ok(())
+}
+
+async fn replay(
+    namespace: &Namespace,
+    state: &mut State,
+    progress: &mut Progress,
+) -> Result<(), Error> {
+    let position = state.root.position;
+    let numbered = (0..).zip(&state.segments);
+    let mut log: Vec<(u64, u32)> = numbered
+        .filter(|(_, segment)| segment.used_for == Use::Warm && segment.epoch >= position.epoch)
+        .map(|(number, segment)| (segment.epoch, number))
+        .collect();
+    log.sort_unstable();
+    for (epoch, segment) in log {
+        let offset = match epoch == position.epoch {
+            true => position.offset,
+            false => BLOCK as u32,
+        };
+        let mut scanner = Scanner::new(state, segment, offset);
+        let mut is_first = true;
+        while let Some(batch) = scanner.next(namespace).await? {
+            let expected = state.next_sequence;
+            if batch.sequence != expected {
+                if is_first && batch.sequence > expected + MOST_IN_FLIGHT {
+                    return Err(Error::Damaged(format!(
+                        "the log has batch {} and lacks {expected}",
+                        batch.sequence
+                    )));
+                }
+                break;
+            }
+            is_first = false;
+            state.segments[segment as usize].used_for = Use::Log;
+            for (offset, record) in records(&batch.bytes) {
+                state.apply(&record, segment, batch.offset + offset as u32);
+            }
+            state.next_sequence += 1;
+            progress.note(batch.bytes.len(), state.index.len(), "replaying the log");
+        }
+    }
+    Ok(())
+}
+
+/// Reads the batches of a segment, one after the other.
+pub(super) struct Scanner {
+    start: u64,
+    size: usize,
+    seed: Seed,
+    offset: usize,
+    window: Bytes,
+    /// Where in the segment it was read.
+    window_offset: usize,
+}
+
+/// A whole batch.
+pub(super) struct Scanned {
+    pub(super) sequence: u64,
+    /// In the segment.
+    pub(super) offset: u32,
+    /// Without padding.
+    pub(super) bytes: Bytes,
+}
+
+impl Scanner {
+    pub(super) fn new(state: &State, segment: u32, offset: u32) -> Self {
+        Self {
+            start: segment_start(segment, state.root.segment_size),
+            size: state.root.segment_size as usize,
+            seed: state.seed(segment),
+            offset: offset as usize,
+            window: Bytes::new(),
+            window_offset: 0,
+        }
+    }
+
+    /// The next batch; nothing if there is no whole one.
+    pub(super) async fn next(&mut self, namespace: &Namespace) -> Result<Option<Scanned>, Error> {
+        let offset = self.offset;
+        if offset + BLOCK > self.size {
+            return Ok(None);
+        }
+        let block = self.read(namespace, offset, BLOCK).await?;
+        let Some((sequence, len)) = batch_header(&block) else {
+            return Ok(None);
+        };
+        if len > self.size - offset {
+            return Ok(None);
+        }
+        let bytes = self.read(namespace, offset, len).await?;
+        if !batch_is_whole(&bytes, self.seed) {
+            return Ok(None);
+        }
+        self.offset += len.next_multiple_of(BLOCK);
+        Ok(Some(Scanned {
+            sequence,
+            offset: offset as u32,
+            bytes,
+        }))
+    }
+
+    async fn read(&mut self, namespace: &Namespace, at: usize, len: usize) -> Result<Bytes, Error> {
+        let window = self.window_offset..self.window_offset + self.window.len();
+        if at < window.start || at + len > window.end {
+            let read = len.next_multiple_of(BLOCK).max(WINDOW).min(self.size - at);
+            self.window = namespace.read(self.start + at as u64, read).await?;
+            self.window_offset = at;
+        }
+        let start = at - self.window_offset;
+        Ok(self.window.slice(start..start + len))
+    }
+}
+
+/// Says how far a long recovery is.
+struct Progress {
+    bytes: usize,
+    said: Instant,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Self {
+            bytes: 0,
+            said: Instant::now(),
+        }
+    }
+
+    fn note(&mut self, bytes: usize, keys: usize, what: &str) {
+        self.bytes += bytes;
+        if self.said.elapsed() > Duration::from_secs(2) {
+            self.said = Instant::now();
+            tracing::info!(mib = self.bytes >> 20, keys, "{what}");
+        }
+    }
+}

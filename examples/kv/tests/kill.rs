@@ -1,0 +1,239 @@
+//! The program as a process: it is killed at random moments under load, or told to end.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::thread::sleep;
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::Parser;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::full;
+use super::history::{self, Contents, History, WRITERS, check};
+use crate::store::Change;
+use crate::{Arguments, run};
+
+/// In its presence this program is the server, with these arguments.
+const SERVE: &str = "NVME_ASYNC_KV_ARGUMENTS";
+
+/// A server in a process of its own: this program again, of which one test alone is run.
+struct Process {
+    child: Child,
+    port: u16,
+}
+
+impl Process {
+    fn start(device: &Path) -> Self {
+        let free = TcpListener::bind("127.0.0.1:0").expect("there are ports");
+        let port = free.local_addr().expect("is bound").port();
+        drop(free);
+        let device = format!("file:{}?size=64M", device.display());
+        let child = Command::new(std::env::current_exe().expect("it runs"))
+            .args([
+                "--exact",
+                "tests::kill::it_serves_until_it_is_told_to_end",
+                "--nocapture",
+            ])
+            .env(
+                SERVE,
+                format!("kv --device {device} --listen 127.0.0.1:{port}"),
+            )
+            .stdout(Stdio::null())
+            .spawn();
+        let child = child.expect("this program can be run again");
+        Self { child, port }
+    }
+
+    fn connect(&mut self) -> Client {
+        for _ in 0..3000 {
+            if let Some(status) = self.child.try_wait().expect("is a child") {
+                panic!("the server ended: {status}");
+            }
+            if let Ok(stream) = TcpStream::connect(("127.0.0.1", self.port)) {
+                stream.set_nodelay(true).expect("is a socket");
+                return Client {
+                    replies: BufReader::new(stream.try_clone().expect("there are descriptors")),
+                    stream,
+                };
+            }
+            sleep(Duration::from_millis(10));
+        }
+        panic!("the server does not listen");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Client {
+    stream: TcpStream,
+    replies: BufReader<TcpStream>,
+}
+
+impl Client {
+    fn send(&mut self, words: &[&[u8]]) -> std::io::Result<()> {
+        let mut bytes = format!("*{}\r\n", words.len()).into_bytes();
+        for word in words {
+            bytes.extend(format!("${}\r\n", word.len()).as_bytes());
+            bytes.extend_from_slice(word);
+            bytes.extend(b"\r\n");
+        }
+        self.stream.write_all(&bytes)
+    }
+
+    /// The next reply: what is in a bulk string, nothing, or the line of anything else.
+    fn receive(&mut self) -> std::io::Result<Option<Bytes>> {
+        let mut line = String::new();
+        self.replies.read_line(&mut line)?;
+        let Some(line) = line.strip_suffix("\r\n") else {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        };
+        let Some(len) = line.strip_prefix('$') else {
+            return Ok(Some(line.to_owned().into()));
+        };
+        let Ok(len) = len.parse::<usize>() else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; len + 2];
+        self.replies.read_exact(&mut bytes)?;
+        bytes.truncate(len);
+        Ok(Some(bytes.into()))
+    }
+
+    fn ask(&mut self, words: &[&[u8]]) -> Option<Bytes> {
+        self.send(words).expect("the server reads");
+        self.receive().expect("the server replies")
+    }
+
+    /// All keys with their values.
+    fn contents(&mut self) -> Contents {
+        let mut contents = Contents::new();
+        for writer in 0..WRITERS {
+            for number in 0..history::KEYS {
+                let key = Bytes::from(format!("{writer}:{number}"));
+                if let Some(value) = self.ask(&[b"GET", &key]) {
+                    contents.insert(key, (value, 0));
+                }
+            }
+        }
+        assert_eq!(
+            self.ask(&[b"DBSIZE"]),
+            Some(format!(":{}", contents.len()).into())
+        );
+        contents
+    }
+}
+
+/// One command for one change.
+fn words(changes: &[Change]) -> Vec<&[u8]> {
+    match changes {
+        [Change::Delete { key }] => vec![b"DEL", key],
+        sets => {
+            let pairs = sets.iter().flat_map(|change| match change {
+                Change::Set { key, value, .. } => [&**key, &**value],
+                other => panic!("{other:?} is no part of MSET"),
+            });
+            [b"MSET".as_slice()].into_iter().chain(pairs).collect()
+        }
+    }
+}
+
+/// Changes things until the server is gone, a few at a time.
+fn write(mut client: Client, histories: &Mutex<Vec<History>>, writer: usize, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let with_history = |f: &mut dyn FnMut(&mut History)| {
+        f(&mut histories.lock().expect("no one panics with it")[writer]);
+    };
+    let mut outstanding = 0;
+    loop {
+        while outstanding < 4 {
+            let changes = history::random_change(&mut random, writer);
+            let has_command = |changes: &[Change]| {
+                let is_set = |change: &Change| matches!(change, Change::Set { .. });
+                matches!(changes, [Change::Delete { .. }]) || changes.iter().all(is_set)
+            };
+            if !has_command(&changes) {
+                continue;
+            }
+            with_history(&mut |history| history.asked.push(changes.clone()));
+            if client.send(&words(&changes)).is_err() {
+                return;
+            }
+            outstanding += 1;
+        }
+        let Ok(reply) = client.receive() else {
+            return;
+        };
+        let reply = reply.expect("neither MSET nor DEL replies with null");
+        assert!(matches!(reply[0], b'+' | b':'), "{reply:?}");
+        outstanding -= 1;
+        with_history(&mut |history| history.acknowledged += 1);
+    }
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_by_kill_9() {
+    let rounds = if full() { 200 } else { 10 };
+    let directory = tempfile::tempdir().expect("there is room");
+    let device = directory.path().join("kv.img");
+    let mut histories = history::fresh();
+    let mut acknowledged = 0;
+    for seed in 0..=rounds {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut process = Process::start(&device);
+        check(&mut histories, process.connect().contents(), seed);
+        let clients: Vec<_> = (0..WRITERS).map(|_| process.connect()).collect();
+        let shared = Mutex::new(std::mem::take(&mut histories));
+        std::thread::scope(|scope| {
+            for (writer, client) in clients.into_iter().enumerate() {
+                let (shared, seed) = (&shared, random.u64(..));
+                scope.spawn(move || write(client, shared, writer, seed));
+            }
+            sleep(Duration::from_micros(random.u64(..100_000)));
+            process.child.kill().expect("it runs");
+            process.child.wait().expect("it is a child");
+        });
+        histories = shared.into_inner().expect("no one panics with it");
+        acknowledged += histories
+            .iter()
+            .map(|history| history.acknowledged)
+            .sum::<usize>();
+    }
+    assert!(
+        acknowledged > 10 * rounds as usize,
+        "only {acknowledged}: the test does not do what it should"
+    );
+}
+
+#[test]
+fn it_serves_until_it_is_told_to_end() {
+    if let Ok(arguments) = std::env::var(SERVE) {
+        let arguments = Arguments::parse_from(arguments.split(' '));
+        let runtime = tokio::runtime::Runtime::new().expect("starts");
+        let end = runtime
+            .block_on(run(arguments))
+            .map_err(|error| error.to_string());
+        return assert_eq!(end, Ok(()));
+    }
+    let directory = tempfile::tempdir().expect("there is room");
+    let device = directory.path().join("kv.img");
+    for (signal, value) in [(Signal::TERM, "1"), (Signal::INT, "2"), (Signal::TERM, "3")] {
+        let mut process = Process::start(&device);
+        let mut client = process.connect();
+        let before = client.ask(&[b"SET", b"key", value.as_bytes(), b"GET"]);
+        let expected = value.parse::<u8>().expect("is a number") - 1;
+        assert_eq!(before, (expected > 0).then(|| expected.to_string().into()));
+        let pid = Pid::from_child(&process.child);
+        kill_process(pid, signal).expect("it runs");
+        let status = process.child.wait().expect("it is a child");
+        assert!(status.success(), "{status}");
+    }
+}

@@ -1,0 +1,161 @@
+//! Tests of the key-value service: of the store on devices that lose power, and of the server with real
+//! clients.
+
+mod clients;
+mod history;
+mod kill;
+mod model;
+mod power;
+mod store;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use nvme_async::device::Device;
+use nvme_async::device::soft::{SoftDevice, SoftOptions};
+use nvme_async::{Namespace, OpenOptions};
+use nvme_soft::fault::Loss;
+use nvme_soft::store::Store as BlockStore;
+use nvme_soft::{Config, NamespaceConfig};
+
+use crate::store::{Change, Error, Options, Store};
+
+/// Whether to run the full counts (`NVME_ASYNC_FULL=1`).
+fn full() -> bool {
+    std::env::var_os("NVME_ASYNC_FULL").is_some_and(|value| value == "1")
+}
+
+/// Media that outlive their controllers, as a power cut needs it.
+#[derive(Clone)]
+struct Disk {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    /// The controller that it is in.
+    device: Arc<Mutex<Option<Arc<SoftDevice>>>>,
+}
+
+impl Disk {
+    fn new(size: usize) -> Self {
+        Self {
+            bytes: Arc::new(Mutex::new(vec![0; size])),
+            device: Arc::default(),
+        }
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().expect("no one panics with it")
+    }
+
+    /// Takes it out of its controller, which does nothing to it any more.
+    fn detach(&self, loss: Loss) {
+        let device = self.device.lock().expect("no one panics with it").take();
+        if let Some(device) = device {
+            device.controller().vanish(loss);
+        }
+    }
+
+    /// Puts it into a controller, whose cache is lost with its power.
+    async fn attach(&self, change: impl FnOnce(&mut Config)) -> (Arc<SoftDevice>, Namespace) {
+        let mut config = Config {
+            track_unflushed: true,
+            namespaces: vec![NamespaceConfig::new(Media(self.bytes.clone()), 512)],
+            ..Config::default()
+        };
+        change(&mut config);
+        self.detach(Loss::Nothing);
+        let device = SoftDevice::new("disk", config, &SoftOptions::default()).expect("starts");
+        let device = Arc::new(device);
+        *self.device.lock().expect("no one panics with it") = Some(device.clone());
+        let controller = OpenOptions::new()
+            .attach(device.clone() as Arc<dyn Device>)
+            .await
+            .expect("comes up");
+        let namespace = controller.namespace(1).await.expect("is there");
+        (device, namespace)
+    }
+
+    /// Opens the store on it, in a controller of its own.
+    async fn open(&self, options: Options) -> Result<Store, Error> {
+        let (_, namespace) = self.attach(|_| {}).await;
+        Store::open(namespace, options).await
+    }
+}
+
+/// What a controller sees of a disk.
+#[derive(Debug)]
+struct Media(Arc<Mutex<Vec<u8>>>);
+
+impl Media {
+    fn at(&self, offset: u64, len: usize, f: impl FnOnce(&mut [u8])) -> io::Result<()> {
+        let mut bytes = self.0.lock().expect("no one panics with it");
+        f(&mut bytes[offset as usize..][..len]);
+        Ok(())
+    }
+}
+
+impl BlockStore for Media {
+    fn size(&self) -> u64 {
+        self.0.lock().expect("no one panics with it").len() as u64
+    }
+
+    fn read(&mut self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.at(offset, out.len(), |bytes| out.copy_from_slice(bytes))
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8], _durable: bool) -> io::Result<()> {
+        self.at(offset, data.len(), |bytes| bytes.copy_from_slice(data))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&mut self, offset: u64, len: u64, _deallocate: bool) -> io::Result<()> {
+        self.at(offset, len as usize, |bytes| bytes.fill(0))
+    }
+}
+
+/// A store that takes checkpoints and compacts all the time.
+fn busy() -> Options {
+    Options {
+        batch_bytes: 4096,
+        compaction_rate: u64::MAX,
+        checkpoint_bytes: 256 << 10,
+        ..Options::default()
+    }
+}
+
+fn set(key: impl Into<Bytes>, value: impl Into<Bytes>) -> Change {
+    Change::Set {
+        key: key.into(),
+        value: value.into(),
+        expires: 0,
+    }
+}
+
+/// Changes something durably.
+async fn change(store: &Store, changes: Vec<Change>) -> Result<(), Error> {
+    let (_, commit) = store.change(|_| (changes.clone(), ())).await?;
+    commit.durable().await
+}
+
+async fn get(store: &Store, key: impl AsRef<[u8]>) -> Option<Bytes> {
+    let found = store.get(key.as_ref()).expect("works");
+    found.value().await.expect("can be read")
+}
+
+/// All keys with their values and times of expiry.
+async fn contents(store: &Store) -> BTreeMap<Bytes, (Bytes, u64)> {
+    let (next, keys) = store.scan(0, usize::MAX).expect("works");
+    assert_eq!(next, 0);
+    let mut contents = BTreeMap::new();
+    for key in keys {
+        let (facts, _) = store.look(|view| view.get(&key)).expect("works");
+        let facts = facts.expect("nothing changes meanwhile");
+        let value = get(store, &key).await.expect("nothing changes meanwhile");
+        assert_eq!(facts.len, value.len());
+        contents.insert(key, (value, facts.expires));
+    }
+    contents
+}

@@ -1,0 +1,204 @@
+//! What the store promises besides.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::sleep;
+
+use super::{Disk, busy, change, contents, get, set};
+use crate::store::{Change, Error, Options, now};
+
+const MIB: usize = 1 << 20;
+
+#[tokio::test]
+async fn it_is_found_again() {
+    let disk = Disk::new(4 * MIB);
+    let store = disk.open(busy()).await.expect("formats");
+    change(&store, vec![set("a", "1"), set("b", vec![2; 50_000])])
+        .await
+        .expect("fits");
+    change(&store, vec![Change::Delete { key: "a".into() }])
+        .await
+        .expect("fits");
+    store.close().await.expect("closes");
+    assert!(matches!(store.get(b"a"), Err(Error::Closed)));
+    drop(store);
+    for _ in 0..2 {
+        let store = disk.open(busy()).await.expect("opens");
+        assert_eq!(get(&store, "a").await, None);
+        assert_eq!(get(&store, "b").await, Some(vec![2; 50_000].into()));
+        assert_eq!(contents(&store).await.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn another_thing_is_not_overwritten() {
+    for at in [1024, 600_000, 4 * MIB - 5] {
+        let disk = Disk::new(4 * MIB);
+        disk.bytes()[at] = 1;
+        let refused = disk.open(Options::default()).await;
+        assert!(matches!(refused.err(), Some(Error::Foreign)), "{at}");
+        let format = Options {
+            format: true,
+            ..Options::default()
+        };
+        let store = disk.open(format).await.expect("formats");
+        change(&store, vec![set("a", "1")]).await.expect("fits");
+        drop(store);
+        let store = disk.open(Options::default()).await.expect("opens");
+        assert_eq!(get(&store, "a").await, Some("1".into()));
+    }
+    let tiny = Disk::new(MIB).open(Options::default()).await;
+    assert!(matches!(tiny.err(), Some(Error::TooSmall(..))));
+}
+
+#[tokio::test]
+async fn a_format_leaves_nothing() {
+    let disk = Disk::new(4 * MIB);
+    let store = disk.open(busy()).await.expect("formats");
+    for i in 0..500 {
+        change(&store, vec![set(format!("{i}"), vec![1; 5000])])
+            .await
+            .err();
+    }
+    drop(store);
+    let format = Options {
+        format: true,
+        ..busy()
+    };
+    let store = disk.open(format).await.expect("formats");
+    assert!(contents(&store).await.is_empty());
+    change(&store, vec![set("a", "1")]).await.expect("fits");
+    drop(store);
+    let store = disk.open(busy()).await.expect("opens");
+    assert_eq!(contents(&store).await.len(), 1);
+}
+
+#[tokio::test]
+async fn when_full_it_says_so_and_reads_and_deletes() {
+    let disk = Disk::new(4 * MIB);
+    let store = disk.open(busy()).await.expect("formats");
+    let mut keys = 0;
+    let full = loop {
+        match change(&store, vec![set(format!("{keys}"), vec![keys as u8; 3000])]).await {
+            Ok(()) => keys += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(full, Error::Full { .. }), "{full}");
+    assert!(keys > 300, "{keys}");
+    // What is there can be overwritten, also many times; and all is to be read.
+    for i in 0..keys {
+        change(&store, vec![set(format!("{i}"), vec![i as u8; 2999])])
+            .await
+            .expect("fits");
+    }
+    for i in 0..keys {
+        assert_eq!(
+            get(&store, format!("{i}")).await,
+            Some(vec![i as u8; 2999].into())
+        );
+    }
+    for i in 0..keys {
+        let key = format!("{i}").into();
+        change(&store, vec![Change::Delete { key }])
+            .await
+            .expect("works");
+    }
+    change(&store, vec![set("a", vec![1; 100_000])])
+        .await
+        .expect("fits again");
+    assert!(store.statistics().compacted > 0);
+    drop(store);
+    let store = disk.open(busy()).await.expect("opens");
+    assert_eq!(contents(&store).await.len(), 1);
+}
+
+#[tokio::test]
+async fn what_has_expired_is_gone_for_good() {
+    let disk = Disk::new(4 * MIB);
+    let store = disk.open(busy()).await.expect("formats");
+    let soon = now() + 50;
+    let key = Bytes::from("a");
+    let changes = vec![
+        Change::Set {
+            key: key.clone(),
+            value: "1".into(),
+            expires: soon,
+        },
+        set("b", "2"),
+        Change::Expire {
+            key: "b".into(),
+            expires: soon,
+        },
+        set("c", "3"),
+    ];
+    change(&store, changes).await.expect("fits");
+    while now() < soon {
+        sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..3 {
+        assert_eq!(get(&store, "a").await, None);
+        assert_eq!(get(&store, "b").await, None);
+        assert_eq!(get(&store, "c").await, Some("3".into()));
+    }
+    // The index forgets them too, and so do later ones.
+    while store.usage().keys > 1 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    store.close().await.expect("closes");
+    drop(store);
+    let store = disk.open(busy()).await.expect("opens");
+    assert_eq!(store.usage().keys, 1);
+    assert_eq!(contents(&store).await.len(), 1);
+}
+
+#[tokio::test]
+async fn damage_is_noticed() {
+    let disk = Disk::new(4 * MIB);
+    let store = disk.open(busy()).await.expect("formats");
+    change(&store, vec![set("key", "a value to be damaged")])
+        .await
+        .expect("fits");
+    let at = {
+        let bytes = disk.bytes();
+        let mut windows = bytes.windows(7);
+        windows
+            .position(|window| window == b"a value")
+            .expect("is there")
+    };
+    disk.bytes()[at] ^= 1;
+    let damaged = store.get(b"key").expect("is known").value().await;
+    assert!(matches!(damaged, Err(Error::Damaged(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn counters_lose_no_increment() {
+    const TASKS: usize = 8;
+    const TIMES: usize = 50;
+    let disk = Disk::new(4 * MIB);
+    let store = disk.open(busy()).await.expect("formats");
+    let tasks = (0..TASKS).map(|_| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            for _ in 0..TIMES {
+                let increment = |found: Option<(_, Bytes)>| {
+                    let old = found.map_or(0, |(_, value)| {
+                        let text = std::str::from_utf8(&value).expect("a number");
+                        text.parse::<usize>().expect("a number")
+                    });
+                    (vec![set("n", (old + 1).to_string())], ())
+                };
+                let ((), commit) = store.modify(b"n", increment).await.expect("works");
+                commit.durable().await.expect("works");
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.expect("no panic");
+    }
+    assert_eq!(
+        get(&store, "n").await,
+        Some((TASKS * TIMES).to_string().into())
+    );
+}
