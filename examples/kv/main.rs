@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use nvme_async::OpenOptions;
 use tokio::net::TcpListener;
+use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::store::{Durability, Options, Store};
@@ -43,18 +44,31 @@ struct Arguments {
     /// Most bytes in a second that compaction reads, such as 64M, unless writers wait for it
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = nvme_async::parse_size)]
     compaction_rate: u64,
+    /// Threads that serve; one polls the device when it has nothing else to do
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    threads: u16,
     /// Most connections
     #[arg(long, default_value_t = server::Limits::default().connections)]
     max_clients: usize,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_target(false)
         .init();
-    match run(Arguments::parse()).await {
+    let arguments = Arguments::parse();
+    let runtime = match arguments.threads {
+        1 => nvme_async::runtime::Builder::new().build(),
+        threads => runtime::Builder::new_multi_thread()
+            .worker_threads(threads.into())
+            .enable_all()
+            .build(),
+    };
+    let end = runtime
+        .map_err(Into::into)
+        .and_then(|runtime| runtime.block_on(run(arguments)));
+    match end {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

@@ -3,8 +3,8 @@
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
 //! QEMU's NVMe controllers; `cargo xtask vm-bench` compares the driver with others there; `cargo
 //! xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
-//! `cargo xtask poll-sim` compares polling policies; `cargo xtask instructions` counts those of a read.
-//! All say `--help`.
+//! `cargo xtask poll-sim` compares polling policies; `cargo xtask instructions` counts those of a read;
+//! `cargo xtask kv-bench` compares the example `kv` with others. All say `--help`.
 
 #![forbid(unsafe_code)]
 
@@ -14,6 +14,7 @@ mod guest;
 mod initramfs;
 mod instructions;
 mod kernel;
+mod kv_bench;
 mod machine;
 mod packages;
 mod poll_sim;
@@ -45,6 +46,7 @@ struct Arguments {
 enum Task {
     Fuzz(fuzz::Arguments),
     Instructions(instructions::Arguments),
+    KvBench(kv_bench::Arguments),
     PollSim(poll_sim::Arguments),
     Test(test::Arguments),
     Sanitize(sanitize::Arguments),
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
     let outcome = Workspace::find().and_then(|workspace| match task {
         Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
         Task::Instructions(arguments) => instructions::run(&workspace, &arguments),
+        Task::KvBench(arguments) => kv_bench::run(&workspace, &arguments),
         Task::PollSim(arguments) => poll_sim::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Sanitize(arguments) => sanitize::run(&workspace, &arguments),

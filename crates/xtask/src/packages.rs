@@ -1,5 +1,5 @@
 //! What virtual machines need beyond cargo: QEMU, installed by apt; a kernel and busybox for the
-//! guest, only unpacked from their packages, never installed. And valgrind.
+//! guest, only unpacked from their packages, never installed. And valgrind, and clients of Redis.
 
 use std::env;
 use std::ffi::OsStr;
@@ -71,15 +71,30 @@ impl Bed {
 /// Installs what counts instructions and knows where they are from, where it is missing. `directory` is
 /// for apt's files.
 pub(crate) fn install_valgrind(directory: &Path) -> Result<()> {
-    const NEEDED: [(&str, &str); 2] = [("valgrind", "valgrind"), ("addr2line", "binutils")];
-    let missing: Vec<_> = NEEDED
-        .into_iter()
+    install_programs(
+        directory,
+        &[("valgrind", "valgrind"), ("addr2line", "binutils")],
+    )
+}
+
+/// Installs the clients that the example `kv` is tested with, and the server that it is compared with
+/// (`redis-check-rdb` is that too), where they are missing. `directory` is for apt's files.
+pub(crate) fn install_redis(directory: &Path) -> Result<()> {
+    const PROGRAMS: [&str; 3] = ["redis-cli", "redis-benchmark", "redis-check-rdb"];
+    install_programs(directory, &PROGRAMS.map(|program| (program, "redis-tools")))
+}
+
+/// Installs the packages of those programs that are missing.
+fn install_programs(directory: &Path, needed: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<_> = needed
+        .iter()
         .filter(|(program, _)| !in_path(program))
         .collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    let mut packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    packages.dedup();
     Apt::new(directory).install(&packages)?;
     for (program, package) in missing {
         ensure!(in_path(program), "{package} of apt has no {program}");

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 
 use crate::boots::{BOOTS, Boot};
 use crate::guest::GuestCommand;
-use crate::packages::Bed;
+use crate::packages::{self, Bed};
 use crate::run::{BOOT_ATTEMPTS, Job, Outcome};
 use crate::tally::{Counting, Tally, counts};
 use crate::workspace::Workspace;
@@ -58,6 +58,9 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
     let wanted = |suite: &Suite| arguments.suite.is_empty() || arguments.suite.contains(suite);
     let mut report = Report::new("test");
     if wanted(&Suite::Workspace) {
+        report.step("clients of Redis", || {
+            packages::install_redis(&workspace.vm_directory())
+        });
         report.suite("workspace", || {
             run_cargo(
                 workspace

@@ -106,8 +106,7 @@ pub(super) async fn execute(server: &Server, session: &mut Session, request: &[B
 
 async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> Outcome {
     let (name, arguments) = request.split_first().ok_or("empty request")?;
-    let name = text(name).to_ascii_lowercase();
-    let known = COMMANDS.iter().find(|(known, ..)| *known == name);
+    let known = COMMANDS.iter().find(|(known, ..)| is_word(name, known));
     let Some((name, words, [first, last, distance])) = known else {
         return unknown(&request[0], arguments);
     };

@@ -112,10 +112,10 @@ fn stats(server: &Server, out: &mut String) -> std::fmt::Result {
     write!(
         out,
         "total_commands_processed:{}\r\n",
-        latencies.reads.len() + latencies.writes.len()
+        latencies.reads.len() + latencies.others.len()
     )?;
     histogram(out, "read_latency_us", &latencies.reads)?;
-    histogram(out, "write_latency_us", &latencies.writes)
+    histogram(out, "other_latency_us", &latencies.others)
 }
 
 fn store(server: &Server, out: &mut String) -> std::fmt::Result {

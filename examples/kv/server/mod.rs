@@ -58,10 +58,11 @@ struct Server {
     latencies: Mutex<Latencies>,
 }
 
-/// Microseconds from when requests were taken until their replies were complete.
+/// Microseconds from when requests were begun until they, and those that were answered together with
+/// them, were finished.
 struct Latencies {
     reads: Histogram<u64>,
-    writes: Histogram<u64>,
+    others: Histogram<u64>,
 }
 
 impl Server {
@@ -89,7 +90,7 @@ pub(crate) async fn serve(
     limits: Limits,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let histogram = || Histogram::new(3).expect("between 0 and 5 digits");
+    let histogram = || Histogram::new_with_max(60_000_000, 3).expect("the digits are 0 to 5");
     let server = Arc::new(Server {
         store,
         limits,
@@ -99,7 +100,7 @@ pub(crate) async fn serve(
         memory: Arc::new(Semaphore::new(limits.pending)),
         latencies: Mutex::new(Latencies {
             reads: histogram(),
-            writes: histogram(),
+            others: histogram(),
         }),
     });
     let (stopping, stopped) = watch::channel(false);
@@ -235,29 +236,39 @@ impl Connection<'_> {
         Ok(true)
     }
 
+    /// Finishes requests, and encodes the replies in their order.
     async fn reply(&mut self, answers: Vec<(Instant, u8, Answer)>) {
-        let mut replies: FuturesOrdered<_> = answers
-            .into_iter()
-            .map(|(start, version, answer)| async move {
-                let is_read = matches!(answer, Answer::Value(_) | Answer::Values(_));
-                let is_write = matches!(answer, Answer::After(..));
-                (start, is_read, is_write, version, answer.reply().await)
-            })
-            .collect();
-        let mut times = Vec::new();
-        while let Some((start, is_read, is_write, version, reply)) = replies.next().await {
-            if is_read || is_write {
-                times.push((is_read, start.elapsed()));
-            }
+        // Values are read all at the same time; what waits for a batch waits for one that is under way.
+        let mut reads = FuturesOrdered::new();
+        let mut waiting = Vec::with_capacity(answers.len());
+        for (start, version, answer) in answers {
+            let answer = match answer {
+                Answer::Value(_) | Answer::Values(_) => {
+                    reads.push_back(answer.reply());
+                    None
+                }
+                other => Some(other),
+            };
+            waiting.push((start, version, answer));
+        }
+        let mut times = Vec::with_capacity(waiting.len());
+        for (start, version, answer) in waiting {
+            let is_read = answer.is_none();
+            let reply = match answer {
+                Some(answer) => answer.reply().await,
+                None => reads.next().await.expect("each of these pushed one"),
+            };
+            times.push((is_read, start));
             protocol::encode(reply, version, &mut self.output);
         }
+        let now = Instant::now();
         let mut latencies = self.server.latencies();
-        for (is_read, time) in times {
+        for (is_read, start) in times {
             let histogram = match is_read {
                 true => &mut latencies.reads,
-                false => &mut latencies.writes,
+                false => &mut latencies.others,
             };
-            histogram.saturating_record(time.as_micros() as u64);
+            histogram.saturating_record((now - start).as_micros() as u64);
         }
     }
 

@@ -267,7 +267,7 @@ impl Store {
     /// [`Error::Foreign`], [`Error::Damaged`] and those of the device.
     pub(crate) async fn open(namespace: Namespace, options: Options) -> Result<Self, Error> {
         let state = recovery::open(&namespace, &options).await?;
-        let histogram = || Histogram::new(3).expect("between 0 and 5 digits");
+        let histogram = || Histogram::new_with_max(60_000_000, 3).expect("the digits are 0 to 5");
         let inner = Arc::new(Inner {
             namespace,
             options,
