@@ -83,7 +83,7 @@ use self::log::{Class, NoRoom, State};
 
 /// Most bytes of a key.
 pub(crate) const MAX_KEY: usize = 64 << 10;
-/// Most bytes of a value, on devices of 1 GiB and more.
+/// Most bytes of a value, on devices of 544 MiB and more.
 pub(crate) const MAX_VALUE: usize = 16 << 20;
 
 /// How writes become durable where there is a volatile write cache.
