@@ -30,7 +30,7 @@ fn full() -> bool {
 /// Media that outlive their controllers, as a power cut needs it.
 #[derive(Clone)]
 struct Disk {
-    bytes: Arc<Mutex<Vec<u8>>>,
+    media: Arc<Mutex<Media>>,
     /// The controller that it is in.
     device: Arc<Mutex<Option<Arc<SoftDevice>>>>,
 }
@@ -38,13 +38,16 @@ struct Disk {
 impl Disk {
     fn new(size: usize) -> Self {
         Self {
-            bytes: Arc::new(Mutex::new(vec![0; size])),
+            media: Arc::new(Mutex::new(Media {
+                bytes: vec![0; size],
+                durable: BTreeMap::new(),
+            })),
             device: Arc::default(),
         }
     }
 
-    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
-        self.bytes.lock().expect("no one panics with it")
+    fn media(&self) -> MutexGuard<'_, Media> {
+        self.media.lock().expect("no one panics with it")
     }
 
     /// Takes it out of its controller, which does nothing to it any more.
@@ -59,7 +62,7 @@ impl Disk {
     async fn attach(&self, change: impl FnOnce(&mut Config)) -> (Arc<SoftDevice>, Namespace) {
         let mut config = Config {
             track_unflushed: true,
-            namespaces: vec![NamespaceConfig::new(Media(self.bytes.clone()), 512)],
+            namespaces: vec![NamespaceConfig::new(Shared(self.media.clone()), 512)],
             ..Config::default()
         };
         change(&mut config);
@@ -82,37 +85,76 @@ impl Disk {
     }
 }
 
-/// What a controller sees of a disk.
-#[derive(Debug)]
-struct Media(Arc<Mutex<Vec<u8>>>);
+const BLOCK: usize = 512;
+
+/// Bytes, with a cache that outlives controllers: what it holds is lost only when told.
+struct Media {
+    bytes: Vec<u8>,
+    /// What durably is in those blocks that have other bytes by now.
+    durable: BTreeMap<usize, Vec<u8>>,
+}
 
 impl Media {
-    fn at(&self, offset: u64, len: usize, f: impl FnOnce(&mut [u8])) -> io::Result<()> {
-        let mut bytes = self.0.lock().expect("no one panics with it");
-        f(&mut bytes[offset as usize..][..len]);
-        Ok(())
+    fn lose_power(&mut self) {
+        for (block, bytes) in std::mem::take(&mut self.durable) {
+            self.bytes[block * BLOCK..][..BLOCK].copy_from_slice(&bytes);
+        }
+    }
+
+    fn change(&mut self, offset: u64, len: usize, durable: bool, change: impl FnOnce(&mut [u8])) {
+        let offset = offset as usize;
+        for block in offset / BLOCK..(offset + len).div_ceil(BLOCK) {
+            if durable {
+                self.durable.remove(&block);
+            } else {
+                let bytes = &self.bytes[block * BLOCK..][..BLOCK];
+                self.durable.entry(block).or_insert_with(|| bytes.to_vec());
+            }
+        }
+        change(&mut self.bytes[offset..][..len]);
     }
 }
 
-impl BlockStore for Media {
+/// What a controller sees of a disk.
+struct Shared(Arc<Mutex<Media>>);
+
+impl Shared {
+    fn media(&self) -> MutexGuard<'_, Media> {
+        self.0.lock().expect("no one panics with it")
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shared")
+    }
+}
+
+impl BlockStore for Shared {
     fn size(&self) -> u64 {
-        self.0.lock().expect("no one panics with it").len() as u64
+        self.media().bytes.len() as u64
     }
 
     fn read(&mut self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.at(offset, out.len(), |bytes| out.copy_from_slice(bytes))
+        out.copy_from_slice(&self.media().bytes[offset as usize..][..out.len()]);
+        Ok(())
     }
 
-    fn write(&mut self, offset: u64, data: &[u8], _durable: bool) -> io::Result<()> {
-        self.at(offset, data.len(), |bytes| bytes.copy_from_slice(data))
+    fn write(&mut self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        let copy = |bytes: &mut [u8]| bytes.copy_from_slice(data);
+        self.media().change(offset, data.len(), durable, copy);
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        self.media().durable.clear();
         Ok(())
     }
 
     fn zero(&mut self, offset: u64, len: u64, _deallocate: bool) -> io::Result<()> {
-        self.at(offset, len as usize, |bytes| bytes.fill(0))
+        let zero = |bytes: &mut [u8]| bytes.fill(0);
+        self.media().change(offset, len as usize, false, zero);
+        Ok(())
     }
 }
 

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::sleep;
+use nvme_soft::fault::{Behaviour, Fault, Loss};
+use nvme_spec::opcode::NvmOpcode;
+use tokio::time::{sleep, timeout};
 
 use super::{Disk, busy, change, contents, get, set};
-use crate::store::{Change, Error, Options, now};
+use crate::store::{Change, Durability, Error, Options, Store, now};
 
 const MIB: usize = 1 << 20;
 
@@ -35,7 +37,7 @@ async fn it_is_found_again() {
 async fn another_thing_is_not_overwritten() {
     for at in [1024, 600_000, 4 * MIB - 5] {
         let disk = Disk::new(4 * MIB);
-        disk.bytes()[at] = 1;
+        disk.media().bytes[at] = 1;
         let refused = disk.open(Options::default()).await;
         assert!(matches!(refused.err(), Some(Error::Foreign)), "{at}");
         let format = Options {
@@ -161,13 +163,13 @@ async fn damage_is_noticed() {
         .await
         .expect("fits");
     let at = {
-        let bytes = disk.bytes();
-        let mut windows = bytes.windows(7);
+        let media = disk.media();
+        let mut windows = media.bytes.windows(7);
         windows
             .position(|window| window == b"a value")
             .expect("is there")
     };
-    disk.bytes()[at] ^= 1;
+    disk.media().bytes[at] ^= 1;
     let damaged = store.get(b"key").expect("is known").value().await;
     assert!(matches!(damaged, Err(Error::Damaged(_))));
 }
@@ -201,4 +203,113 @@ async fn counters_lose_no_increment() {
         get(&store, "n").await,
         Some((TASKS * TIMES).to_string().into())
     );
+}
+
+#[tokio::test]
+async fn what_was_replayed_stays() {
+    let disk = Disk::new(4 * MIB);
+    let (device, namespace) = disk.attach(|_| {}).await;
+    let options = Options {
+        durability: Durability::Flush,
+        ..Options::default()
+    };
+    let store = Store::open(namespace, options.clone())
+        .await
+        .expect("formats");
+    change(&store, vec![set("a", "1")]).await.expect("fits");
+    // The next one gets into the cache and no further.
+    let stuck = || {
+        let stuck = Fault::new(Behaviour::Hold).opcode(NvmOpcode::FLUSH);
+        stuck.times(0)
+    };
+    device.controller().inject(stuck()).expect("makes sense");
+    let changes = || vec![set("b", "a value")];
+    let (_, commit) = store.change(|_| (changes(), ())).await.expect("fits");
+    let is_there = || {
+        disk.media()
+            .bytes
+            .windows(7)
+            .any(|window| window == b"a value")
+    };
+    while !is_there() {
+        sleep(Duration::from_millis(5)).await;
+    }
+    // The process ends, and the cache lives. Whoever sees the change then, sees it for ever; as long as
+    // it can't be made durable nobody does.
+    disk.detach(Loss::Nothing);
+    drop((commit, store, device));
+    let (device, namespace) = disk.attach(|_| {}).await;
+    device.controller().inject(stuck()).expect("makes sense");
+    let opening = timeout(
+        Duration::from_millis(300),
+        Store::open(namespace, options.clone()),
+    );
+    let seen = match opening.await {
+        Ok(store) => get(&store.expect("opens"), "b").await,
+        Err(_) => None,
+    };
+    disk.detach(Loss::Nothing);
+    let survives = async |seen: Option<Bytes>| {
+        disk.media().lose_power();
+        let store = disk.open(options.clone()).await.expect("opens");
+        assert_eq!(get(&store, "a").await, Some("1".into()));
+        let found = get(&store, "b").await;
+        assert!(seen.is_none() || seen == found, "{found:?}");
+        disk.detach(Loss::Nothing);
+        found
+    };
+    let seen = survives(seen).await;
+    survives(seen).await;
+}
+
+#[tokio::test]
+async fn what_is_compacted_stays_until_its_copies_are_durable() {
+    const KEYS: usize = 30;
+    let disk = Disk::new(4 * MIB);
+    let (device, namespace) = disk.attach(|_| {}).await;
+    let store = Store::open(namespace, busy()).await.expect("formats");
+    let churn = async |times: usize| {
+        for _ in 0..times {
+            change(&store, vec![set("x", vec![1; 5000])])
+                .await
+                .expect("fits");
+        }
+    };
+    churn(600).await;
+    for key in 0..KEYS {
+        change(&store, vec![set(format!("k{key}"), vec![2; 3000])])
+            .await
+            .expect("fits");
+    }
+    // Until a checkpoint allows their segments to be compacted.
+    let before = store.statistics().checkpoints;
+    while store.statistics().checkpoints < before + 2 {
+        churn(1).await;
+    }
+    // From now on nothing becomes durable; so the copies of what is left are not, and nor is it that
+    // the others are gone.
+    let stuck = Fault::new(Behaviour::Hold).opcode(NvmOpcode::WRITE);
+    device
+        .controller()
+        .inject(stuck.times(0))
+        .expect("makes sense");
+    let gone = (1..KEYS).map(|key| Change::Delete {
+        key: format!("k{key}").into(),
+    });
+    let gone: Vec<_> = gone.collect();
+    let (_, commit) = store.change(|_| (gone.clone(), ())).await.expect("fits");
+    let compacted = timeout(Duration::from_secs(1), commit.durable()).await;
+    assert!(
+        compacted.is_err(),
+        "it is durable although nothing was written"
+    );
+    disk.detach(Loss::Nothing);
+    drop(store);
+    let store = disk.open(busy()).await.expect("opens");
+    for key in 0..KEYS {
+        assert_eq!(
+            get(&store, format!("k{key}")).await,
+            Some(vec![2; 3000].into())
+        );
+    }
 }
