@@ -120,8 +120,8 @@ fn stats(server: &Server, out: &mut String) -> std::fmt::Result {
 
 fn store(server: &Server, out: &mut String) -> std::fmt::Result {
     let usage = server.store.usage();
-    write!(out, "live_bytes:{}\r\n", usage.live)?;
-    write!(out, "live_bytes_limit:{}\r\n", usage.limit)?;
+    write!(out, "used_bytes:{}\r\n", usage.used)?;
+    write!(out, "used_bytes_limit:{}\r\n", usage.limit)?;
     write!(out, "bytes_not_durable:{}\r\n", usage.pending)?;
     write!(out, "segments:{}\r\n", usage.segments)?;
     write!(out, "segment_bytes:{}\r\n", usage.segment_size)?;

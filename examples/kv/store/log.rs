@@ -99,8 +99,8 @@ pub(super) struct NoRoom;
 pub(super) struct State {
     pub(super) index: Index,
     pub(super) segments: Vec<Segment>,
-    /// Of all segments.
-    pub(super) live: u64,
+    /// What the records cost that the index refers to.
+    pub(super) used: u64,
     /// In the order of their epochs.
     pub(super) ready: VecDeque<u32>,
     /// The valid root. The log before its position is not replayed.
@@ -129,7 +129,7 @@ pub(super) struct State {
 impl State {
     pub(super) fn new(root: Root, index: Index, segments: Vec<Segment>, sequence: u64) -> Self {
         Self {
-            live: segments.iter().map(|segment| segment.live).sum(),
+            used: 0,
             index,
             segments,
             ready: VecDeque::new(),
@@ -204,7 +204,16 @@ impl State {
         self.ready.len() + self.free().saturating_sub(self.checkpoint_need())
     }
 
-    /// Most bytes of records that the index may refer to: the rest is what compaction, which copies
+    /// What a record costs of the space: a large one twice its bytes, since as many may stay unused
+    /// before it, at the end of a segment into which it does not go.
+    pub(super) fn cost(&self, len: usize) -> u64 {
+        match len > self.root.segment_size as usize / 8 {
+            true => 2 * len as u64,
+            false => len as u64,
+        }
+    }
+
+    /// What the records may cost that the index refers to: the rest is what compaction, which copies
     /// before it frees, needs to get on, and two checkpoints.
     pub(super) fn limit(&self) -> u64 {
         let kept = 2 * self.checkpoint_need() + 6;
@@ -282,7 +291,7 @@ impl State {
             }
             Kind::Clear => {
                 self.index.clear();
-                self.live = 0;
+                self.used = 0;
                 self.segments
                     .iter_mut()
                     .for_each(|segment| segment.live = 0);
@@ -298,9 +307,9 @@ impl State {
     }
 
     fn place(&mut self, key: &[u8], entry: Entry) {
-        let len = entry.record_len(key) as u64;
-        self.live += len;
-        self.segments[entry.segment as usize].live += len;
+        let len = entry.record_len(key);
+        self.used += self.cost(len);
+        self.segments[entry.segment as usize].live += len as u64;
         if let Some(old) = self.index.insert(key, entry) {
             self.uncount(key, &old);
         }
@@ -314,9 +323,9 @@ impl State {
     }
 
     fn uncount(&mut self, key: &[u8], entry: &Entry) {
-        let len = entry.record_len(key) as u64;
-        self.live -= len;
-        self.segments[entry.segment as usize].live -= len;
+        let len = entry.record_len(key);
+        self.used -= self.cost(len);
+        self.segments[entry.segment as usize].live -= len as u64;
     }
 
     /// Ends the open batch.

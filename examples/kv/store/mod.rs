@@ -136,8 +136,8 @@ pub(crate) enum Error {
     TooSmall(u64, u64),
     #[error("the device has blocks of {0} bytes; at most 4096 can be used")]
     Blocks(u32),
-    #[error("the store is full: {live} of {limit} bytes are in use")]
-    Full { live: u64, limit: u64 },
+    #[error("the store is full: {used} of {limit} bytes are in use")]
+    Full { used: u64, limit: u64 },
     #[error("{0} bytes are more than the store takes at a time, which is {1}")]
     TooLarge(usize, usize),
     #[error("the store has failed, and must be opened again: {0}")]
@@ -204,7 +204,8 @@ pub(crate) struct Statistics {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Usage {
     pub(crate) keys: usize,
-    pub(crate) live: u64,
+    /// What the records cost that are not outdated, and what they may.
+    pub(crate) used: u64,
     pub(crate) limit: u64,
     pub(crate) pending: usize,
     pub(crate) segments: usize,
@@ -423,12 +424,12 @@ impl Store {
         for record in records.clone().filter(|record| record.kind == Kind::Set) {
             class = Class::Set;
             let old = state.index.get(record.key);
-            let old = old.map_or(0, |entry| entry.record_len(record.key));
-            more += record.len() as i64 - old as i64;
+            let old = old.map_or(0, |entry| state.cost(entry.record_len(record.key)));
+            more += state.cost(record.len()) as i64 - old as i64;
         }
-        let (live, limit) = (state.live, state.limit());
-        if class == Class::Set && more > 0 && live.saturating_add_signed(more) > limit {
-            return Err(Error::Full { live, limit });
+        let (used, limit) = (state.used, state.limit());
+        if class == Class::Set && more > 0 && used.saturating_add_signed(more) > limit {
+            return Err(Error::Full { used, limit });
         }
         let room = state.reserve(len, class);
         if room.is_ok() {
@@ -487,7 +488,7 @@ impl Store {
         let state = self.inner.lock();
         Usage {
             keys: state.index.len(),
-            live: state.live,
+            used: state.used,
             limit: state.limit(),
             pending: state.pending_bytes(),
             segments: state.segments.len(),

@@ -78,42 +78,47 @@ async fn a_format_leaves_nothing() {
 
 #[tokio::test]
 async fn when_full_it_says_so_and_reads_and_deletes() {
-    let disk = Disk::new(4 * MIB);
-    let store = disk.open(busy()).await.expect("formats");
-    let mut keys = 0;
-    let full = loop {
-        match change(&store, vec![set(format!("{keys}"), vec![keys as u8; 3000])]).await {
-            Ok(()) => keys += 1,
-            Err(error) => break error,
+    // The larger ones go into a segment alone, and leave almost a half of it.
+    for (len, least) in [(3000, 300), (70_000, 8)] {
+        let disk = Disk::new(4 * MIB);
+        let store = disk.open(busy()).await.expect("formats");
+        let mut keys = 0;
+        let full = loop {
+            let value = vec![keys as u8; len];
+            match change(&store, vec![set(format!("{keys}"), value)]).await {
+                Ok(()) => keys += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(full, Error::Full { .. }), "{full}");
+        assert!(keys > least, "{keys}");
+        // What is there can be overwritten, also many times; and all is to be read.
+        for shorter in 1..4 {
+            for i in 0..keys {
+                let value = vec![i as u8; len - shorter];
+                change(&store, vec![set(format!("{i}"), value)])
+                    .await
+                    .expect("fits");
+            }
         }
-    };
-    assert!(matches!(full, Error::Full { .. }), "{full}");
-    assert!(keys > 300, "{keys}");
-    // What is there can be overwritten, also many times; and all is to be read.
-    for i in 0..keys {
-        change(&store, vec![set(format!("{i}"), vec![i as u8; 2999])])
+        for i in 0..keys {
+            let value = get(&store, format!("{i}")).await;
+            assert_eq!(value, Some(vec![i as u8; len - 3].into()));
+        }
+        for i in 0..keys {
+            let key = format!("{i}").into();
+            change(&store, vec![Change::Delete { key }])
+                .await
+                .expect("works");
+        }
+        change(&store, vec![set("a", vec![1; 100_000])])
             .await
-            .expect("fits");
+            .expect("fits again");
+        assert!(store.statistics().compacted > 0);
+        drop(store);
+        let store = disk.open(busy()).await.expect("opens");
+        assert_eq!(contents(&store).await.len(), 1);
     }
-    for i in 0..keys {
-        assert_eq!(
-            get(&store, format!("{i}")).await,
-            Some(vec![i as u8; 2999].into())
-        );
-    }
-    for i in 0..keys {
-        let key = format!("{i}").into();
-        change(&store, vec![Change::Delete { key }])
-            .await
-            .expect("works");
-    }
-    change(&store, vec![set("a", vec![1; 100_000])])
-        .await
-        .expect("fits again");
-    assert!(store.statistics().compacted > 0);
-    drop(store);
-    let store = disk.open(busy()).await.expect("opens");
-    assert_eq!(contents(&store).await.len(), 1);
 }
 
 #[tokio::test]
