@@ -45,16 +45,14 @@ async fn prepare_one(inner: &Inner) -> Result<bool, Error> {
         return Ok(false);
     };
     if is_cold {
+        // In pieces, each durable by itself: one flush of all would keep the log waiting.
         let zeroes = Bytes::from(vec![0; PIECE]);
         let size = inner.segment_size as usize;
         for offset in (0..size).step_by(PIECE) {
             let piece = zeroes.slice(..PIECE.min(size - offset));
-            let write = inner
-                .namespace
-                .write(inner.offset(segment, offset as u32), piece);
-            write.await.map_err(nvme_async::Error::from)?;
+            let at = inner.offset(segment, offset as u32);
+            inner.write_durably(at, piece).await?;
         }
-        inner.namespace.flush().await?;
     }
     let header = segment_header(store, epoch).into();
     inner
@@ -236,7 +234,6 @@ async fn checkpoint(inner: &Inner) -> Result<(), Error> {
     let (segments, count) = (chunks.segments, chunks.count);
     let commit = inner.lock().commit();
     commit.durable().await?;
-    inner.namespace.flush().await?;
 
     let mut root = inner.lock().root.clone();
     root.generation += 1;
@@ -306,13 +303,10 @@ impl<'a> Chunks<'a> {
         };
         self.segments.push((segment, epoch));
         self.offset = BLOCK;
-        let header = segment_header(store, epoch);
-        let write = self
-            .inner
-            .namespace
-            .write(self.inner.offset(segment, 0), header);
-        write.await.map_err(nvme_async::Error::from)?;
-        Ok(())
+        let header = segment_header(store, epoch).into();
+        self.inner
+            .write_durably(self.inner.offset(segment, 0), header)
+            .await
     }
 
     /// Writes the records that there are.
@@ -329,9 +323,7 @@ impl<'a> Chunks<'a> {
         let at = self.inner.offset(segment, self.offset as u32);
         self.offset += batch.len();
         self.count += 1;
-        let write = self.inner.namespace.write(at, batch);
-        write.await.map_err(nvme_async::Error::from)?;
-        Ok(())
+        self.inner.write_durably(at, batch.into()).await
     }
 }
 
