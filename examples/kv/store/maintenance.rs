@@ -88,7 +88,7 @@ enum Step {
 async fn step(inner: &Inner) -> Result<Step, Error> {
     sweep(inner);
     let has_freed = free(inner).await?;
-    let closing = inner.closing.lock().expect("no one panics with it").take();
+    let closing = inner.closing().take();
     if let Some(closing) = closing {
         let _ = closing.send(checkpoint(inner).await);
         return Ok(Step::End);

@@ -242,9 +242,15 @@ impl Inner {
         self.statistics.lock().expect("no one panics with it")
     }
 
+    fn closing(&self) -> MutexGuard<'_, Option<oneshot::Sender<Result<(), Error>>>> {
+        self.closing.lock().expect("no one panics with it")
+    }
+
     fn fail(&self, error: &Error) {
         self.lock().fail(error.to_string());
         self.room.notify_waiters();
+        // Who waits for the last checkpoint, waits no longer.
+        self.closing().take();
     }
 
     /// Where in the namespace something in a segment is.
@@ -474,7 +480,9 @@ impl Store {
         self.inner.room.notify_waiters();
         commit.durable().await?;
         let (sender, receiver) = oneshot::channel();
-        *self.inner.closing.lock().expect("no one panics with it") = Some(sender);
+        *self.inner.closing() = Some(sender);
+        // It may have failed before there was someone to be told.
+        self.inner.lock().check_failed()?;
         self.inner.tidy.notify_one();
         receiver.await.unwrap_or(Err(Error::Closed))
     }

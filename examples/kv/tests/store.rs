@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use nvme_soft::fault::{Behaviour, Fault, Loss};
+use nvme_soft::fault::{Behaviour, Fault, FaultStatus, Loss};
+use nvme_spec::Status;
 use nvme_spec::opcode::NvmOpcode;
 use tokio::time::{sleep, timeout};
 
@@ -317,4 +318,28 @@ async fn what_is_compacted_stays_until_its_copies_are_durable() {
             Some(vec![2; 3000].into())
         );
     }
+}
+
+#[tokio::test]
+async fn a_device_that_fails_ends_it_and_loses_nothing() {
+    let disk = Disk::new(4 * MIB);
+    let (device, namespace) = disk.attach(|_| {}).await;
+    let store = Store::open(namespace, busy()).await.expect("formats");
+    change(&store, vec![set("a", "1")]).await.expect("fits");
+    // Write faults, as of bad blocks.
+    let bad = FaultStatus::new(Status::new(2, 0x80).with_dnr(true));
+    let bad = Fault::new(Behaviour::Status(bad)).opcode(NvmOpcode::WRITE);
+    let bad = bad.times(0);
+    device.controller().inject(bad).expect("makes sense");
+    let failed = change(&store, vec![set("a", "2")]).await;
+    assert!(matches!(failed, Err(Error::Failed(_))));
+    // What is not durable is not read, and nothing is written after the gap, also when it could be.
+    device.controller().clear_faults();
+    assert!(matches!(store.get(b"a"), Err(Error::Failed(_))));
+    assert!(change(&store, vec![set("b", "2")]).await.is_err());
+    assert!(matches!(store.close().await, Err(Error::Failed(_))));
+    drop(store);
+    let store = disk.open(busy()).await.expect("opens");
+    assert_eq!(get(&store, "a").await, Some("1".into()));
+    assert_eq!(store.usage().keys, 1);
 }
