@@ -5,8 +5,8 @@
 //! redis-cli -p 6380 set greeting hello
 //! ```
 //!
-//! `README.md` beside this file says what it does and how fast. [`store`] is the storage engine, with the
-//! format on the device and why a crash loses nothing; [`server`] speaks to clients.
+//! `README.md` beside this file says what it does and how fast. `store` is the storage engine, with the
+//! format on the device and why a crash loses nothing; `server` speaks to clients.
 
 mod server;
 mod store;
