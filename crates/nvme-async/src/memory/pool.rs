@@ -19,7 +19,7 @@ const CHUNK: usize = buddy::PAGES * DEVICE_PAGE;
 ///
 /// The pool grows by chunks of 2 MiB, each a [`SharedMemory`] with one fixed mapping, up to a limit
 /// that is set when it is made; or it has all of them from the start, as parts of one such mapping
-/// ([`map_all`](Self::map_all)). It keeps them until the last handle is dropped. A block is a power
+/// (`map_all`). It keeps them until the last handle is dropped. A block is a power
 /// of two of device pages (4 KiB) up to a chunk, aligned to its size in the chunk; what is larger
 /// than a chunk gets one of its own, in whole pages, that is unmapped when it is freed.
 ///
