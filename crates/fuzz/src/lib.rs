@@ -5,7 +5,6 @@ pub mod clock;
 pub mod device;
 pub mod program;
 pub mod script;
-pub mod server;
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
