@@ -11,9 +11,8 @@ use vfio_user::{
     Version, irq, region,
 };
 
-use crate::client::{
-    BASE, Client, DATA, MEMORY, Memory, device, is_readable, map, memfd, prp, raw, with,
-};
+use crate::client::{BASE, Client, MEMORY, Memory, device, is_readable, map, memfd, raw, with};
+use crate::queues::{DATA, prp};
 
 const EINVAL: u32 = 22;
 const EEXIST: u32 = 17;

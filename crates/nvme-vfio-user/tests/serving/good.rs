@@ -12,9 +12,8 @@ use vfio_user::{
     WriteMulti, irq, region,
 };
 
-use crate::client::{
-    BASE, Client, DATA, EVENT_INDEX, MEMORIES, MEMORY, Memory, SHADOW, device, prp, with,
-};
+use crate::client::{BASE, Client, MEMORIES, MEMORY, Memory, device, with};
+use crate::queues::{DATA, EVENT_INDEX, SHADOW, prp};
 
 fn options(doorbells: Doorbells) -> Options {
     let mut options = Options::default();

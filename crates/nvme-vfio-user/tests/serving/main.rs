@@ -3,4 +3,5 @@
 mod bad;
 mod client;
 mod good;
+mod queues;
 mod sockets;
