@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use vfio_user::Message;
 use vfio_user::socket::{MessageReader, ReceiveError, Received};
@@ -28,6 +29,9 @@ pub enum ServeError {
     /// The client does not speak the protocol.
     #[error("the client does not keep to the protocol: {0}")]
     Protocol(String),
+    /// The client has begun something and not gone on in time ([`Options::patience`](crate::Options::patience)).
+    #[error("the client has sent {0} in time")]
+    Late(&'static str),
     /// The socket could not be used.
     #[error("the connection: {0}")]
     Io(#[from] io::Error),
@@ -42,7 +46,7 @@ impl Device {
     /// any case.
     pub fn serve(&self, stream: UnixStream) -> Result<(), ServeError> {
         let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        let link = Arc::new(Link::new(stream)?);
+        let link = Arc::new(Link::new(stream, self.patience)?);
         let forget = ForgetOnDrop(self);
         let closed = CloseOnDrop(link.clone());
         let session = Mutex::new(Session::new(self, link.clone()));
@@ -52,7 +56,7 @@ impl Device {
             let worker = thread::Builder::new()
                 .name("nvme-vfio-user".into())
                 .spawn_scoped(scope, || work(receiver, &session, &waiting, &link))?;
-            let outcome = receive(&link, |message| {
+            let outcome = receive(&link, self.patience, |message| {
                 if waiting.load(Ordering::Acquire) == 0 && !Session::may_wait(&message) {
                     return lock(&session).handle(message);
                 }
@@ -93,15 +97,20 @@ fn lock<'a, 'b>(session: &'a Mutex<Session<'b>>) -> MutexGuard<'a, Session<'b>> 
 /// Receives until the connection ends: commands are for `serve`, replies for whoever waits for them.
 fn receive(
     link: &Link,
+    patience: Duration,
     mut serve: impl FnMut(Message) -> Result<(), Violation>,
 ) -> Result<(), ServeError> {
     let mut reader = MessageReader::new(LIMITS);
+    // For the first message, which is VERSION or the end.
+    let mut until = Instant::now().checked_add(patience);
     loop {
-        let message = match reader.read(link.stream())? {
+        let message = match reader.read_in_time(link.stream(), until, patience)? {
             Received::Message(message) => message,
-            Received::Pending => continue,
+            Received::Pending if until.is_some() => return Err(ServeError::Late("no VERSION")),
+            Received::Pending => return Err(ServeError::Late("no whole message")),
             Received::Closed => return Ok(()),
         };
+        until = None;
         if message.header.is_reply() {
             if !link.deliver(message) {
                 return Err(ServeError::Protocol("a reply to nothing".to_owned()));

@@ -42,6 +42,10 @@ pub struct Options {
     /// Maps memory of clients even if they can take it away, which would end the server by SIGBUS. For clients
     /// that are the same user's own.
     pub trust_client: bool,
+    /// How long a client may take for what it has begun, 10 s by default: from when it is its turn to VERSION,
+    /// from the first byte of a message to the last, and to read what it is sent. Its connection ends then,
+    /// so that it does not keep others waiting. A client that owes nothing may be silent for ever.
+    pub patience: Duration,
     /// MSI-X vectors, 1 to 256; `None` for one for each queue pair.
     pub vectors: Option<u16>,
     /// Vendor and device ID in configuration space. The default names no vendor's device; drivers go by the
@@ -55,6 +59,7 @@ impl Default for Options {
             doorbells: Doorbells::Trapped,
             idle_interval: Duration::from_millis(1),
             trust_client: false,
+            patience: Duration::from_secs(10),
             vectors: None,
             pci_id: (0x4e56, 0x0001),
         }
@@ -96,6 +101,7 @@ pub struct Device {
     pub(crate) vectors: Arc<Vectors>,
     pub(crate) page: Option<Arc<DoorbellPage>>,
     pub(crate) trust_client: bool,
+    pub(crate) patience: Duration,
     config: Mutex<ConfigSpace>,
     /// Held for as long as there is a client.
     pub(crate) client: Mutex<()>,
@@ -148,6 +154,7 @@ impl Device {
             vectors,
             page,
             trust_client: options.trust_client,
+            patience: options.patience,
             config: Mutex::new(ConfigSpace::new(Identity { vendor, device }, count)),
             client: Mutex::default(),
         })

@@ -6,7 +6,8 @@
 //!
 //! * **One client at a time.** A second one waits until the first is gone, and finds a function that was
 //!   reset: configuration space, memory, interrupts and queues of the client before are no more. What it
-//!   wrote to namespaces is there.
+//!   wrote to namespaces is there. Who connects and does not say VERSION, or stops in the middle of a message,
+//!   is sent away after [`Options::patience`]; a client that is merely idle may stay.
 //! * **BAR 0** has 16 KiB: registers, doorbells at 1000h, the MSI-X table at 2000h and its pending bits at
 //!   3000h. All of it is served by messages; with [`Doorbells::Mapped`] the doorbells can be mapped too.
 //! * **Interrupts** are MSI-X. A vector fires through its eventfd (DEVICE_SET_IRQS) while MSI-X is enabled in

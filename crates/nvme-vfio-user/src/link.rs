@@ -12,8 +12,6 @@ use vfio_user::{DmaAccess, Limits, Message, Reply, Request};
 
 /// How long a client has to answer DMA_READ and DMA_WRITE. The connection ends if it does not.
 pub const DMA_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a client may not read what it is sent.
-const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// One client's connection.
 ///
@@ -36,6 +34,8 @@ struct Asked {
     /// Bytes that the client takes by one message.
     max_transfer: u32,
     state: State,
+    /// The connection is over.
+    is_closed: bool,
     twin: Option<Twin>,
     /// The second socket once more, to end it while someone waits there.
     twin_stream: Option<UnixStream>,
@@ -49,8 +49,6 @@ enum State {
     /// A reply is waited for.
     Waiting,
     Answered(Message),
-    /// The connection is over.
-    Closed,
 }
 
 #[derive(Debug)]
@@ -60,9 +58,11 @@ struct Twin {
 }
 
 impl Link {
-    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+    /// A connection to a client that is waited for with so much patience while it does not read.
+    pub(crate) fn new(stream: UnixStream, patience: Duration) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
-        stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+        // Zero would be refused.
+        stream.set_write_timeout(Some(patience.max(Duration::from_millis(1))))?;
         Ok(Self {
             stream,
             sending: Mutex::default(),
@@ -93,7 +93,6 @@ impl Link {
             return Ok(None);
         }
         let (ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(Some(DMA_TIMEOUT))?;
         ours.set_write_timeout(Some(DMA_TIMEOUT))?;
         asked.twin_stream = Some(ours.try_clone()?);
         asked.twin = Some(Twin {
@@ -120,7 +119,8 @@ impl Link {
     /// Ends the connection: whoever waits for the client goes on.
     pub(crate) fn close(&self) {
         let mut asked = self.asked();
-        asked.state = State::Closed;
+        // What was answered before that is an answer.
+        asked.is_closed = true;
         // What is closed already is as it is wanted.
         if let Some(twin) = &asked.twin_stream {
             let _ = twin.shutdown(Shutdown::Both);
@@ -182,7 +182,7 @@ impl Link {
     /// connection, and so does none.
     fn ask(&self, request: &Request<'_>, take: impl FnOnce(Reply<'_>)) -> io::Result<()> {
         let mut asked = self.asked();
-        if !matches!(asked.state, State::Idle) {
+        if asked.is_closed {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
         let limits = Limits {
@@ -227,11 +227,8 @@ impl Link {
         loop {
             match std::mem::take(&mut asked.state) {
                 State::Answered(message) => return Ok(message),
-                State::Waiting => asked.state = State::Waiting,
-                state => {
-                    asked.state = state;
-                    return Err(io::ErrorKind::ConnectionAborted.into());
-                }
+                _ if asked.is_closed => return Err(io::ErrorKind::ConnectionAborted.into()),
+                state => asked.state = state,
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -262,10 +259,13 @@ impl Link {
 impl Twin {
     fn ask(&mut self, bytes: &[u8], id: u16) -> io::Result<Message> {
         send(self.stream.as_fd(), bytes, &[])?;
-        match self.reader.read(&self.stream).map_err(io::Error::other)? {
+        let until = Instant::now() + DMA_TIMEOUT;
+        let received = self
+            .reader
+            .read_in_time(&self.stream, Some(until), DMA_TIMEOUT);
+        match received.map_err(io::Error::other)? {
             Received::Message(message) if message.header.id() == id => Ok(message),
             Received::Message(_) => Err(io::Error::other("an answer to something else")),
-            // The time limit of the socket.
             Received::Pending => Err(io::ErrorKind::TimedOut.into()),
             Received::Closed => Err(io::ErrorKind::UnexpectedEof.into()),
         }
@@ -278,5 +278,40 @@ pub(crate) struct CloseOnDrop(pub(crate) Arc<Link>);
 impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         self.0.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_client_answered_before_it_left_counts() {
+        for _ in 0..50 {
+            let (ours, theirs) = UnixStream::pair().expect("sockets");
+            let link = Link::new(ours, DMA_TIMEOUT).expect("a connection");
+            link.agree(4096, false).expect("agreed");
+            std::thread::scope(|scope| {
+                let asking = scope.spawn(|| {
+                    let mut data = [0; 8];
+                    link.dma_read(0x1000, &mut data).map(|()| data)
+                });
+                let mut reader = MessageReader::new(Limits::default());
+                let Ok(Received::Message(asked)) = reader.read(&theirs) else {
+                    panic!("not asked");
+                };
+                let answer = Reply::DmaRead {
+                    address: 0x1000,
+                    data: &[7; 8],
+                };
+                let bytes = answer.encode(&asked.header);
+                let answer = vfio_user::message(&bytes, &Limits::default()).expect("a message");
+                assert!(link.deliver(answer));
+                link.close();
+                let data = asking.join().expect("no panic").expect("it was answered");
+                assert_eq!(data, [7; 8]);
+            });
+            assert!(link.dma_read(0x1000, &mut [0]).is_err());
+        }
     }
 }

@@ -6,8 +6,9 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -90,49 +91,112 @@ impl MessageReader {
     ///
     /// [`ReceiveError`]; the socket is of no use any more then.
     pub fn read(&mut self, socket: impl AsFd) -> Result<Received, ReceiveError> {
-        let socket = socket.as_fd();
         loop {
-            let Some(header) = self.header else {
-                // Never past the end of a message: the kernel would say only that descriptors came, not
-                // with which of two.
-                match receive(
-                    socket,
-                    &mut self.header_bytes[self.filled..],
-                    &mut self.fds,
-                    self.limits.max_fds,
-                )? {
-                    None => return Ok(Received::Pending),
-                    Some(0) if self.filled == 0 => return Ok(Received::Closed),
-                    Some(0) => return Err(ReceiveError::Truncated),
-                    Some(count) => self.filled += count,
-                }
-                if self.filled == HEADER_SIZE {
-                    self.header = Some(Header::decode(&self.header_bytes, &self.limits)?);
-                    self.filled = 0;
-                }
-                continue;
-            };
-            let size = header.payload_size();
-            if self.filled == size {
-                self.header = None;
-                self.filled = 0;
-                return Ok(Received::Message(Message {
-                    header,
-                    payload: std::mem::take(&mut self.payload),
-                    fds: std::mem::take(&mut self.fds),
-                }));
+            if let Some(received) = self.step(socket.as_fd(), RecvFlags::empty())? {
+                return Ok(received);
             }
-            self.payload.resize(size.min(self.filled + STEP), 0);
-            match receive(
-                socket,
-                &mut self.payload[self.filled..],
-                &mut self.fds,
-                self.limits.max_fds,
-            )? {
-                None => return Ok(Received::Pending),
+        }
+    }
+
+    /// As [`MessageReader::read`], for a socket that blocks, with limits: a message that has begun is to be
+    /// complete after the time `rest`, and by `until` at the latest if that is given.
+    /// [`Received::Pending`] if it is not. However slowly its bytes come, they do not extend that.
+    ///
+    /// # Errors
+    ///
+    /// As [`MessageReader::read`].
+    pub fn read_in_time(
+        &mut self,
+        socket: impl AsFd,
+        until: Option<Instant>,
+        rest: Duration,
+    ) -> Result<Received, ReceiveError> {
+        let socket = socket.as_fd();
+        let mut until = until;
+        let mut has_begun = false;
+        loop {
+            if self.has_begun() && !has_begun {
+                has_begun = true;
+                // One that cannot be counted to never comes.
+                let end = Instant::now().checked_add(rest);
+                until = until.into_iter().chain(end).min();
+            }
+            // Without a limit there is one system call less.
+            let flags = match until {
+                None => RecvFlags::empty(),
+                Some(_) => RecvFlags::DONTWAIT,
+            };
+            match self.step(socket, flags)? {
+                None => {}
+                Some(Received::Pending) if wait_readable(socket, until)? => {}
+                Some(received) => return Ok(received),
+            }
+        }
+    }
+
+    fn has_begun(&self) -> bool {
+        self.header.is_some() || self.filled > 0
+    }
+
+    /// Receives once; `None` if there is more to receive.
+    fn step(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        flags: RecvFlags,
+    ) -> Result<Option<Received>, ReceiveError> {
+        let Some(header) = self.header else {
+            // Never past the end of a message: the kernel would say only that descriptors came, not
+            // with which of two.
+            let into = &mut self.header_bytes[self.filled..];
+            match receive(socket, into, &mut self.fds, self.limits.max_fds, flags)? {
+                None => return Ok(Some(Received::Pending)),
+                Some(0) if self.filled == 0 => return Ok(Some(Received::Closed)),
                 Some(0) => return Err(ReceiveError::Truncated),
                 Some(count) => self.filled += count,
             }
+            if self.filled == HEADER_SIZE {
+                self.header = Some(Header::decode(&self.header_bytes, &self.limits)?);
+                self.filled = 0;
+            }
+            return Ok(None);
+        };
+        let size = header.payload_size();
+        if self.filled == size {
+            self.header = None;
+            self.filled = 0;
+            return Ok(Some(Received::Message(Message {
+                header,
+                payload: std::mem::take(&mut self.payload),
+                fds: std::mem::take(&mut self.fds),
+            })));
+        }
+        self.payload.resize(size.min(self.filled + STEP), 0);
+        let into = &mut self.payload[self.filled..];
+        match receive(socket, into, &mut self.fds, self.limits.max_fds, flags)? {
+            None => Ok(Some(Received::Pending)),
+            Some(0) => Err(ReceiveError::Truncated),
+            Some(count) => {
+                self.filled += count;
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Waits until there is something to receive, or the peer is gone; returns false when it is too late.
+fn wait_readable(socket: BorrowedFd<'_>, until: Option<Instant>) -> io::Result<bool> {
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(false);
+        }
+        // One that is too long for the system is none.
+        let limit = left.and_then(|left| Timespec::try_from(left).ok());
+        let mut wanted = [PollFd::from_borrowed_fd(socket, PollFlags::IN)];
+        match poll(&mut wanted, limit.as_ref()) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(true),
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -143,12 +207,14 @@ fn receive(
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
     max_fds: usize,
+    flags: RecvFlags,
 ) -> Result<Option<usize>, ReceiveError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
         let mut parts = [IoSliceMut::new(into)];
-        match recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+        let flags = flags | RecvFlags::CMSG_CLOEXEC;
+        match recvmsg(socket, &mut parts, &mut control, flags) {
             Ok(received) => break received,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Ok(None),

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::io::{FdFlags, fcntl_getfd};
 use vfio_user::socket::{MessageReader, Outgoing, ReceiveError, Received, send};
@@ -175,4 +176,62 @@ fn a_closed_peer_is_an_error_and_no_signal() {
     let error = send(&ours, &[0; 16], &[]).expect_err("closed");
     assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
     assert_eq!(ours.read(&mut [0; 1]).expect("the end"), 0);
+}
+
+#[test]
+fn a_message_is_waited_for_in_limited_time() {
+    const SHORT: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(60);
+    let request = Request::RegionWrite(RegionWrite {
+        region: 0,
+        offset: 0x40,
+        data: &[1; 200],
+    });
+    let bytes = request.encode(0, false);
+    let (ours, mut theirs) = pair();
+    let mut reader = MessageReader::new(Limits::default());
+    // None begins.
+    let until = Some(Instant::now() + SHORT);
+    let received = reader.read_in_time(&ours, until, LONG);
+    assert!(matches!(received, Ok(Received::Pending)));
+    // One is there, without a limit and after it.
+    for until in [None, Some(Instant::now() + LONG), Some(Instant::now())] {
+        theirs.write_all(&bytes).expect("sent");
+        let received = reader.read_in_time(&ours, until, LONG);
+        assert!(matches!(received, Ok(Received::Message(_))), "{until:?}");
+    }
+    // Its end does not come: nothing of the payload, or not all of it.
+    for there in [16, 17] {
+        let (ours, mut theirs) = pair();
+        let mut reader = MessageReader::new(Limits::default());
+        theirs.write_all(&bytes[..there]).expect("sent");
+        let received = reader.read_in_time(&ours, None, SHORT);
+        assert!(matches!(received, Ok(Received::Pending)), "{there}");
+        // What is there is kept.
+        theirs.write_all(&bytes[there..]).expect("sent");
+        let received = reader.read_in_time(&ours, None, LONG);
+        assert!(matches!(received, Ok(Received::Message(_))), "{there}");
+    }
+    // It comes, but too slowly: each byte within the time, all of them not.
+    let (ours, mut theirs) = pair();
+    let mut reader = MessageReader::new(Limits::default());
+    let received = thread::scope(|scope| {
+        let ours = ours;
+        scope.spawn(move || {
+            for byte in &bytes {
+                if theirs.write_all(&[*byte]).is_err() {
+                    return;
+                }
+                thread::sleep(SHORT / 4);
+            }
+        });
+        reader.read_in_time(&ours, None, SHORT)
+    });
+    assert!(matches!(received, Ok(Received::Pending)));
+    // The peer goes.
+    let (ours, theirs) = pair();
+    drop(theirs);
+    let mut reader = MessageReader::new(Limits::default());
+    let received = reader.read_in_time(&ours, Some(Instant::now() + LONG), LONG);
+    assert!(matches!(received, Ok(Received::Closed)));
 }

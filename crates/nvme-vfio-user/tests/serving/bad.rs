@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use nvme_spec::{Status, admin, nvm};
 use nvme_vfio_user::{Doorbells, Options};
@@ -406,4 +407,48 @@ fn any_doorbell_may_be_written() {
         });
         is_served(&device);
     }
+}
+
+#[test]
+fn whoever_does_not_go_on_is_sent_away() {
+    let mut options = Options::default();
+    options.patience = Duration::from_millis(50);
+    let impatient = device(&options);
+    // Says nothing, or the beginning of VERSION.
+    let version = raw(1, 0, &[0, 0, 1, 0]);
+    for there in [0, 1, 16, version.len() - 1] {
+        with(&impatient, |stream| {
+            let mut client = Client::silent(stream, Memory::Sealed);
+            client.send_raw(&version[..there], &[]);
+            assert!(client.is_over(), "{there}");
+        });
+    }
+    // Says that, and later the beginning of a message. There has to be time for the first.
+    options.patience = Duration::from_millis(500);
+    let device = device(&options);
+    for there in [1, 16, 17] {
+        with(&device, |stream| {
+            let mut client = Client::new(stream, Memory::Sealed);
+            client.send_raw(&raw(2, 0, &[0; 32])[..there], &[]);
+            assert!(client.is_over(), "{there}");
+        });
+    }
+    // Does not read the answers to what it asks for, on and on.
+    with(&device, |stream| {
+        let client = Client::new(stream, Memory::Sealed);
+        let read = Request::RegionRead(RegionAccess {
+            region: region::BAR0,
+            offset: 0,
+            count: 0x4000,
+        });
+        let bytes = read.encode(1, false);
+        while vfio_user::socket::send(&client.stream, &bytes, &[]).is_ok() {}
+    });
+    // Silence of a client that owes nothing is no offence.
+    with(&device, |stream| {
+        let mut client = Client::up(stream, Memory::Sealed);
+        std::thread::sleep(2 * options.patience);
+        client.create_queues();
+        client.io_ok(nvm::flush(1));
+    });
 }
