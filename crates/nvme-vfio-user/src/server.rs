@@ -1,6 +1,6 @@
 //! The socket that clients connect to.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -9,10 +9,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::Mode;
+use rustix::fs::{FlockOperation, Mode, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -22,6 +22,11 @@ use crate::device::Device;
 const BACKLOG: i32 = 16;
 /// How long is waited where a connection can't be accepted, such as for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// For how long another server may hold the lock of the directory, which it needs for an instant. Anybody who
+/// can read the directory can take it.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long is waited before that lock is tried again.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Why a socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +95,8 @@ impl Stop {
 
 impl Server {
     /// Makes a socket at `path` that only its owner can connect to. A socket that a server has left behind
-    /// there, and that nobody serves, is replaced; anything else is not.
+    /// there, and that nobody serves, is replaced; anything else is not. The directory is locked (flock)
+    /// meanwhile, so that of several servers that start at once one gets the socket.
     ///
     /// # Errors
     ///
@@ -101,12 +107,14 @@ impl Server {
             path: path.to_owned(),
             source,
         };
+        let lock = lock_directory(path).map_err(failed)?;
         remove_stale(path)?;
         let socket = listen(path).map_err(|error| match error {
             Errno::ADDRINUSE => BindError::InUse(path.to_owned()),
             error => failed(error.into()),
         })?;
         let metadata = fs::symlink_metadata(path).map_err(failed)?;
+        drop(lock);
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Ok(Self {
             listener: UnixListener::from(socket),
@@ -201,6 +209,25 @@ impl Drop for Server {
     }
 }
 
+/// Locks the directory of a socket, which leaves no file behind. Between the look at a socket that nobody serves
+/// and its removal another server could put its own there.
+fn lock_directory(path: &Path) -> io::Result<File> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let directory = File::open(directory)?;
+    let until = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(directory),
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(LOCK_PAUSE),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 /// Removes a socket that nobody serves.
 fn remove_stale(path: &Path) -> Result<(), BindError> {
     let failed = |source| BindError::Io {
@@ -215,25 +242,29 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
         }
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(failed(error)),
+    match probe(path) {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(failed),
+        Err(Errno::NOENT) => Ok(()),
         // Served, or its backlog is full.
-        _ => Err(BindError::InUse(path.to_owned())),
+        Ok(()) | Err(Errno::AGAIN) => Err(BindError::InUse(path.to_owned())),
+        Err(error) => Err(failed(error.into())),
     }
+}
+
+/// Connects to a socket, without waiting where others wait already.
+fn probe(path: &Path) -> Result<(), Errno> {
+    let socket = new_socket(SocketFlags::NONBLOCK)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
+}
+
+fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
+    let flags = flags | SocketFlags::CLOEXEC;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
 fn listen(path: &Path) -> Result<OwnedFd, Errno> {
     let address = SocketAddrUnix::new(path)?;
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+    let socket = new_socket(SocketFlags::empty())?;
     // Before it is there for others to find.
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     rustix::net::bind(&socket, &address)?;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
@@ -46,6 +47,63 @@ fn only_a_socket_that_nobody_serves_is_replaced() {
     fs::write(&path, "precious").unwrap();
     drop(server);
     assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn of_servers_that_start_at_once_one_has_the_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nvme.sock");
+    for _ in 0..200 {
+        drop(UnixListener::bind(&path).unwrap());
+        let barrier = Barrier::new(4);
+        let bind = || {
+            barrier.wait();
+            Server::bind(&path)
+        };
+        let servers: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(bind)).collect();
+            threads.into_iter().map(|it| it.join().unwrap()).collect()
+        });
+        let mut bound = 0;
+        for server in &servers {
+            match server {
+                Ok(_) => bound += 1,
+                Err(error) => assert!(matches!(error, BindError::InUse(_)), "{error}"),
+            }
+        }
+        assert_eq!(bound, 1);
+        // And it is that one's.
+        drop(UnixStream::connect(&path).unwrap());
+        drop(servers);
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn a_socket_where_many_wait_is_in_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nvme.sock");
+    let server = Server::bind(&path).unwrap();
+    let address = rustix::net::SocketAddrUnix::new(&path).unwrap();
+    let mut waiting = Vec::new();
+    loop {
+        let socket = rustix::net::socket_with(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            rustix::net::SocketFlags::NONBLOCK,
+            None,
+        )
+        .unwrap();
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => waiting.push(socket),
+            Err(error) => {
+                assert_eq!(error, rustix::io::Errno::AGAIN);
+                break;
+            }
+        }
+    }
+    assert!(matches!(Server::bind(&path), Err(BindError::InUse(_))));
+    drop(server);
 }
 
 #[test]
