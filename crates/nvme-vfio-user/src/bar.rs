@@ -75,6 +75,11 @@ fn read32(controller: &SoftController, vectors: &Vectors, offset: u32) -> u32 {
     }
 }
 
+/// Whether a write of so many bytes can lead to an interrupt at once: it unmasks vectors.
+pub(crate) fn may_interrupt(offset: u64, len: usize) -> bool {
+    offset.saturating_add(len as u64) > MSIX_TABLE.into()
+}
+
 /// Writes at `offset`; the range is inside of the BAR.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ use crate::session::{LIMITS, Session, Violation};
 /// Messages that wait for their turn. A client that sends more is not read until one was served, or an access
 /// to its memory has timed out: it can't have the server keep more than that.
 const QUEUE: usize = 1024;
+/// How long is waited before one more message is tried, where so many wait.
+const FULL_PAUSE: Duration = Duration::from_millis(2);
 
 /// How a connection ended, if not by the client closing it.
 #[derive(Debug, thiserror::Error)]
@@ -61,12 +63,12 @@ impl Device {
                     return lock(&session).handle(message);
                 }
                 waiting.fetch_add(1, Ordering::Relaxed);
-                // The worker goes on until the connection ends.
-                sender.send(message).map_err(|_| Violation::Lost)
+                hand_over(&link, &sender, message)
             });
             // What the worker waits for does not come any more.
             drop(closed);
             drop(sender);
+            self.vectors.close();
             let violation = worker.join().unwrap_or(Some(Violation::Lost));
             match (outcome, violation) {
                 (Err(error), _) => Err(error),
@@ -117,6 +119,21 @@ fn receive(
             }
         } else if let Err(violation) = serve(message) {
             return Err(ServeError::Protocol(violation.to_string()));
+        }
+    }
+}
+
+/// Leaves a message to the worker, who may be waiting for the client. When that one leaves it is known here.
+fn hand_over(link: &Link, worker: &SyncSender<Message>, message: Message) -> Result<(), Violation> {
+    let mut message = message;
+    loop {
+        message = match worker.try_send(message) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Full(message)) => message,
+            Err(TrySendError::Disconnected(_)) => return Err(Violation::Lost),
+        };
+        if link.is_over(FULL_PAUSE) {
+            return Err(Violation::Lost);
         }
     }
 }

@@ -210,6 +210,8 @@ impl Device {
 
     /// Forgets a client: nothing of it is accessed or known any more.
     pub(crate) fn forget_client(&self) {
+        // First, since the controller's thread may wait for one of the client's eventfds.
+        self.vectors.close();
         self.controller.set_bus_master(false);
         if self.controller.reset().is_err() {
             // Only where a fault was asked for that prevents it.

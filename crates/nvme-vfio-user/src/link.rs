@@ -7,6 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use vfio_user::socket::{MessageReader, Received, send};
 use vfio_user::{DmaAccess, Limits, Message, Reply, Request};
 
@@ -73,6 +75,17 @@ impl Link {
 
     pub(crate) fn stream(&self) -> &UnixStream {
         &self.stream
+    }
+
+    /// Waits for a while; returns early, and true, when the client has closed its socket or this side did.
+    pub(crate) fn is_over(&self, pause: Duration) -> bool {
+        // What is always reported is enough.
+        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+        let limit = Timespec::try_from(pause).ok();
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(count) => count > 0,
+            Err(error) => error != Errno::INTR,
+        }
     }
 
     fn asked(&self) -> MutexGuard<'_, Asked> {

@@ -69,13 +69,17 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Whether this waits for the controller's thread, which may itself wait for an answer of the client's.
+    /// Whether this waits for the controller's thread, which may itself wait for an answer of the client's, or
+    /// signals eventfds, which may wait for the client.
     pub(crate) fn may_wait(message: &Message) -> bool {
         match message.header.command() {
             Command::DMA_MAP | Command::DMA_UNMAP | Command::DEVICE_RESET => true,
-            Command::REGION_WRITE_MULTI => true,
+            Command::REGION_WRITE_MULTI | Command::DEVICE_SET_IRQS => true,
             Command::REGION_WRITE => match message.request(&LIMITS) {
-                Ok(Request::RegionWrite(write)) => write.region == region::CONFIG,
+                Ok(Request::RegionWrite(write)) => {
+                    write.region == region::CONFIG
+                        || bar::may_interrupt(write.offset, write.data.len())
+                }
                 _ => false,
             },
             _ => false,

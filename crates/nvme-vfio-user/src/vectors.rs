@@ -30,6 +30,8 @@ struct State {
     /// Bits of Message Control in configuration space.
     enabled: bool,
     function_masked: bool,
+    /// The client leaves: no eventfd of it is taken any more.
+    is_closed: bool,
     vectors: Vec<Vector>,
 }
 
@@ -68,6 +70,7 @@ impl Vectors {
             state: Mutex::new(State {
                 enabled: false,
                 function_masked: false,
+                is_closed: false,
                 vectors: (0..count).map(|_| Vector::default()).collect(),
             }),
         }
@@ -78,7 +81,8 @@ impl Vectors {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes something, and signals what follows from it.
+    /// Changes something, and signals what follows from it; that may wait for the client until
+    /// [`Vectors::close`].
     fn change(&self, change: impl FnOnce(&mut State, &mut Signals)) {
         let mut signals = Signals::new();
         let mut state = self.state();
@@ -152,6 +156,9 @@ impl Vectors {
         }
         let mut gone = Vec::new();
         self.change(|state, signals| {
+            if state.is_closed {
+                return;
+            }
             if set.count == 0 && set.action == IrqAction::Trigger && set.data == IrqData::None {
                 gone = state.forget_eventfds();
                 return;
@@ -171,7 +178,7 @@ impl Vectors {
                 }
             }
         });
-        gone.into_iter().for_each(release);
+        release(gone);
         Ok(())
     }
 
@@ -195,11 +202,21 @@ impl Vectors {
         }
     }
 
+    /// Forgets the eventfds of a client that leaves, and takes no more of them until [`Vectors::clear`]. Whoever
+    /// waited for one goes on.
+    pub(crate) fn close(&self) {
+        let mut state = self.state();
+        state.is_closed = true;
+        let gone = state.forget_eventfds();
+        drop(state);
+        release(gone);
+    }
+
     /// Forgets everything, for the next client.
     pub(crate) fn clear(&self) {
-        let gone = self.state().forget_eventfds();
-        gone.into_iter().for_each(release);
+        self.close();
         self.reset_table();
+        self.state().is_closed = false;
     }
 }
 
@@ -313,12 +330,19 @@ fn unblock(fd: impl AsFd) -> Result<(), Errno> {
     fcntl_setfl(&fd, flags | OFlags::NONBLOCK)
 }
 
-/// Drops an eventfd that is taken out of the table. A client that made it block again and filled it holds up
-/// whoever signals it right now: that one goes on when it is emptied.
-fn release(eventfd: Arc<OwnedFd>) {
-    while Arc::strong_count(&eventfd) > 1 {
-        // If it is empty, nobody is held up.
-        let _ = unblock(&eventfd).and_then(|()| rustix::io::read(&eventfd, &mut [0; 8]));
+/// Drops eventfds that are taken out of the table. A client that made one block again and filled it holds up
+/// whoever signals it right now: that one goes on when it is emptied. All of them at once, since whoever waits
+/// for one may have others yet to signal.
+fn release(mut eventfds: Vec<Arc<OwnedFd>>) {
+    loop {
+        eventfds.retain(|eventfd| Arc::strong_count(eventfd) > 1);
+        if eventfds.is_empty() {
+            return;
+        }
+        for eventfd in &eventfds {
+            // If it is empty, nobody is held up.
+            let _ = unblock(eventfd).and_then(|()| rustix::io::read(eventfd, &mut [0; 8]));
+        }
         std::thread::yield_now();
     }
 }
@@ -468,6 +492,34 @@ mod tests {
             vectors.clear();
             raise.join().expect("no panic");
         });
+    }
+
+    #[test]
+    fn who_waits_for_one_eventfd_has_others_to_signal() {
+        let (vectors, _eventfds) = vectors();
+        let (full, told) = new_eventfd();
+        rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).expect("filled");
+        let tell = set(2, 1, IrqAction::Unmask, IrqData::Eventfd);
+        vectors.set(&tell, vec![told]).expect("set");
+        fcntl_setfl(&full, OFlags::empty()).expect("set");
+        let both = |action| vectors.set(&set(1, 2, action, IrqData::None), Vec::new());
+        both(IrqAction::Mask).expect("set");
+        vectors.raise(1);
+        std::thread::scope(|scope| {
+            // Vector 2 tells first, and then vector 1 fires.
+            let unmask = scope.spawn(|| both(IrqAction::Unmask));
+            while vectors.read_table(2 * ENTRY + CONTROL) != 0 {
+                std::thread::yield_now();
+            }
+            vectors.close();
+            unmask.join().expect("no panic").expect("set");
+        });
+        // Nothing of the client is taken any more.
+        let (ours, theirs) = new_eventfd();
+        let again = set(1, 1, IrqAction::Trigger, IrqData::Eventfd);
+        vectors.set(&again, vec![theirs]).expect("set");
+        vectors.raise(1);
+        assert!(!is_signalled(&ours));
     }
 
     impl Vectors {

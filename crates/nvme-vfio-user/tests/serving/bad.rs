@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nvme_spec::{Status, admin, nvm};
 use nvme_vfio_user::{Doorbells, Options};
+use rustix::fs::OFlags;
 use vfio_user::{
     DmaAccess, DmaMap, DmaUnmap, IrqAction, IrqData, RegionAccess, RegionWrite, Request, SetIrqs,
     Version, irq, region,
@@ -451,4 +452,58 @@ fn whoever_does_not_go_on_is_sent_away() {
         client.create_queues();
         client.io_ok(nvm::flush(1));
     });
+}
+
+/// Fills an eventfd and makes it block, so that whoever signals it waits until it is read.
+fn clog(eventfd: &OwnedFd) {
+    rustix::fs::fcntl_setfl(eventfd, OFlags::NONBLOCK).unwrap();
+    // What is there already need not leave room for so much.
+    let _ = rustix::io::read(eventfd, &mut [0; 8]);
+    rustix::io::write(eventfd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    rustix::fs::fcntl_setfl(eventfd, OFlags::empty()).unwrap();
+}
+
+#[test]
+fn an_eventfd_that_blocks_holds_up_its_client_only() {
+    let device = device(&Options::default());
+    let trigger = |data| {
+        Request::SetIrqs(SetIrqs {
+            index: irq::MSIX,
+            start: 0,
+            count: 1,
+            action: IrqAction::Trigger,
+            data,
+        })
+    };
+    // Signalled because the client asks for it, by a write to the table, and by the controller.
+    for way in 0..3 {
+        with(&device, |stream| {
+            let mut client = Client::up(stream, Memory::Sealed);
+            client.admin_ok(admin::identify_controller().with_data(prp(DATA)));
+            if way == 1 {
+                client.write32(0x200c, 1);
+            }
+            clog(&client.eventfds[0]);
+            match way {
+                0 => client.send_raw(&trigger(IrqData::None).encode(1, false), &[]),
+                _ => {
+                    client.submit(0, admin::identify_controller().with_data(prp(DATA)));
+                    client.wait("a completion", |client| client.look(0));
+                }
+            }
+            if way == 1 {
+                let unmask = RegionWrite {
+                    region: region::BAR0,
+                    offset: 0x200c,
+                    data: &[0; 4],
+                };
+                client.send_raw(&Request::RegionWrite(unmask).encode(1, false), &[]);
+            }
+            // What comes later has to wait: more than there is room for.
+            for _ in 0..1100 {
+                client.send_raw(&trigger(IrqData::Bool(&[1])).encode(2, true), &[]);
+            }
+        });
+        is_served(&device);
+    }
 }
