@@ -14,6 +14,9 @@ use vfio_user::{DmaAccess, Limits, Message, Reply, Request};
 
 /// How long a client has to answer DMA_READ and DMA_WRITE. The connection ends if it does not.
 pub const DMA_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a client has to take by one message at least if it has memory that is asked for: a submission queue
+/// entry.
+const LEAST_TRANSFER: u32 = 64;
 
 /// One client's connection.
 ///
@@ -155,10 +158,17 @@ impl Link {
         true
     }
 
+    /// Whether memory may be asked for, or a message would carry next to nothing of it.
+    pub(crate) fn may_ask(&self) -> bool {
+        self.asked().max_transfer >= LEAST_TRANSFER
+    }
+
     /// Reads memory of the client's.
     pub(crate) fn dma_read(&self, address: u64, out: &mut [u8]) -> io::Result<()> {
-        let mut at = address;
-        for part in out.chunks_mut(self.chunk()) {
+        let chunk = self.chunk();
+        // The end may be that of the address space, so nothing is added up that far.
+        for (index, part) in out.chunks_mut(chunk).enumerate() {
+            let at = address + (index * chunk) as u64;
             let request = Request::DmaRead(DmaAccess {
                 address: at,
                 count: part.len() as u64,
@@ -168,21 +178,20 @@ impl Link {
                     part.copy_from_slice(data);
                 }
             })?;
-            at += part.len() as u64;
         }
         Ok(())
     }
 
     /// Writes memory of the client's.
     pub(crate) fn dma_write(&self, address: u64, data: &[u8]) -> io::Result<()> {
-        let mut at = address;
-        for part in data.chunks(self.chunk()) {
+        let chunk = self.chunk();
+        for (index, part) in data.chunks(chunk).enumerate() {
+            let at = address + (index * chunk) as u64;
             let request = Request::DmaWrite {
                 address: at,
                 data: part,
             };
             self.ask(&request, |_| {})?;
-            at += part.len() as u64;
         }
         Ok(())
     }

@@ -21,16 +21,14 @@ pub(crate) const LIMITS: Limits = Limits {
     max_fds: 16,
     max_transfer: 64 << 10,
 };
-/// What a client has to take by one message, if it has memory that is asked for by messages.
-const LEAST_TRANSFER: u32 = 64;
 
 /// The connection can't go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Violation {
     #[error("the first message is not VERSION")]
     NoVersion,
-    #[error("major version {major}, and {max_transfer} bytes by one message")]
-    Version { major: u16, max_transfer: u32 },
+    #[error("major version {0}")]
+    Version(u16),
     #[error("the connection was lost")]
     Lost,
 }
@@ -142,12 +140,9 @@ impl<'a> Session<'a> {
     /// Agrees on a version, and on what both sides can do.
     fn agree(&mut self, message: &Message, theirs: &Version) -> Result<(), Violation> {
         let max_transfer = theirs.capabilities.max_data_xfer_size;
-        if theirs.major != MAJOR || max_transfer < LEAST_TRANSFER {
+        if theirs.major != MAJOR {
             self.refuse(message, Errno::INVAL)?;
-            return Err(Violation::Version {
-                major: theirs.major,
-                max_transfer,
-            });
+            return Err(Violation::Version(theirs.major));
         }
         let twin = &theirs.capabilities.twin_socket;
         let wants_twin = twin.as_ref().is_some_and(|twin| twin.supported);

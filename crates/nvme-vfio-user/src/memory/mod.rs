@@ -79,7 +79,8 @@ impl ClientMemory {
         }
         let backing = match fd {
             Some(fd) => Backing::of_file(fd, map, trust)?,
-            None => Backing::Messages(link.clone()),
+            None if link.may_ask() => Backing::Messages(link.clone()),
+            None => return Err(Errno::INVAL),
         };
         let mut regions = self.write_lock();
         if regions.len() >= MAX_MAPS {

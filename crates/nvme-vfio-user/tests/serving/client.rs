@@ -15,7 +15,7 @@ use vfio_user::{
     Request, SetIrqs, TwinSocket, Version, irq, message, region,
 };
 
-use crate::queues::Pair;
+use crate::queues::{DATA, Pair};
 
 /// Where the client's memory begins for the device.
 pub(crate) const BASE: u64 = 0x1_0000_0000;
@@ -71,6 +71,17 @@ pub(crate) fn memfd(is_sealed: bool) -> File {
     file
 }
 
+/// The last page of all addresses, where [`DATA`] is once more.
+pub(crate) const LAST_PAGE: u64 = u64::MAX - 4095;
+
+/// Where an address is in the client's memory.
+fn place(address: u64) -> u64 {
+    match address.checked_sub(LAST_PAGE) {
+        Some(offset) => DATA - BASE + offset,
+        None => address - BASE,
+    }
+}
+
 pub(crate) fn map(address: u64, offset: u64, size: u64) -> DmaMap {
     DmaMap {
         readable: true,
@@ -122,14 +133,19 @@ impl Client {
 
     /// A client that has agreed on a version.
     pub(crate) fn new(stream: UnixStream, memory: Memory) -> Self {
+        // So that pages are transferred in parts.
+        Self::of_transfer(stream, memory, 1000)
+    }
+
+    /// A client that takes so many bytes by one message.
+    pub(crate) fn of_transfer(stream: UnixStream, memory: Memory, max_data_xfer_size: u32) -> Self {
         let mut client = Self::silent(stream, memory);
         let request = Request::Version(Version {
             major: 0,
             minor: 1,
             capabilities: Capabilities {
                 max_msg_fds: 16,
-                // So that pages are transferred in parts.
-                max_data_xfer_size: 1000,
+                max_data_xfer_size,
                 write_multiple: true,
                 twin_socket: (memory == Memory::Twin).then_some(TwinSocket {
                     supported: true,
@@ -237,7 +253,7 @@ impl Client {
             Request::DmaRead(access) => {
                 assert!(access.count <= 1000);
                 data.resize(access.count as usize, 0);
-                let place = access.address - BASE;
+                let place = place(access.address);
                 self.ram.read_exact_at(&mut data, place).unwrap();
                 Reply::DmaRead {
                     address: access.address,
@@ -245,7 +261,7 @@ impl Client {
                 }
             }
             Request::DmaWrite { address, data } => {
-                self.ram.write_all_at(data, address - BASE).unwrap();
+                self.ram.write_all_at(data, place(address)).unwrap();
                 Reply::DmaWrite(vfio_user::DmaAccess {
                     address,
                     count: data.len() as u64,

@@ -1,5 +1,6 @@
 //! Clients that mean well.
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use vfio_user::{
     WriteMulti, irq, region,
 };
 
-use crate::client::{BASE, Client, MEMORIES, MEMORY, Memory, device, with};
+use crate::client::{BASE, Client, LAST_PAGE, MEMORIES, MEMORY, Memory, device, map, with};
 use crate::queues::{DATA, EVENT_INDEX, SHADOW, prp};
 
 fn options(doorbells: Doorbells) -> Options {
@@ -310,8 +311,8 @@ fn memory_comes_and_goes() {
         client.create_queues();
         let other = crate::client::memfd(true);
         let far = BASE + MEMORY;
-        let map = crate::client::map(far, 0x1000, 0x2000);
-        client.ask_ok(&Request::DmaMap(map), &[std::os::fd::AsFd::as_fd(&other)]);
+        let map = map(far, 0x1000, 0x2000);
+        client.ask_ok(&Request::DmaMap(map), &[other.as_fd()]);
         // Data that spans two regions of two kinds: a page of each.
         let pointer = nvme_spec::DataPointer::Prp {
             prp1: far - 0x1000,
@@ -379,4 +380,49 @@ fn an_idle_server_with_mapped_doorbells_is_found_again() {
             client.io_ok(nvm::flush(1));
         }
     });
+}
+
+#[test]
+fn only_memory_that_is_asked_for_needs_long_messages() {
+    let device = device(&Options::default());
+    for max_transfer in [0, 1, 63] {
+        with(&device, |stream| {
+            let mut client = Client::of_transfer(stream, Memory::Sealed, max_transfer);
+            let request = Request::DmaMap(map(LAST_PAGE, 0, 4096));
+            assert_eq!(client.errno(&request), 22, "{max_transfer}");
+            client.set_up();
+            client.create_queues();
+            write(&mut client, 0, 1);
+            assert_eq!(read(&mut client, 0), [1; 4096]);
+        });
+    }
+    with(&device, |stream| {
+        let mut client = Client::of_transfer(stream, Memory::Messages, 64);
+        client.set_up();
+        client.create_queues();
+        assert_eq!(read(&mut client, 0), [1; 4096]);
+    });
+}
+
+#[test]
+fn memory_may_end_where_addresses_do() {
+    let device = device(&Options::default());
+    for memory in MEMORIES {
+        with(&device, |stream| {
+            let mut client = Client::up(stream, memory);
+            client.create_queues();
+            let ram = client.ram.try_clone().unwrap();
+            let fds = [ram.as_fd()];
+            let fds = match memory {
+                Memory::Sealed | Memory::Unsealed => &fds[..],
+                Memory::Messages | Memory::Twin => &[],
+            };
+            client.ask_ok(&Request::DmaMap(map(LAST_PAGE, DATA - BASE, 4096)), fds);
+            client.ram.write_all_at(&[5; 4096], DATA - BASE).unwrap();
+            client.io_ok(nvm::write(1, 0, 8, false).with_data(prp(LAST_PAGE)));
+            client.ram.write_all_at(&[0; 4096], DATA - BASE).unwrap();
+            client.io_ok(nvm::read(1, 0, 8, false).with_data(prp(LAST_PAGE)));
+            assert_eq!(read(&mut client, 0), [5; 4096], "{memory:?}");
+        });
+    }
 }

@@ -5,3 +5,4 @@ mod client;
 mod good;
 mod queues;
 mod sockets;
+mod stuck;

@@ -33,14 +33,19 @@ impl Client {
     /// servers take.
     pub(crate) fn up(stream: UnixStream, memory: Memory) -> Self {
         let mut client = Self::new(stream, memory);
-        client.map_memory();
-        // Bus master, interrupt disable; MSI-X enable.
-        client.write(region::CONFIG, 4, &0x0406_u16.to_le_bytes());
-        client.set_eventfds(2);
-        client.write(region::CONFIG, 0x52, &0x8000_u16.to_le_bytes());
-        client.map_doorbells();
-        client.enable();
+        client.set_up();
         client
+    }
+
+    /// Does that for one that has agreed on a version.
+    pub(crate) fn set_up(&mut self) {
+        self.map_memory();
+        // Bus master, interrupt disable; MSI-X enable.
+        self.write(region::CONFIG, 4, &0x0406_u16.to_le_bytes());
+        self.set_eventfds(2);
+        self.write(region::CONFIG, 0x52, &0x8000_u16.to_le_bytes());
+        self.map_doorbells();
+        self.enable();
     }
 
     pub(crate) fn enable(&mut self) {
