@@ -48,6 +48,7 @@ impl Device {
     /// any case.
     pub fn serve(&self, stream: UnixStream) -> Result<(), ServeError> {
         let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        self.welcome_client()?;
         let link = Arc::new(Link::new(stream, self.patience)?);
         let forget = ForgetOnDrop(self);
         let closed = CloseOnDrop(link.clone());

@@ -221,10 +221,14 @@ impl Device {
         self.memory.clear();
         self.vectors.clear();
         self.config().reset();
-        if let Some(page) = &self.page
-            && let Err(error) = page.renew()
-        {
-            tracing::error!(%error, "the next client gets the doorbells of the last one");
-        }
+    }
+
+    /// Sees to it that a client shares nothing with the one before, which may have its doorbells mapped for ever.
+    ///
+    /// # Errors
+    ///
+    /// If there is no page for other doorbells. The client can't be served then.
+    pub(crate) fn welcome_client(&self) -> io::Result<()> {
+        self.page.as_ref().map_or(Ok(()), |page| page.renew())
     }
 }

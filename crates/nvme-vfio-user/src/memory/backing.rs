@@ -78,6 +78,10 @@ impl Backing {
         Ok(Self::File(file, map.offset))
     }
 
+    pub(super) fn is_file(&self) -> bool {
+        !matches!(self, Self::Messages(_))
+    }
+
     /// Copies from the region, at `offset`, which is DMA address `address`.
     pub(super) fn read(&self, offset: u64, address: u64, out: &mut [u8]) -> io::Result<()> {
         match self {

@@ -19,6 +19,9 @@ use crate::link::Link;
 
 /// Mappings that a client may have at a time.
 pub(crate) const MAX_MAPS: usize = 8192;
+/// Bytes of files that a client may have mapped at a time. Files may be as large as numbers go, of nothing, and
+/// without addresses left this process could not even allocate.
+const MAX_MAPPED: u64 = 1 << 44;
 /// What addresses, sizes and offsets of mappings are multiples of.
 pub(crate) const PAGE: u64 = 4096;
 
@@ -76,6 +79,16 @@ impl ClientMemory {
     ) -> Result<(), Errno> {
         if !(map.address | map.size | map.offset).is_multiple_of(PAGE) {
             return Err(Errno::INVAL);
+        }
+        let is_too_much = fd.is_some() && {
+            let regions = self.read_lock();
+            let files = regions.iter().filter(|region| region.backing.is_file());
+            let mapped: u64 = files.map(|region| region.len).sum();
+            // No more than the limit, or it would not be there.
+            map.size > MAX_MAPPED - mapped
+        };
+        if is_too_much {
+            return Err(Errno::NOMEM);
         }
         let backing = match fd {
             Some(fd) => Backing::of_file(fd, map, trust)?,

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use nvme_spec::{Status, admin, nvm};
 use nvme_vfio_user::{Doorbells, Options};
+use rustix::fs::{SealFlags, fcntl_add_seals};
 use vfio_user::{
     DmaAccess, DmaMap, DmaUnmap, IrqAction, IrqData, RegionAccess, RegionWrite, Request, SetIrqs,
     Version, irq, region,
@@ -250,6 +251,17 @@ fn memory_that_is_no_memory() {
         ] {
             let answer = client.ask(&Request::DmaMap(map), &[fd]);
             assert!(answer.header.is_error(), "{map:?}");
+        }
+        // Much of nothing: a part of it is possible, all of it would leave no addresses.
+        let huge = memfd(false);
+        huge.set_len(1 << 46).unwrap();
+        fcntl_add_seals(&huge, SealFlags::SHRINK).unwrap();
+        client.ask_ok(&Request::DmaMap(map(1 << 50, 0, 1 << 36)), &[huge.as_fd()]);
+        for size in [1 << 44, (1 << 44) - (1 << 36) + 4096, 1 << 46] {
+            let request = Request::DmaMap(map(1 << 52, 0, size));
+            let answer = client.ask(&request, &[huge.as_fd()]);
+            assert!(answer.header.is_error(), "{size:#x}");
+            assert_eq!(answer.header.errno(), 12, "{size:#x}");
         }
         // A file that can only be read is taken, and writes to it fail when they come.
         client.ask_ok(&Request::DmaMap(page), &[read_only.as_fd()]);
