@@ -23,7 +23,8 @@
 //! comes as a file. Whoever has that file can make it shorter, after which a mapping of it raises SIGBUS. So
 //! only what cannot become shorter is mapped: a memfd with the seal `F_SEAL_SHRINK`, if it is not of huge
 //! pages. Other files are read and written by system calls, where what is not there is no signal, and only
-//! those on file systems that do not make one wait for another process; [`Options::trust_client`] maps them,
+//! memory and those on local file systems that this process sees mounted, so that it never waits for another
+//! process; [`Options::trust_client`] maps them,
 //! too. Memory without a file is asked for by messages, which have [10 seconds](DMA_TIMEOUT) to be answered.
 //!
 //! # Doorbells

@@ -1,8 +1,8 @@
 //! Where the bytes of a region of the client's memory are.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -13,15 +13,9 @@ use vfio_user::DmaMap;
 use super::mapping::Mapping;
 use crate::link::Link;
 
-/// File systems whose files this server reads and writes: no access to them waits for another process.
-const FILE_SYSTEMS: [u64; 6] = [
-    0x0102_1994, // tmpfs, memfd
-    0xef53,      // ext2, ext3, ext4
-    0x5846_5342, // XFS
-    0x9123_683e, // Btrfs
-    0xf2f5_2010, // F2FS
-    0x794c_7630, // overlayfs
-];
+/// File systems whose files this server reads and writes, besides those of memory: no access to them waits for
+/// another process. The kernel's names.
+const FILE_SYSTEMS: [&str; 7] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "overlay"];
 /// Huge pages: a page that was punched out of the file need not be there again.
 const HUGETLBFS: u64 = 0x9584_58f6;
 
@@ -45,6 +39,24 @@ impl Backing {
     /// one that this server does not touch unless the client is trusted.
     pub(super) fn of_file(fd: OwnedFd, map: &DmaMap, trust: bool) -> Result<Self, Errno> {
         let file = File::from(fd);
+        // Whatever has seals is memory. Of anything else not even the size is asked for before it is known what
+        // it is: that may be for another process to say, such as the client.
+        let seals = fcntl_get_seals(&file);
+        let is_huge = seals.is_ok() && fstatfs(&file)?.f_type as u64 == HUGETLBFS;
+        if !trust && (seals.is_err() || is_huge) {
+            let file_system = file_system(&file);
+            if !file_system
+                .as_ref()
+                .is_some_and(|name| FILE_SYSTEMS.contains(&name.as_str()))
+            {
+                tracing::debug!(
+                    ?file_system,
+                    "memory in a file that is not read and written"
+                );
+                return Err(Errno::OPNOTSUPP);
+            }
+        }
+        // After the look at the seals: it can't have become shorter since.
         let metadata = file.metadata().map_err(|_| Errno::INVAL)?;
         // The message was refused if this overflows.
         let end = map.offset.saturating_add(map.size);
@@ -52,28 +64,14 @@ impl Backing {
             return Err(Errno::INVAL);
         }
         let len = usize::try_from(map.size).map_err(|_| Errno::INVAL)?;
-        let file_system = fstatfs(&file)?.f_type as u64;
-        let cannot_shrink = file_system != HUGETLBFS
-            && fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        let cannot_shrink = seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
         if trust || cannot_shrink {
-            // Once more, since it may have become shorter before it was sealed.
-            let size = file.metadata().map_err(|_| Errno::INVAL)?.len();
-            if end > size {
-                return Err(Errno::INVAL);
-            }
             let mapping = Mapping::new(file.as_fd(), map.offset, len, map.readable, map.writable);
             let mapping = mapping.map_err(|error| {
                 let errno = error.raw_os_error().map(Errno::from_raw_os_error);
                 errno.unwrap_or(Errno::INVAL)
             })?;
             return Ok(Self::Mapped(mapping));
-        }
-        if !FILE_SYSTEMS.contains(&file_system) {
-            tracing::warn!(
-                file_system = format_args!("{file_system:#x}"),
-                "memory in a file that is neither sealed nor on a file system that is read and written"
-            );
-            return Err(Errno::OPNOTSUPP);
         }
         Ok(Self::File(file, map.offset))
     }
@@ -146,6 +144,24 @@ impl Backing {
     }
 }
 
+/// The kernel's name of the file system that a file is on, if that is mounted where this process sees it. A user
+/// may mount what he likes for himself, such as an overlay of files that he is asked for.
+fn file_system(file: &File) -> Option<String> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    mount_type(&mounts, mount.trim()).map(str::to_owned)
+}
+
+/// The type of a mount in `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+fn mount_type<'a>(mounts: &'a str, id: &str) -> Option<&'a str> {
+    let mut mounts = mounts.lines();
+    let mount = mounts.find(|line| line.split(' ').next() == Some(id))?;
+    // Spaces in names are escaped.
+    let (_, rest) = mount.split_once(" - ")?;
+    rest.split(' ').next()
+}
+
 /// How often a word is read until the same is read twice. A host that stores faster than that is not
 /// one that means well.
 const LOOKS: usize = 1000;
@@ -165,4 +181,23 @@ fn done(is_inside: bool) -> io::Result<()> {
 
 fn out_of_bounds() -> io::Error {
     io::Error::other("outside of the mapping")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_systems_have_names() {
+        let mounts = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n\
+                      12 1 0:5 / /a\\040-\\040b rw,nosuid shared:7 master:2 - fuse.x y rw\n";
+        assert_eq!(mount_type(mounts, "1"), Some("ext4"));
+        assert_eq!(mount_type(mounts, "12"), Some("fuse.x"));
+        assert_eq!(mount_type(mounts, "2"), None);
+        let name = |path| file_system(&File::open(path).expect("it is there"));
+        assert_eq!(name("/proc/self/status").as_deref(), Some("proc"));
+        // A pipe is nowhere.
+        let (pipe, _other) = io::pipe().expect("a pipe");
+        assert_eq!(file_system(&File::from(OwnedFd::from(pipe))), None);
+    }
 }

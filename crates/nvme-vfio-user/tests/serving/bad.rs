@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use nvme_spec::{Status, admin, nvm};
 use nvme_vfio_user::{Doorbells, Options};
-use rustix::fs::{SealFlags, fcntl_add_seals};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vfio_user::{
     DmaAccess, DmaMap, DmaUnmap, IrqAction, IrqData, RegionAccess, RegionWrite, Request, SetIrqs,
     Version, irq, region,
@@ -263,6 +263,13 @@ fn memory_that_is_no_memory() {
             assert!(answer.header.is_error(), "{size:#x}");
             assert_eq!(answer.header.errno(), 12, "{size:#x}");
         }
+        // Huge pages can be taken out of the file, and need not be there again.
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+        let pages = File::from(memfd_create("huge", flags).unwrap());
+        pages.set_len(2 << 20).unwrap();
+        fcntl_add_seals(&pages, SealFlags::SHRINK).unwrap();
+        let answer = client.ask(&Request::DmaMap(map(1 << 52, 0, 2 << 20)), &[pages.as_fd()]);
+        assert!(answer.header.is_error());
         // A file that can only be read is taken, and writes to it fail when they come.
         client.ask_ok(&Request::DmaMap(page), &[read_only.as_fd()]);
     });
