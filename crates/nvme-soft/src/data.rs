@@ -12,6 +12,9 @@ use crate::fault::Behaviour;
 
 /// The segments of one SGL. A host can chain empty segments without end.
 const MAX_SGL_SEGMENTS: usize = 1024;
+/// The descriptors of one SGL, with those that describe nothing: they take time, and memory until the data is
+/// moved. As many as the pieces that a host's memory is in need.
+const MAX_SGL_DESCRIPTORS: u32 = 1 << 16;
 /// Descriptors that are read at a time.
 const SGL_READ: usize = 256;
 
@@ -282,6 +285,7 @@ impl Transfer {
     ) -> Result<(), Status> {
         let mut total = 0;
         let mut next = self.take_descriptor(first, flow, &mut total)?;
+        let mut descriptors = 0;
         let mut bytes = std::mem::take(&mut self.list);
         let mut segments = 0;
         let mut result = Ok(());
@@ -289,7 +293,10 @@ impl Transfer {
             && result.is_ok()
         {
             segments += 1;
-            result = if segments > MAX_SGL_SEGMENTS {
+            descriptors += u64::from(segment.len / SglDescriptor::SIZE);
+            let is_too_long =
+                segments > MAX_SGL_SEGMENTS || descriptors > MAX_SGL_DESCRIPTORS.into();
+            result = if is_too_long {
                 Err(Status::INVALID_SGL_COUNT)
             } else {
                 self.walk_sgl_segment(dma, segment, flow, &mut total, &mut bytes)

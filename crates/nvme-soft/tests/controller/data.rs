@@ -316,6 +316,9 @@ fn bad_sgls_are_refused() {
         (unaligned, Status::INVALID_SGL_SEGMENT),
         (segment(early, 2), Status::INVALID_SGL_COUNT),
         (segment(endless, 1), Status::INVALID_SGL_COUNT),
+        // Of more descriptors than are kept, whether or not they are there.
+        (last(two, (1 << 16) + 1), Status::INVALID_SGL_COUNT),
+        (segment(two, (1 << 28) - 1), Status::INVALID_SGL_COUNT),
         (typed(0x40), Status::SGL_TYPE_INVALID),
         (typed(0x01), Status::SGL_TYPE_INVALID),
         (last(0x1000, 1), Status::DATA_TRANSFER_ERROR),
