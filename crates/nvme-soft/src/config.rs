@@ -21,6 +21,10 @@ pub struct Config {
     pub model: String,
     /// Firmware revision (FR), at most 8 printable ASCII characters.
     pub firmware: String,
+    /// Vendor of the PCI function (VID), as in its configuration space. 0 stands for a controller that is none.
+    pub pci_vendor: u16,
+    /// Vendor of the subsystem (SSVID), likewise.
+    pub pci_subsystem_vendor: u16,
     /// Entries that a queue may have (CAP.MQES), 2 to 65,536.
     pub max_queue_entries: u32,
     /// I/O queue pairs that there may be, 1 to 65,534.
@@ -99,6 +103,8 @@ impl Default for Config {
             serial: "SOFT0001".into(),
             model: "nvme-soft".into(),
             firmware: env!("CARGO_PKG_VERSION").into(),
+            pci_vendor: 0,
+            pci_subsystem_vendor: 0,
             max_queue_entries: 1024,
             io_queue_pairs: 64,
             mdts: 7,

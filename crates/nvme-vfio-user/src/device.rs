@@ -48,7 +48,7 @@ pub struct Options {
     pub patience: Duration,
     /// MSI-X vectors, 1 to 256; `None` for one for each queue pair.
     pub vectors: Option<u16>,
-    /// Vendor and device ID in configuration space. The default names no vendor's device; drivers go by the
+    /// Vendor and device ID in configuration space, and the vendor in Identify data. The default names no vendor's device; drivers go by the
     /// class code.
     pub pci_id: (u16, u16),
 }
@@ -108,8 +108,8 @@ pub struct Device {
 }
 
 impl Device {
-    /// Starts a controller. How doorbells are rung is for `options` to say: what `config` says about that is
-    /// replaced, and [`Config::spin`] is raised to 50 µs, or 200 µs with mapped doorbells.
+    /// Starts a controller. How doorbells are rung is for `options` to say: what `config` says about that, and
+    /// about the PCI function, is replaced, and [`Config::spin`] is raised to 50 µs, or 200 µs with mapped doorbells.
     ///
     /// # Errors
     ///
@@ -143,11 +143,13 @@ impl Device {
             Doorbells::Trapped => TRAPPED_SPIN,
             Doorbells::Mapped => MAPPED_SPIN,
         });
+        let (vendor, device) = options.pci_id;
+        config.pci_vendor = vendor;
+        config.pci_subsystem_vendor = vendor;
         let memory = Arc::new(ClientMemory::default());
         let vectors = Arc::new(Vectors::new(count));
         let controller = SoftController::start(config, memory.clone(), vectors.clone())?;
         controller.set_bus_master(false);
-        let (vendor, device) = options.pci_id;
         Ok(Self {
             controller,
             memory,

@@ -84,6 +84,8 @@ impl Engine {
     fn controller_data(&self) -> IdentifyController {
         let config = &self.config;
         let mut data = IdentifyController {
+            vid: config.pci_vendor.into(),
+            ssvid: config.pci_subsystem_vendor.into(),
             mdts: config.mdts,
             ver: VERSION.into_bits().into(),
             rtd3e: SHUTDOWN_MICROS.into(),

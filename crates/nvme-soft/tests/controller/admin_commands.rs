@@ -32,12 +32,15 @@ fn identify<T: FromBytes>(host: &mut Host, command: Sqe) -> T {
 fn identify_controller_says_what_is_configured() {
     let mut config = two_namespaces();
     config.serial = "serial 1".into();
+    config.pci_vendor = 0x1234;
+    config.pci_subsystem_vendor = 0x5678;
     config.mdts = 5;
     config.abort_limit = 2;
     config.volatile_write_cache = false;
     let mut host = Host::enabled(config);
     let data: IdentifyController = identify(&mut host, admin::identify_controller());
     assert_eq!(data.serial_number(), "serial 1");
+    assert_eq!((data.vid.get(), data.ssvid.get()), (0x1234, 0x5678));
     assert_eq!(data.model_number(), "nvme-soft");
     assert_eq!(data.max_transfer_bytes(4096), Some(128 << 10));
     assert_eq!(data.version().to_string(), "2.0");

@@ -68,6 +68,22 @@ fn everything_from_the_first_message_to_data() {
 }
 
 #[test]
+fn the_vendor_is_the_same_everywhere() {
+    let mut options = Options::default();
+    options.pci_id = (0x1234, 0x5678);
+    let device = device(&options);
+    with(&device, |stream| {
+        let mut client = Client::up(stream, Memory::Sealed);
+        client.admin_ok(admin::identify_controller().with_data(prp(DATA)));
+        let mut data = [0; 4];
+        client.ram.read_exact_at(&mut data, DATA - BASE).unwrap();
+        assert_eq!(data[..2], client.read(region::CONFIG, 0x00, 2));
+        assert_eq!(data[2..], client.read(region::CONFIG, 0x2c, 2));
+        assert_eq!(client.config16(0), 0x1234);
+    });
+}
+
+#[test]
 fn registers_of_both_sizes() {
     let device = device(&Options::default());
     with(&device, |stream| {
