@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::counters::Cells;
 use crate::doorbells::{ATTENTION_CONTROL, Doorbells};
 use crate::engine::Engine;
+use crate::log_limit::LogLimit;
 use crate::registers::Registers;
 
 /// Which commands the controller leaves in their queues.
@@ -59,6 +60,15 @@ pub(crate) struct Shared {
     acknowledged: Condvar,
     pub(crate) doorbells: Arc<Doorbells>,
     pub(crate) counters: Cells,
+    pub(crate) log: LogLimits,
+}
+
+/// Limits of what is logged, for each kind.
+#[derive(Debug, Default)]
+pub(crate) struct LogLimits {
+    pub(crate) refused_accesses: LogLimit,
+    pub(crate) refused_enables: LogLimit,
+    pub(crate) failures: LogLimit,
 }
 
 impl Shared {
@@ -80,6 +90,7 @@ impl Shared {
             acknowledged: Condvar::new(),
             doorbells,
             counters: Cells::default(),
+            log: LogLimits::default(),
         }
     }
 

@@ -50,7 +50,9 @@ impl Dma {
     #[cold]
     fn refused(&self, fault: &AccessFault) -> Status {
         self.shared.counters.refused_accesses.add(1);
-        tracing::warn!(%fault, "refused access to host memory");
+        if let Some(left_out) = self.shared.log.refused_accesses.pass() {
+            tracing::warn!(%fault, left_out, "refused access to host memory");
+        }
         Status::DATA_TRANSFER_ERROR
     }
 }

@@ -13,7 +13,8 @@
 //! The controller works on one thread of its own, which sleeps, without a timer, when there is
 //! nothing to do; where the host writes doorbells to memory ([`Config::polled_doorbells`]) it looks at them
 //! from time to time. Each kind of bad command is answered with the status that the specification
-//! names, and access to host memory that is refused ends the command and is counted.
+//! names, and access to host memory that is refused ends the command and is counted. What a host can cause as
+//! often as it likes is logged once in [a while](LogLimit).
 //!
 //! To test what a host does about a controller that is not so well behaved, its [`fault`]s are data:
 //! which commands and events they strike, and what then happens.
@@ -73,6 +74,7 @@ mod data;
 mod dma;
 mod doorbells;
 mod engine;
+mod log_limit;
 mod namespace;
 mod nvm;
 mod registers;
@@ -85,6 +87,7 @@ pub use config::{Config, NamespaceConfig, PolledDoorbells, StartError};
 pub use controller::{ResetError, SoftController};
 pub use counters::Counters;
 pub use doorbells::Doorbells;
+pub use log_limit::LogLimit;
 
 /// The host's memory as the controller reaches it: through the IOMMU, by I/O virtual address.
 ///

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nvme_soft::LogLimit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vfio_user::socket::{MessageReader, Received, send};
@@ -17,6 +18,9 @@ pub const DMA_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a client has to take by one message at least if it has memory that is asked for: a submission queue
 /// entry.
 const LEAST_TRANSFER: u32 = 64;
+
+/// Of all clients, each of which is asked once more than it answers at most.
+static UNANSWERED: LogLimit = LogLimit::new();
 
 /// One client's connection.
 ///
@@ -219,7 +223,10 @@ impl Link {
             self.ask_here(asked, &bytes)
         };
         let message = answer.inspect_err(|error| {
-            tracing::warn!(%error, command = %request.command(), "the client does not answer");
+            if let Some(left_out) = UNANSWERED.pass() {
+                let command = request.command();
+                tracing::warn!(%error, %command, left_out, "the client does not answer");
+            }
             self.close();
         })?;
         let reply = match message.reply(&limits) {

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nvme_soft::LogLimit;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{FlockOperation, Mode, flock};
 use rustix::io::Errno;
@@ -56,6 +57,7 @@ pub struct Server {
     /// Device and inode of the socket, so that nobody else's is removed.
     identity: (u64, u64),
     stop: Arc<Stop>,
+    log_limit: LogLimit,
 }
 
 #[derive(Debug)]
@@ -125,6 +127,7 @@ impl Server {
                 wake: eventfd(0, flags).map_err(|error| failed(error.into()))?,
                 client: Mutex::default(),
             }),
+            log_limit: LogLimit::new(),
         })
     }
 
@@ -164,11 +167,15 @@ impl Server {
             if self.stop.is_stopped() {
                 break;
             }
-            tracing::info!("a client has connected");
+            tracing::debug!("a client has connected");
             match device.serve(stream) {
-                Ok(()) => tracing::info!("the client has left"),
+                Ok(()) => tracing::debug!("the client has left"),
                 Err(error) if self.stop.is_stopped() => tracing::debug!(%error, "stopped"),
-                Err(error) => tracing::warn!(%error, "the connection has ended"),
+                Err(error) => {
+                    if let Some(left_out) = self.log_limit.pass() {
+                        tracing::warn!(%error, left_out, "the connection has ended");
+                    }
+                }
             }
             *self.stop.client() = None;
         }

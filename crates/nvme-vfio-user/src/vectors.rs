@@ -306,7 +306,7 @@ fn signal(eventfd: &OwnedFd) {
     if let Err(error) = rustix::io::write(eventfd, &1_u64.to_ne_bytes())
         && error != Errno::AGAIN
     {
-        tracing::warn!(%error, "an eventfd of the client's");
+        tracing::debug!(%error, "an eventfd of the client's");
     }
 }
 

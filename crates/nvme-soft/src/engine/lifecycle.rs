@@ -87,7 +87,9 @@ impl Engine {
         let registers = &mut control.registers;
         let configuration = registers.configuration;
         if let Err(reason) = self.check_configuration(configuration, registers) {
-            tracing::warn!(reason, "enable refused");
+            if let Some(left_out) = self.shared.log.refused_enables.pass() {
+                tracing::warn!(reason, left_out, "enable refused");
+            }
             self.state = State::Failed;
             registers.status.set_cfs(true);
             return;
@@ -216,7 +218,9 @@ impl Engine {
         if self.state == State::Gone {
             return;
         }
-        tracing::error!(reason, "controller failed");
+        if let Some(left_out) = self.shared.log.failures.pass() {
+            tracing::error!(reason, left_out, "controller failed");
+        }
         self.state = State::Failed;
         self.shared.lock().registers.status.set_cfs(true);
     }

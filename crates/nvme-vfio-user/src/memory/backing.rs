@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use nvme_soft::LogLimit;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstatfs};
 use rustix::io::Errno;
 use vfio_user::DmaMap;
@@ -16,6 +17,8 @@ use crate::link::Link;
 /// File systems whose files this server reads and writes, besides those of memory: no access to them waits for
 /// another process. The kernel's names.
 const FILE_SYSTEMS: [&str; 7] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "overlay"];
+/// Of all clients.
+static UNKNOWN_FILES: LogLimit = LogLimit::new();
 /// Huge pages: a page that was punched out of the file need not be there again.
 const HUGETLBFS: u64 = 0x9584_58f6;
 
@@ -49,10 +52,13 @@ impl Backing {
                 .as_ref()
                 .is_some_and(|name| FILE_SYSTEMS.contains(&name.as_str()))
             {
-                tracing::debug!(
-                    ?file_system,
-                    "memory in a file that is not read and written"
-                );
+                if let Some(left_out) = UNKNOWN_FILES.pass() {
+                    tracing::warn!(
+                        ?file_system,
+                        left_out,
+                        "memory in a file that is neither sealed nor one that is read and written"
+                    );
+                }
                 return Err(Errno::OPNOTSUPP);
             }
         }

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use nvme_soft::{AccessFault, HostMemory};
+use nvme_soft::{AccessFault, HostMemory, LogLimit};
 use rustix::io::Errno;
 use vfio_user::{DmaMap, DmaUnmap};
 
@@ -53,6 +53,7 @@ pub(crate) struct ClientMemory {
     regions: RwLock<Vec<Region>>,
     /// Where the last access found its region.
     last_hit: AtomicUsize,
+    log_limit: LogLimit,
 }
 
 impl ClientMemory {
@@ -172,7 +173,9 @@ impl ClientMemory {
             let offset = address - region.first;
             let part = (region.len - offset).min((fault.len - done) as u64) as usize;
             if let Err(error) = piece(&region.backing, offset, done..done + part) {
-                tracing::warn!(%error, %fault, "memory of the client");
+                if let Some(left_out) = self.log_limit.pass() {
+                    tracing::warn!(%error, %fault, left_out, "memory of the client");
+                }
                 return Err(fault);
             }
             done += part;
