@@ -24,8 +24,14 @@
 //! only what cannot become shorter is mapped: a memfd with the seal `F_SEAL_SHRINK`, if it is not of huge
 //! pages. Other files are read and written by system calls, where what is not there is no signal, and only
 //! memory and those on local file systems that this process sees mounted, so that it never waits for another
-//! process; [`Options::trust_client`] maps them,
-//! too. Memory without a file is asked for by messages, which have [10 seconds](DMA_TIMEOUT) to be answered.
+//! process; [`Options::trust_client`] maps them, too. All files together may have 16 TiB. Memory without a file
+//! is asked for by messages, which have [10 seconds](DMA_TIMEOUT) to be answered.
+//!
+//! What a client can do nonetheless, which only who may open the socket can: have pages of a sparse file come into
+//! being, which count as this process's where cgroups limit memory, and keep a descriptor open here for each
+//! message that waits and each file that is not mapped, up to the limit of this process (RLIMIT_NOFILE). The
+//! descriptor of a file on a FUSE file system of its own it can have closed here, which that may take its time
+//! for.
 //!
 //! # Doorbells
 //!

@@ -96,8 +96,11 @@ pub(crate) fn map(address: u64, offset: u64, size: u64) -> DmaMap {
 pub(crate) fn with<T>(device: &Device, play: impl FnOnce(UnixStream) -> T) -> T {
     let (ours, theirs) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| device.serve(theirs));
-        play(ours)
+        let served = scope.spawn(|| device.serve(theirs));
+        let outcome = play(ours);
+        // Not left to the scope, whose end ThreadSanitizer does not see. However it has ended.
+        drop(served.join().unwrap());
+        outcome
     })
 }
 
