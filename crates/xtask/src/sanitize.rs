@@ -95,6 +95,12 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
         let what = ["--lib", "--test", "controller", "--features", FEATURES];
         run_cargo(&mut cargo(&packages.chain(what).collect::<Vec<_>>()), false)
     });
+    report.suite("vfio-user", || {
+        let packages = ["vfio-user", "nvme-vfio-user"];
+        let packages = packages.iter().flat_map(|name| ["--package", name]);
+        let what = ["--tests"];
+        run_cargo(&mut cargo(&packages.chain(what).collect::<Vec<_>>()), false)
+    });
     report.suite("end to end", || {
         run_cargo(&mut cargo(&["--test", "e2e"]), false)
     });
