@@ -1,34 +1,20 @@
-//! `nvme-async serve`: a software controller for other processes.
+//! `nvme-async serve vfio-user`: a software controller for other processes.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use nvme_async::device::soft;
 use nvme_vfio_user::{BindError, Device, Doorbells, Options, Server, StartError};
-use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::block_on;
 use crate::failure::Failure;
 
-/// Serves a software controller to other processes, until SIGTERM or SIGINT.
-#[derive(Args, Clone, Debug)]
-pub(crate) struct Arguments {
-    #[command(subcommand)]
-    protocol: Protocol,
-}
-
-#[derive(Clone, Debug, Subcommand)]
-enum Protocol {
-    VfioUser(VfioUserArguments),
-}
-
-/// As a PCI function, over the vfio-user protocol.
+/// Serves a software controller as a PCI function, over the vfio-user protocol.
 ///
 /// One client at a time: this project's driver, SPDK's, cloud-hypervisor, or QEMU from 10.1 on. Others wait.
 #[derive(Args, Clone, Debug)]
-struct VfioUserArguments {
+pub(super) struct Arguments {
     /// The socket to make. Only its owner can connect to it; a socket that nobody serves is replaced.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
@@ -54,10 +40,8 @@ enum DoorbellsArgument {
     Mapped,
 }
 
-/// Runs `serve`.
-pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let Protocol::VfioUser(arguments) = &arguments.protocol;
-    allow_many_files();
+/// Runs `serve vfio-user`.
+pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mut options = Options::default();
     options.trust_client = arguments.trust_client;
     options.doorbells = match arguments.doorbells {
@@ -70,18 +54,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     block_on(serve(server, device, arguments))
 }
 
-async fn serve(
-    server: Server,
-    device: Device,
-    arguments: &VfioUserArguments,
-) -> Result<(), Failure> {
+async fn serve(server: Server, device: Device, arguments: &Arguments) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (url, path) = (&arguments.url, arguments.socket.display());
-    let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "serving {url} at {path}")?;
-    stdout.flush()?;
-    drop(stdout);
+    super::announce(&arguments.url, arguments.socket.display())?;
     let stopper = server.stopper();
     let mut serving = tokio::task::spawn_blocking(move || server.run(&device));
     tokio::select! {
@@ -97,15 +73,6 @@ fn finish(ended: Result<std::io::Result<()>, tokio::task::JoinError>) -> Result<
     ended
         .map_err(|error| Failure::operation(format!("the server has ended: {error}")))?
         .map_err(Failure::from)
-}
-
-/// A client's memory may be many files, each of which is open here.
-fn allow_many_files() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::debug!(%error, "the number of open files stays as it is");
-    }
 }
 
 impl From<BindError> for Failure {

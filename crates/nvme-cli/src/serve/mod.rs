@@ -1,0 +1,48 @@
+//! `nvme-async serve`: what this process has, for other processes.
+
+mod vfio_user;
+
+use std::fmt;
+use std::io::Write as _;
+
+use clap::{Args, Subcommand};
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use crate::failure::Failure;
+
+/// Serves to other processes, until SIGTERM or SIGINT.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    protocol: Protocol,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum Protocol {
+    VfioUser(vfio_user::Arguments),
+}
+
+/// Runs `serve`.
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    allow_many_files();
+    match &arguments.protocol {
+        Protocol::VfioUser(arguments) => vfio_user::run(arguments),
+    }
+}
+
+/// Says where it can be reached from now on.
+fn announce(url: &str, at: impl fmt::Display) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "serving {url} at {at}")?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// A client's memory may be many files, each of which is open here.
+fn allow_many_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the number of open files stays as it is");
+    }
+}
