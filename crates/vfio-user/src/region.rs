@@ -182,17 +182,17 @@ impl RegionInfo {
         self.encode_parts(self.full_size(), self.sparse.as_deref(), into);
     }
 
-    /// Encodes the payload without capabilities, for which `argsz` bytes would be needed.
+    /// Encodes the payload without capabilities, for which `argsz` bytes would be needed. It does not
+    /// say that there are some, since some clients then refuse a reply that has none.
     pub(crate) fn encode_cut(&self, argsz: u32, into: &mut Vec<u8>) {
         self.encode_parts(argsz, None, into);
     }
 
     fn encode_parts(&self, argsz: u32, areas: Option<&[SparseArea]>, into: &mut Vec<u8>) {
-        let has_more = areas.is_some() || argsz > size_of::<wire::RegionInfo>() as u32;
         let flags = flag(self.readable, REGION_READ)
             | flag(self.writable, REGION_WRITE)
             | flag(self.mappable, REGION_MMAP)
-            | flag(has_more, REGION_CAPS);
+            | flag(areas.is_some(), REGION_CAPS);
         let fixed = size_of::<wire::RegionInfo>() as u32;
         let wire = wire::RegionInfo {
             argsz: argsz.into(),
