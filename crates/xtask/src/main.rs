@@ -4,7 +4,8 @@
 //! QEMU's NVMe controllers; `cargo xtask vm-bench` compares the driver with others there; `cargo
 //! xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
 //! `cargo xtask poll-sim` compares polling policies; `cargo xtask instructions` counts those of a read;
-//! `cargo xtask kv-bench` compares the example `kv` with others. All say `--help`.
+//! `cargo xtask kv-bench` compares the example `kv` with others; `cargo xtask remote-bench` a controller in
+//! another process with one in this. All say `--help`.
 
 #![forbid(unsafe_code)]
 
@@ -19,9 +20,11 @@ mod machine;
 mod packages;
 mod poll_sim;
 mod relay;
+mod remote_bench;
 mod run;
 mod sanitize;
 mod sources;
+mod table;
 mod tally;
 mod test;
 mod vm;
@@ -48,6 +51,7 @@ enum Task {
     Instructions(instructions::Arguments),
     KvBench(kv_bench::Arguments),
     PollSim(poll_sim::Arguments),
+    RemoteBench(remote_bench::Arguments),
     Test(test::Arguments),
     Sanitize(sanitize::Arguments),
     Vm(vm::Arguments),
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Task::Instructions(arguments) => instructions::run(&workspace, &arguments),
         Task::KvBench(arguments) => kv_bench::run(&workspace, &arguments),
         Task::PollSim(arguments) => poll_sim::run(&workspace, &arguments),
+        Task::RemoteBench(arguments) => remote_bench::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Sanitize(arguments) => sanitize::run(&workspace, &arguments),
         Task::Vm(arguments) => vm::run(&workspace, &arguments),
