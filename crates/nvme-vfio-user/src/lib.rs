@@ -68,9 +68,11 @@ mod link;
 mod memory;
 mod server;
 mod session;
+mod socket;
 mod vectors;
 
 pub use connection::ServeError;
 pub use device::{Device, Doorbells, Options, StartError};
 pub use link::DMA_TIMEOUT;
-pub use server::{BindError, Server, Stopper};
+pub use server::{Server, Stopper};
+pub use socket::{BindError, Socket};
