@@ -6,5 +6,6 @@
 #![deny(unsafe_code)]
 
 mod export;
+pub mod nbd;
 
 pub use crate::export::{Export, ExportError, OutOfExport};
