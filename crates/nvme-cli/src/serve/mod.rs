@@ -1,5 +1,7 @@
 //! `nvme-async serve`: what this process has, for other processes.
 
+mod nbd;
+mod range;
 mod vfio_user;
 
 use std::fmt;
@@ -19,6 +21,7 @@ pub(crate) struct Arguments {
 
 #[derive(Clone, Debug, Subcommand)]
 enum Protocol {
+    Nbd(nbd::Arguments),
     VfioUser(vfio_user::Arguments),
 }
 
@@ -26,6 +29,7 @@ enum Protocol {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     allow_many_files();
     match &arguments.protocol {
+        Protocol::Nbd(arguments) => nbd::run(arguments),
         Protocol::VfioUser(arguments) => vfio_user::run(arguments),
     }
 }
