@@ -1,5 +1,5 @@
 //! What virtual machines need beyond cargo: QEMU, installed by apt; a kernel and busybox for the
-//! guest, only unpacked from their packages, never installed. And valgrind, and clients of Redis.
+//! guest, only unpacked from their packages, never installed. And valgrind, and clients of Redis and NBD.
 
 use std::env;
 use std::ffi::OsStr;
@@ -21,6 +21,8 @@ pub(crate) const QEMU: &str = "qemu-system-x86_64";
 const QEMU_VERSION: Version = Version(9, 1);
 
 const QEMU_PACKAGE: &str = "qemu-system-x86";
+/// Of the same version: older ones have no qemu-storage-daemon in this package.
+const QEMU_UTILS_PACKAGE: &str = "qemu-utils";
 const KERNEL_PACKAGE: &str = "linux-image-amd64";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 
@@ -82,6 +84,21 @@ pub(crate) fn install_valgrind(directory: &Path) -> Result<()> {
 pub(crate) fn install_redis(directory: &Path) -> Result<()> {
     const PROGRAMS: [&str; 3] = ["redis-cli", "redis-benchmark", "redis-check-rdb"];
     install_programs(directory, &PROGRAMS.map(|program| (program, "redis-tools")))
+}
+
+/// Installs the clients that the NBD server is tested with, where they are missing. `directory` is for
+/// apt's files.
+pub(crate) fn install_nbd_clients(directory: &Path) -> Result<()> {
+    install_programs(
+        directory,
+        &[
+            ("qemu-img", QEMU_UTILS_PACKAGE),
+            ("qemu-io", QEMU_UTILS_PACKAGE),
+            ("qemu-storage-daemon", QEMU_UTILS_PACKAGE),
+            ("nbdcopy", "libnbd-bin"),
+            ("nbdinfo", "libnbd-bin"),
+        ],
+    )
 }
 
 /// Installs the packages of those programs that are missing.
@@ -178,7 +195,8 @@ impl Apt {
             .args(["--option", "DPkg::Lock::Timeout=300"])
             .args(["install", "--yes", "--no-install-recommends", "--no-remove"]);
         let qemu = self.candidate(QEMU_PACKAGE)?;
-        if packages.contains(&QEMU_PACKAGE)
+        let is_of_qemu = |package: &&str| [QEMU_PACKAGE, QEMU_UTILS_PACKAGE].contains(package);
+        if packages.iter().any(is_of_qemu)
             && qemu.is_none_or(|version| version < QEMU_VERSION)
             && let Some(release) = &self.release
         {

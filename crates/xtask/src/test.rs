@@ -61,6 +61,9 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
         report.step("clients of Redis", || {
             packages::install_redis(&workspace.vm_directory())
         });
+        report.step("clients of NBD", || {
+            packages::install_nbd_clients(&workspace.vm_directory())
+        });
         report.suite("workspace", || {
             run_cargo(
                 workspace
