@@ -229,7 +229,7 @@ impl Server {
     }
 
     /// Serves one client over a stream that is connected to it, until it leaves or `stop` resolves. What it
-    /// does wrong ends the connection, and is no error.
+    /// does wrong ends the connection, and is no error. Where all places are taken it is turned away.
     ///
     /// # Cancel safety
     ///
@@ -239,7 +239,7 @@ impl Server {
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
         let Some(place) = self.place() else {
-            return;
+            return self.shared.log.turned_away();
         };
         let (stopper, stopped) = watch::channel(false);
         let serving = serve(self.shared.clone(), stream, place, stopped);

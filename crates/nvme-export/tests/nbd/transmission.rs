@@ -256,7 +256,10 @@ async fn a_flush_is_for_all_connections() {
     let (mut other, _other) = ready(&server).await;
     let data = pattern(7, 512);
     assert_eq!(one.write(0, &data).await, Reply::Done);
+    assert_eq!(one.write(12288, &data).await, Reply::Done);
     assert_eq!(other.ask(FLUSH, 0, 0, 0, b"").await, Reply::Done);
+    let zeroed = one.ask(WRITE_ZEROES, FUA, 12288, 512, b"").await;
+    assert_eq!(zeroed, Reply::Done);
     assert_eq!(one.write(4096, &data).await, Reply::Done);
     let fua = one.ask(WRITE, FUA, 8192, 512, &data).await;
     assert_eq!(fua, Reply::Done);
@@ -264,6 +267,7 @@ async fn a_flush_is_for_all_connections() {
     assert_eq!(other.read(2000 * 512, 512).await.bytes(), [0; 512]);
     assert_eq!(other.read(0, 512).await.bytes(), data);
     assert_eq!(other.read(8192, 512).await.bytes(), data);
+    assert_eq!(other.read(12288, 512).await.bytes(), [0; 512]);
     // That it is lost is what shows that the others would have been.
     assert_eq!(other.read(4096, 512).await.bytes(), [0; 512]);
 }

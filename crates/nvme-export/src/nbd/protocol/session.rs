@@ -146,6 +146,10 @@ impl Session {
     fn action(&self, request: &Request) -> Result<Action, Refusal> {
         let Request { offset, len, .. } = *request;
         let fua = request.flags & FLAG_FUA != 0;
+        // The client is leaving and reads nothing any more, whatever else it says.
+        if request.command == DISCONNECT {
+            return Ok(Action::Disconnect);
+        }
         let allowed = match request.command {
             READ if self.structured => FLAG_DONT_FRAGMENT,
             WRITE_ZEROES => FLAG_NO_HOLE,
@@ -165,8 +169,6 @@ impl Session {
                 self.check_change(request)?;
                 Ok(Action::Write { offset, len, fua })
             }
-            // Offset and length mean nothing.
-            DISCONNECT => Ok(Action::Disconnect),
             FLUSH if (offset, len) == (0, 0) => Ok(Action::Flush),
             FLUSH => Err(Refusal::invalid("a flush has no offset and no length")),
             TRIM => {
