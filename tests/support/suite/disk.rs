@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use fastrand::Rng;
 use nvme_async::memory::SharedMemory;
-use nvme_async::{DmaBuf, Error, Registered, Registration};
+use nvme_async::{DmaBuf, Error, Registered, RegisteredSlice, Registration};
 
 use super::target::{How, Target};
 
@@ -29,9 +29,10 @@ pub(crate) enum WriteForm {
     Registered,
     ManyDma,
     ManyBytes,
+    ManyRegistered,
 }
 
-pub(crate) const WRITE_FORMS: [WriteForm; 9] = [
+pub(crate) const WRITE_FORMS: [WriteForm; 10] = [
     WriteForm::Dma,
     WriteForm::Heap,
     WriteForm::Bytes,
@@ -41,6 +42,7 @@ pub(crate) const WRITE_FORMS: [WriteForm; 9] = [
     WriteForm::Registered,
     WriteForm::ManyDma,
     WriteForm::ManyBytes,
+    WriteForm::ManyRegistered,
 ];
 
 /// The ways to read.
@@ -52,14 +54,16 @@ pub(crate) enum ReadForm {
     Heap,
     Registered,
     ManyDma,
+    ManyRegistered,
 }
 
-pub(crate) const READ_FORMS: [ReadForm; 5] = [
+pub(crate) const READ_FORMS: [ReadForm; 6] = [
     ReadForm::Bytes,
     ReadForm::Dma,
     ReadForm::Heap,
     ReadForm::Registered,
     ReadForm::ManyDma,
+    ReadForm::ManyRegistered,
 ];
 
 /// A namespace and what it should contain.
@@ -185,6 +189,17 @@ impl<'a, N: Target> Disk<'a, N> {
                 let back = namespace.send(offset, pieces, how).await;
                 back.map(|pieces| join(&pieces)).map_err(Error::from)
             }
+            WriteForm::ManyRegistered => {
+                let slices = self.scatter(len);
+                let mut rest = data;
+                for slice in &slices {
+                    let (now, later) = rest.split_at(slice.len());
+                    self.guest.store(slice.offset(), now);
+                    rest = later;
+                }
+                let back = namespace.send(offset, slices, how).await;
+                back.map(|slices| self.gather(&slices)).map_err(Error::from)
+            }
         }
     }
 
@@ -222,6 +237,26 @@ impl<'a, N: Target> Disk<'a, N> {
                     sizes.iter().map(|&size| namespace.allocate(size)).collect();
                 let read = namespace.read_into(offset, buffers).await;
                 read.map(|buffers| join(&buffers)).map_err(Error::from)
+            }
+            ReadForm::ManyRegistered => {
+                let slices = self.scatter(len);
+                let end = slices.iter().map(|slice| slice.offset() + slice.len());
+                let end = end.max().unwrap_or_default();
+                self.guest.store(0, &vec![0xee; end + 1]);
+                let mut inside = vec![false; end + 1];
+                for slice in &slices {
+                    inside[slice.offset()..][..slice.len()].fill(true);
+                }
+                let read = namespace.read_into(offset, slices).await;
+                let around = self.guest.load(0, end + 1);
+                assert!(
+                    inside
+                        .iter()
+                        .zip(around)
+                        .all(|(inside, byte)| *inside || byte == 0xee),
+                    "{context}: memory around it changed"
+                );
+                read.map(|slices| self.gather(&slices)).map_err(Error::from)
             }
         };
         let read = read.unwrap_or_else(|error| panic!("{context}: {error}"));
@@ -264,6 +299,30 @@ impl<'a, N: Target> Disk<'a, N> {
             pieces.push(rest);
         }
         pieces
+    }
+
+    /// Registered memory for `len` bytes, in pieces that lie apart and in no order: a list of pages such as
+    /// guests make, of words, or of anything.
+    fn scatter(&mut self, len: usize) -> Vec<RegisteredSlice> {
+        let sizes: Vec<usize> = self.cut(&vec![0; len]).iter().map(Bytes::len).collect();
+        let place = self.any(&PLACES);
+        let mut starts = vec![0; sizes.len()];
+        let mut order: Vec<usize> = (0..sizes.len()).collect();
+        self.random.shuffle(&mut order);
+        let mut next = place;
+        for index in order {
+            starts[index] = next;
+            next = (next + sizes[index]).next_multiple_of(4096) + place % 4096;
+        }
+        let pieces = starts.into_iter().zip(sizes);
+        pieces
+            .map(|(start, size)| self.registration.slice(start, size).expect("fits"))
+            .collect()
+    }
+
+    fn gather(&self, slices: &[RegisteredSlice]) -> Bytes {
+        let load = |slice: &RegisteredSlice| self.guest.load(slice.offset(), slice.len());
+        slices.iter().flat_map(load).collect()
     }
 }
 

@@ -18,11 +18,11 @@ use crate::memory::registered::{copy_from_registered, copy_to_registered};
 /// Memory that a command can use. It is implemented for a closed set of types.
 pub trait IoBuffer: Convert + Send + Sized + 'static {}
 
-/// Memory that a read can fill: [`DmaBuf`], [`RegisteredSlice`], or several `DmaBuf`s.
+/// Memory that a read can fill: [`DmaBuf`], [`RegisteredSlice`], or several of either.
 pub trait ReadBuffer: IoBuffer {}
 
 /// Memory that a write can send: [`DmaBuf`], [`Bytes`], `Vec<u8>`, [`RegisteredSlice`], or several
-/// `DmaBuf`s or `Bytes`.
+/// `DmaBuf`s, `Bytes` or `RegisteredSlice`s.
 ///
 /// Memory of the controller's pool (also as `Bytes`) and registered memory is used where it is;
 /// of other memory, small buffers are copied, and large ones (64 KiB and more) mapped for the time of
@@ -64,6 +64,8 @@ pub enum Payload {
     ManyDma(Vec<DmaBuf>),
     #[doc(hidden)]
     ManyBytes(Vec<Bytes>),
+    #[doc(hidden)]
+    ManyRegistered(Vec<RegisteredSlice>),
     /// Shared by the parts of a split request.
     #[doc(hidden)]
     Shared(Arc<Self>),
@@ -97,6 +99,7 @@ convert! {
     RegisteredSlice => Registered: ReadBuffer, WriteBuffer;
     Vec<DmaBuf> => ManyDma: ReadBuffer, WriteBuffer;
     Vec<Bytes> => ManyBytes: WriteBuffer;
+    Vec<RegisteredSlice> => ManyRegistered: ReadBuffer, WriteBuffer;
 }
 
 /// One run of memory of a payload.
@@ -128,6 +131,7 @@ impl Payload {
             Self::Registered(slice) => slice.len(),
             Self::ManyDma(bufs) => bufs.iter().map(|buf| buf.len()).sum(),
             Self::ManyBytes(bytes) => bytes.iter().map(Bytes::len).sum(),
+            Self::ManyRegistered(slices) => slices.iter().map(RegisteredSlice::len).sum(),
             Self::Shared(payload) => payload.len(),
         }
     }
@@ -160,6 +164,12 @@ impl Payload {
                 |bytes| bytes.len(),
                 range,
                 |bytes, range| f(shared(bytes, range)),
+            ),
+            Self::ManyRegistered(slices) => each_within(
+                slices.iter(),
+                |slice| slice.len(),
+                range,
+                |slice, range| f(Piece::Registered { slice, range }),
             ),
         }
     }
