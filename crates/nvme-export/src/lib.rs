@@ -7,5 +7,6 @@
 
 mod export;
 pub mod nbd;
+pub mod vhost_user_blk;
 
 pub use crate::export::{Export, ExportError, OutOfExport};

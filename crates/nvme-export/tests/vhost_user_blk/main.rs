@@ -1,0 +1,7 @@
+//! The vhost-user-blk server, by a front end and a guest of the tests' own.
+
+mod guest;
+mod host;
+mod hostile;
+mod requests;
+mod sessions;
