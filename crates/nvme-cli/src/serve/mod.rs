@@ -3,6 +3,7 @@
 mod nbd;
 mod range;
 mod vfio_user;
+mod vhost_user_blk;
 
 use std::fmt;
 use std::io::Write as _;
@@ -23,6 +24,7 @@ pub(crate) struct Arguments {
 enum Protocol {
     Nbd(nbd::Arguments),
     VfioUser(vfio_user::Arguments),
+    VhostUserBlk(vhost_user_blk::Arguments),
 }
 
 /// Runs `serve`.
@@ -31,6 +33,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     match &arguments.protocol {
         Protocol::Nbd(arguments) => nbd::run(arguments),
         Protocol::VfioUser(arguments) => vfio_user::run(arguments),
+        Protocol::VhostUserBlk(arguments) => vhost_user_blk::run(arguments),
     }
 }
 
