@@ -63,6 +63,7 @@ impl Boot {
             .collect();
         Ok(Machine {
             controllers: controllers?,
+            disks: Vec::new(),
             interrupt_remapping: self.interrupt_remapping,
             kernel_driver: false,
             monitor: self.monitor,

@@ -10,9 +10,13 @@ use anyhow::{Context, Result, bail, ensure};
 
 /// The modules that the guest loads, in this order. `nvme` is last: by then vfio-pci has taken
 /// its controllers.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 11] = [
     "virtio_pci",
     "virtio_console",
+    "virtio_blk",
+    // What ext4 asks for by another name.
+    "crc32c_generic",
+    "ext4",
     "9pnet_virtio",
     "9p",
     "overlay",

@@ -9,6 +9,8 @@ use anyhow::{Context, Error, Result, bail, ensure};
 
 /// Where on the guest's PCI bus the first controller sits; each further one is a slot higher.
 const FIRST_SLOT: usize = 0x10;
+/// Where the first disk sits that a server of ours has, after all that the guest's init looks for.
+const DISK_SLOT: usize = 0x4;
 /// The last slot before the chipset's own functions.
 const LAST_SLOT: usize = 0x1e;
 
@@ -19,6 +21,8 @@ pub(crate) const MONITOR_PORT: u32 = 4;
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) controllers: Vec<Controller>,
+    /// The sockets of vhost-user-blk servers, each of which is a disk.
+    pub(crate) disks: Vec<PathBuf>,
     /// Whether the IOMMU remaps interrupts, without which VFIO refuses its service.
     pub(crate) interrupt_remapping: bool,
     /// Whether the kernel's own driver gets the controllers.
@@ -245,6 +249,32 @@ impl Machine {
             arguments.push("-global".to_owned());
             arguments.push("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off".to_owned());
         }
+        ensure!(
+            DISK_SLOT + self.disks.len() <= FIRST_SLOT,
+            "too many disks for one bus"
+        );
+        if !self.disks.is_empty() {
+            // Memory that the servers share, and that can't be taken away from them.
+            let size = self.memory_mib;
+            arguments.extend([
+                "-object".to_owned(),
+                format!("memory-backend-memfd,id=ram,size={size}M,share=on"),
+                "-machine".to_owned(),
+                "memory-backend=ram".to_owned(),
+            ]);
+        }
+        for (index, socket) in self.disks.iter().enumerate() {
+            let path = escaped(socket);
+            let (queues, slot) = (self.processors, DISK_SLOT + index);
+            arguments.extend([
+                "-chardev".to_owned(),
+                format!("socket,id=disk{index},path={path},reconnect=1"),
+                "-device".to_owned(),
+                format!(
+                    "vhost-user-blk-pci,addr={slot:#x},chardev=disk{index},num-queues={queues}"
+                ),
+            ]);
+        }
         let slots = self.slots()?;
         for (index, (controller, (slot, function))) in
             self.controllers.iter().zip(&slots).enumerate()
@@ -331,6 +361,7 @@ mod tests {
                 .iter()
                 .map(|text| text.parse().unwrap())
                 .collect(),
+            disks: Vec::new(),
             interrupt_remapping: true,
             kernel_driver: false,
             monitor: false,

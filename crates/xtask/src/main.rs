@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
 //! QEMU's NVMe controllers; `cargo xtask vm-bench` compares the driver with others there; `cargo
-//! xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
+//! xtask vm-disk` serves a guest its disk; `cargo xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
 //! `cargo xtask poll-sim` compares polling policies; `cargo xtask instructions` counts those of a read;
 //! `cargo xtask kv-bench` compares the example `kv` with others; `cargo xtask remote-bench` a controller in
 //! another process with one in this. All say `--help`.
@@ -29,6 +29,7 @@ mod tally;
 mod test;
 mod vm;
 mod vm_bench;
+mod vm_disk;
 mod workspace;
 
 use std::process::ExitCode;
@@ -56,6 +57,7 @@ enum Task {
     Sanitize(sanitize::Arguments),
     Vm(vm::Arguments),
     VmBench(vm_bench::Arguments),
+    VmDisk(vm_disk::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         Task::Sanitize(arguments) => sanitize::run(&workspace, &arguments),
         Task::Vm(arguments) => vm::run(&workspace, &arguments),
         Task::VmBench(arguments) => vm_bench::run(&workspace, &arguments),
+        Task::VmDisk(arguments) => vm_disk::run(&workspace, &arguments),
     });
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

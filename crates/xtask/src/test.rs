@@ -14,6 +14,7 @@ use crate::guest::GuestCommand;
 use crate::packages::{self, Bed};
 use crate::run::{BOOT_ATTEMPTS, Job, Outcome};
 use crate::tally::{Counting, Tally, counts};
+use crate::vm_disk;
 use crate::workspace::Workspace;
 
 /// The variable by which tests know that the full counts are wanted.
@@ -181,11 +182,14 @@ impl Report {
     fn vm(&mut self, workspace: &Workspace, arguments: &Arguments) {
         let built = self.step("vm: build", || build_vm_tests(workspace));
         let bed = self.step("vm: kernel and emulator", || {
-            Bed::prepare(&workspace.vm_directory())
+            Bed::prepare_with(&workspace.vm_directory(), &vm_disk::PROGRAMS)
         });
         let (Some((binary, tests)), Some(bed)) = (built, bed) else {
             return;
         };
+        self.suite("vm: a disk of ours", || {
+            vm_disk::suite(workspace, &bed, &workspace.target.join("debug"))
+        });
         for boot in &BOOTS {
             let expected = tests.iter().filter(|test| boot.has(test)).count();
             self.suite(&format!("vm: {}", boot.name), || {

@@ -77,6 +77,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
             [] => vec![Controller::default()],
             controllers => controllers.to_vec(),
         },
+        disks: Vec::new(),
         interrupt_remapping: !arguments.no_intremap,
         kernel_driver: arguments.kernel_driver,
         monitor: arguments.monitor,

@@ -134,6 +134,7 @@ fn job(
 ) -> Result<Outcome> {
     let machine = Machine {
         controllers: vec!["drive=null".parse()?],
+        disks: Vec::new(),
         interrupt_remapping: true,
         kernel_driver: false,
         monitor: false,

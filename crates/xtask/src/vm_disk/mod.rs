@@ -1,0 +1,254 @@
+//! `cargo xtask vm-disk`: a guest whose disk is a vhost-user-blk server that is killed now and then.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::guest::GuestCommand;
+use crate::machine::Machine;
+use crate::packages::Bed;
+use crate::run::{BOOT_ATTEMPTS, Job, Outcome};
+use crate::tally::{Counting, Tally, counts};
+use crate::vm::build;
+use crate::workspace::Workspace;
+
+/// What the guest runs, and the packages that have it.
+pub(crate) const PROGRAMS: [(&str, &str); 3] = [
+    ("fio", "fio"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("blkdiscard", "util-linux"),
+];
+
+const SCRIPT: &str = include_str!("guest.sh");
+/// How long a server lives while the guest keeps it busy.
+const LIFE: Duration = Duration::from_millis(2500);
+/// How often it has to have been killed.
+const LEAST_KILLS: u32 = 3;
+
+/// Runs a guest whose disk is served by `nvme-async serve vhost-user-blk`.
+///
+/// It writes and verifies with fio, discards and zeroes blocks, and keeps files in a file system. While it is busy, the
+/// server is killed (SIGKILL) and started again, several times: the guest must see no error.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Run what was built before.
+    #[arg(long)]
+    no_build: bool,
+}
+
+pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
+    if !arguments.no_build {
+        build(workspace)?;
+    }
+    let bed = Bed::prepare_with(&workspace.vm_directory(), &PROGRAMS)?;
+    let tally = suite(workspace, &bed, &workspace.target.join("release"))?;
+    println!("vm-disk: {} steps passed", tally.passed);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// All of it, with the program in the directory `programs`, again if the emulator crashes.
+pub(crate) fn suite(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Tally> {
+    for attempt in 1..=BOOT_ATTEMPTS {
+        if let Some(tally) = boot(workspace, bed, programs)? {
+            return Ok(tally);
+        }
+        eprintln!("xtask: that was attempt {attempt} of {BOOT_ATTEMPTS}");
+    }
+    bail!("QEMU crashed {BOOT_ATTEMPTS} times");
+}
+
+/// One boot; nothing if the emulator crashed.
+fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tally>> {
+    let directory = workspace.vm_directory();
+    let mut place = Place::new(&directory, programs)?;
+    place.start()?;
+    let machine = Machine {
+        controllers: Vec::new(),
+        disks: vec![place.socket.clone()],
+        interrupt_remapping: true,
+        kernel_driver: false,
+        monitor: false,
+        processors: 2,
+        memory_mib: 1024,
+    };
+    let (sender, lines) = mpsc::channel();
+    let (counting, tally) = Counting::new(Lines::new(io::stdout(), sender));
+    let job = Job {
+        bed,
+        directory: &directory,
+        machine: &machine,
+        command: GuestCommand {
+            words: vec!["sh".into(), "-c".into(), SCRIPT.into()],
+            directory: PathBuf::from("/"),
+            programs: programs.to_owned(),
+            environment: Vec::new(),
+        },
+        time_limit: Duration::from_secs(600),
+        show_kernel_log: false,
+        output: Box::new(counting),
+        errors: Box::new(io::stderr()),
+    };
+    let killer = thread::spawn(move || {
+        let kills = place.kill_while_busy(&lines);
+        kills.map(|kills| (kills, place))
+    });
+    let outcome = job.run();
+    // The guest's output has ended, and with it what the other thread listens to.
+    let Ok(killed) = killer.join() else {
+        bail!("the thread that kills the server panicked");
+    };
+    let (kills, place) = killed?;
+    match outcome? {
+        Outcome::EmulatorCrashed => return Ok(None),
+        Outcome::TimedOut => bail!("the guest did not end in time"),
+        Outcome::Exited(0) => {}
+        Outcome::Exited(status) => bail!("the guest failed with status {status}"),
+    }
+    ensure!(
+        kills >= LEAST_KILLS,
+        "the server was killed {kills} times only"
+    );
+    println!("vm-disk: the server was killed {kills} times");
+    place.end()?;
+    Ok(Some(counts(&tally)))
+}
+
+/// The server, its socket and its file.
+struct Place {
+    program: PathBuf,
+    socket: PathBuf,
+    image: PathBuf,
+    server: Option<Child>,
+}
+
+impl Place {
+    fn new(directory: &Path, programs: &Path) -> Result<Self> {
+        let name = |end: &str| directory.join(format!("disk-{}.{end}", std::process::id()));
+        let place = Self {
+            program: programs.join("nvme-async"),
+            socket: name("sock"),
+            image: name("img"),
+            server: None,
+        };
+        // Of a process that had the same number and was killed.
+        let _ = std::fs::remove_file(&place.image);
+        Ok(place)
+    }
+
+    /// Starts the server, and waits until it listens.
+    fn start(&mut self) -> Result<()> {
+        let mut server = Command::new(&self.program)
+            .args(["serve", "vhost-user-blk", "--queues", "2", "--socket"])
+            .arg(&self.socket)
+            .arg(format!("file:{}?size=256M", self.image.display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| self.program.display().to_string())?;
+        let output = server.stdout.take().context("no pipe from the server")?;
+        self.server = Some(server);
+        let mut line = String::new();
+        BufReader::new(output).read_line(&mut line)?;
+        ensure!(line.starts_with("serving "), "the server does not start");
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        if let Some(mut server) = self.server.take() {
+            server.kill()?;
+            server.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Kills the server, and starts it again, from the line of the guest's that says that it is busy to the one that
+    /// says that it is not any more. Returns how often.
+    fn kill_while_busy(&mut self, lines: &Receiver<String>) -> Result<u32> {
+        let mut kills = 0;
+        let mut is_busy = false;
+        loop {
+            let wait = if is_busy {
+                LIFE
+            } else {
+                Duration::from_secs(3600)
+            };
+            match lines.recv_timeout(wait) {
+                Ok(line) if line.contains("disk: under load") => is_busy = true,
+                Ok(line) if line.contains("disk: load is over") => is_busy = false,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) if is_busy => {
+                    self.kill()?;
+                    self.start()?;
+                    kills += 1;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(kills),
+            }
+        }
+    }
+
+    /// Ends the server in order.
+    fn end(mut self) -> Result<()> {
+        let mut server = self.server.take().context("it runs")?;
+        let ended = Command::new("kill").arg(server.id().to_string()).status();
+        ensure!(
+            ended.context("kill")?.success(),
+            "the server has ended before"
+        );
+        let status = server.wait()?;
+        ensure!(status.success(), "the server ended with {status}");
+        ensure!(!self.socket.exists(), "the server has left its socket");
+        Ok(())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // There is nobody to tell.
+        let _ = self.kill();
+        let _ = std::fs::remove_file(&self.socket);
+        let _ = std::fs::remove_file(&self.image);
+    }
+}
+
+/// Passes output on, and its lines to another thread.
+struct Lines<W> {
+    sink: W,
+    line: Vec<u8>,
+    lines: Sender<String>,
+}
+
+impl<W: Write> Lines<W> {
+    fn new(sink: W, lines: Sender<String>) -> Self {
+        Self {
+            sink,
+            line: Vec::new(),
+            lines,
+        }
+    }
+}
+
+impl<W: Write> Write for Lines<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            self.line.push(byte);
+            if byte == b'\n' {
+                let line = String::from_utf8_lossy(&self.line).into_owned();
+                self.line.clear();
+                // Nobody listens any more.
+                let _ = self.lines.send(line);
+            }
+        }
+        self.sink.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
