@@ -37,8 +37,10 @@ pub(super) enum MemoryError {
     NotSealed,
     #[error("{size} bytes at offset {offset} are not pages of a file that has them")]
     NotThere { offset: u64, size: u64 },
-    #[error("it overlaps other memory, or there are too many regions: {0}")]
-    Overlap(#[from] vm_memory::GuestRegionCollectionError),
+    #[error("the regions can't be together: {0}")]
+    Regions(#[from] vm_memory::GuestRegionCollectionError),
+    #[error("{size} bytes at guest address {start:#x} are past the end of addresses")]
+    Nowhere { start: u64, size: u64 },
     #[error("there is no such region")]
     Unknown,
     #[error("after {} s the controller still has some of it", PATIENCE.as_secs())]
@@ -212,7 +214,8 @@ impl Memory {
         if region.user_address != user_address {
             return Err(MemoryError::Unknown);
         }
-        let (left, region) = regions.remove_region(start, described.memory_size)?;
+        let removed = regions.remove_region(start, described.memory_size);
+        let (left, region) = removed.map_err(|_| MemoryError::Unknown)?;
         drop((region, regions));
         self.shared.set(left);
         let old = self.gone.extract_if(.., |(other, _)| *other == start);
@@ -233,6 +236,9 @@ impl Memory {
     ) -> Result<(Region, oneshot::Receiver<()>), MemoryError> {
         let (offset, size) = (described.mmap_offset, described.memory_size);
         let (start, user_address) = (described.guest_phys_addr, described.user_addr);
+        if start.checked_add(size).is_none() || user_address.checked_add(size).is_none() {
+            return Err(MemoryError::Nowhere { start, size });
+        }
         let (mapping, gone) = map(file, offset, size, self.trust_client)?;
         let mapping = Arc::new(mapping);
         let registration = self.controller.register(mapping.clone()).await?;

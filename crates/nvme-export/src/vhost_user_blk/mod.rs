@@ -16,7 +16,9 @@
 //!     -device vhost-user-blk-pci,chardev=disk,num-queues=4 ...
 //! ```
 //!
-//! `reconnect=1` lets the guest go on when the server was restarted, or killed: what was in flight is done again.
+//! `reconnect=1` (`reconnect-ms=1000` from QEMU 9.2 on) lets the guest go on when the server was restarted, or killed:
+//! what was in flight is done again. QEMU's own complaints meanwhile ("ring restore failed") are about the connection
+//! that it has lost. Several disks of one namespace are `--disk socket=PATH,range=OFFSET+SIZE`, as often as wanted.
 //!
 //! # What is offered
 //!
@@ -35,9 +37,11 @@
 //!
 //! # What a front end can do
 //!
-//! Its messages and files are checked too. Memory that it could take away by making its file shorter, which would end
+//! Its messages and files are checked too; one that can't be followed ends the connection, with a reason in the log.
+//! Memory that it could take away by making its file shorter, which would end
 //! this process by SIGBUS, is refused unless [`Options::trust_client`] is set: a file has to be sealed (F_SEAL_SHRINK),
-//! and not be of huge pages. Since a VMM has the same owner as the socket, it could as well kill the server.
+//! and not be of huge pages. An eventfd that it makes blocking again and fills holds up a worker of the runtime until the
+//! connection ends. Since a VMM has the same owner as the socket, it could as well kill the server.
 //!
 //! # Durability
 //!

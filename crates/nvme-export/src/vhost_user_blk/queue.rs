@@ -255,7 +255,10 @@ impl Looker {
             }
         });
         if let Err(error) = woken.await {
-            tracing::warn!(%error, queue = self.parts.index, "waiting for a kick");
+            let QueueParts { device, index, .. } = &self.parts;
+            if let Some(left_out) = device.log_limit.pass() {
+                tracing::warn!(%error, queue = index, left_out, "waiting for a kick");
+            }
             self.is_broken = true;
         }
         if let Some(done) = done {

@@ -115,6 +115,8 @@ impl Request {
         let has_data = matches!(self.operation, Operation::Read(..));
         let status = match self.operation.execute(&device.export, is_durable).await {
             Ok(status) => status,
+            // It stays in flight, for the next server.
+            Err(error) if is_end_of_runtime(&error) => std::future::pending().await,
             Err(error) => {
                 if let Some(left_out) = device.log_limit.pass() {
                     tracing::warn!(%error, left_out, "a request of a guest");
@@ -134,6 +136,15 @@ impl Request {
             status_at: self.status,
             written,
         }
+    }
+}
+
+/// Whether a request has failed because the runtime that serves it ends: that is nothing for a guest to know.
+fn is_end_of_runtime(error: &Error) -> bool {
+    match error {
+        Error::RuntimeGone { .. } | Error::NoRuntime { .. } => true,
+        Error::Split(split) => split.failures().any(|(_, error)| is_end_of_runtime(error)),
+        _ => false,
     }
 }
 

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use tokio::runtime::Handle;
 use vhost::vhost_user::message::{
@@ -29,9 +28,6 @@ use super::queue::{QueueParts, RunningQueue};
 use super::ring::{Ring, RingConfig};
 use super::vring::{Places, Vring};
 use super::{MAX_QUEUE_SIZE, MAX_REGIONS};
-
-/// How often a queue is seen to that does not end when its front end has gone.
-const RELEASE_PERIOD: Duration = Duration::from_secs(1);
 
 /// One front end. Its thread may wait, which what it calls for in the runtime is not done in.
 #[derive(Debug)]
@@ -63,19 +59,16 @@ impl Session {
     /// Waits for what is under way, and gives the guest's memory back.
     pub(super) fn close(&mut self) {
         let runtime = self.runtime.clone();
+        // First, and without the runtime, all of whose workers may be held up.
+        for vring in &self.vrings {
+            vring.call.close();
+            vring.broken.close();
+        }
         runtime.block_on(async {
             for vring in &mut self.vrings {
-                let Some(running) = vring.running.take() else {
-                    continue;
-                };
-                let mut stopping = std::pin::pin!(running.stop());
-                let stopped = loop {
-                    match tokio::time::timeout(RELEASE_PERIOD, &mut stopping).await {
-                        Ok(stopped) => break stopped,
-                        Err(_) => vring.call.release(),
-                    }
-                };
-                if let Err(error) = stopped {
+                if let Some(running) = vring.running.take()
+                    && let Err(error) = running.stop().await
+                {
                     tracing::warn!(%error, "a queue has not ended in order");
                 }
             }

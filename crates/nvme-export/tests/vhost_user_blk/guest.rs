@@ -349,6 +349,22 @@ impl Driver {
         self.ram.write(at, &bytes);
     }
 
+    /// Writes a table in memory that is a request as it should be, to flush.
+    pub(crate) fn write_table(&self, at: u64) {
+        let slot = self.slot(0);
+        self.ram.write(slot, &header(FLUSH, 0));
+        let parts = [(slot, 16, NEXT, 1), (slot + 32, 1, WRITE, 0)];
+        for (index, (address, len, flags, next)) in parts.into_iter().enumerate() {
+            let descriptor = Descriptor {
+                address,
+                len,
+                flags,
+                next,
+            };
+            self.describe_at(at + index as u64 * 16, descriptor);
+        }
+    }
+
     /// Where the header of the request at `head` is; its status byte is 32 bytes further on.
     pub(crate) fn slot(&self, head: u16) -> u64 {
         self.base + SLOTS + u64::from(head) * SLOT
@@ -534,6 +550,29 @@ impl Driver {
     pub(crate) fn run(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u8 {
         let head = self.request(kind, sector, data);
         self.finish(head).0
+    }
+
+    /// Says whether an interrupt is wanted for what is given back next.
+    pub(crate) fn want_interrupts(&self, wants: bool) {
+        let (offset, value) = if self.has_event_index {
+            // The last one there will be, for a while, or the next.
+            let event = self.used.wrapping_sub(u16::from(!wants));
+            (4 + u64::from(self.size) * 2, event)
+        } else {
+            (0, u16::from(!wants))
+        };
+        let at = GuestAddress(self.base + AVAILABLE + offset);
+        self.ram
+            .memory
+            .store(value.to_le(), at, Ordering::Release)
+            .expect("inside");
+        fence(Ordering::SeqCst);
+    }
+
+    /// Waits for an interrupt, whatever there is to see.
+    pub(crate) fn wait_interrupt(&self) {
+        let until = Instant::now() + LIMIT;
+        assert!(is_signalled(&self.call, until), "an interrupt is missing");
     }
 
     /// Waits until the device says that the queue is broken.

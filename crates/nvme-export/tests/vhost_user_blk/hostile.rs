@@ -111,12 +111,20 @@ const ATTACKS: &[Attack] = &[
         driver.publish(0);
     }),
     ("a table with something after it", |driver| {
+        driver.write_table(DATA);
         driver.describe(0, descriptor(DATA, 32, INDIRECT | NEXT, 1));
         driver.describe(1, descriptor(DATA, 16, WRITE, 0));
         driver.publish(0);
     }),
     ("a table in a table", |driver| {
-        driver.describe_at(DATA, descriptor(DATA, 32, INDIRECT, 0));
+        driver.write_table(DATA + 4096);
+        driver.describe_at(DATA, descriptor(DATA + 4096, 32, INDIRECT, 0));
+        driver.describe(0, descriptor(DATA, 32, INDIRECT, 0));
+        driver.publish(0);
+    }),
+    ("a table after one in a chain", |driver| {
+        driver.write_table(DATA);
+        driver.describe_at(DATA + 16, descriptor(DATA, 32, INDIRECT, 0));
         driver.describe(0, descriptor(DATA, 32, INDIRECT, 0));
         driver.publish(0);
     }),

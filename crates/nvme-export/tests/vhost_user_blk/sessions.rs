@@ -252,6 +252,31 @@ fn what_was_in_flight_is_done_by_the_next_server() {
     }
 }
 
+/// A server may be killed after it has given a request back and before it says so.
+#[test]
+fn the_next_server_interrupts_for_the_last_one() {
+    let host = Host::new();
+    let served = host.serve();
+    let ram = Ram::new();
+    let mut front_end = served.connect(&ram, &Wishes::default());
+    let kept = front_end.new_inflight();
+    front_end.set_inflight(&kept);
+    let mut driver = front_end.start().remove(0);
+    let head = driver.request(IN, 0, &[(DATA, 512)]);
+    eventually("it is given back", || driver.used_index() == 1);
+    drop(front_end);
+    host.wait_for_memory();
+    // What the guest was not told.
+    let _ = driver.call.read();
+    let mut front_end = served.connect(&ram, &Wishes::default());
+    front_end.set_inflight(&kept);
+    resume(&mut front_end, &driver);
+    driver.wait_interrupt();
+    assert_eq!(driver.finish(head).0, OK);
+    drop(front_end);
+    host.end([served]);
+}
+
 /// A server that is told to end gives everything back, and the next one goes on.
 #[test]
 fn a_server_that_ends_in_order_leaves_nothing() {
@@ -301,6 +326,45 @@ fn kicks_are_for_queues_that_sleep() {
             let before = driver.kicks;
             assert_eq!(driver.run(IN, 0, &[(DATA, 512)]), OK);
             assert_eq!(driver.kicks, before + 1, "it slept");
+        }
+        drop(front_end);
+    }
+    host.end([served]);
+}
+
+/// A driver that looks at its ring itself is not interrupted.
+#[test]
+fn interrupts_are_for_drivers_that_want_them() {
+    let host = Host::new();
+    let served = host.serve();
+    for without in [vec![], vec![F_EVENT_IDX]] {
+        let ram = Ram::new();
+        let wishes = Wishes {
+            without,
+            ..Wishes::default()
+        };
+        let mut front_end = served.connect(&ram, &wishes);
+        let driver = &mut front_end.start()[0];
+        // The one that each server begins with.
+        driver.wait_interrupt();
+        for wants in [false, true, false] {
+            driver.want_interrupts(wants);
+            let before = driver.used_index();
+            for _ in 0..3 {
+                driver.request(IN, 0, &[(DATA, 512)]);
+            }
+            eventually("they are given back", || {
+                driver.used_index() == before.wrapping_add(3)
+            });
+            while driver.next_used().is_some() {}
+            if wants {
+                driver.wait_interrupt();
+            }
+            // All that it does for a request is done when it has stopped.
+            let base = front_end.messages.get_vring_base(0).expect("stops");
+            assert!(wants || driver.call.read().is_err(), "not wanted");
+            front_end.start_queue(driver, base as u16);
+            driver.wait_interrupt();
         }
         drop(front_end);
     }
