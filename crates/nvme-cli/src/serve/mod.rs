@@ -9,6 +9,7 @@ use std::fmt;
 use std::io::Write as _;
 
 use clap::{Args, Subcommand};
+use nvme_export::ExportError;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::failure::Failure;
@@ -51,5 +52,11 @@ fn allow_many_files() {
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::debug!(%error, "the number of open files stays as it is");
+    }
+}
+
+impl From<ExportError> for Failure {
+    fn from(error: ExportError) -> Self {
+        Self::Request(error.into())
     }
 }

@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use clap::Args;
 use nvme_async::OpenOptions;
+use nvme_export::Export;
 use nvme_export::nbd::{Listener, Options, Server, Tls};
-use nvme_export::{Export, ExportError};
 use nvme_vfio_user::Socket;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
@@ -292,12 +292,6 @@ impl fmt::Display for Escaped<'_> {
             }
         }
         Ok(())
-    }
-}
-
-impl From<ExportError> for Failure {
-    fn from(error: ExportError) -> Self {
-        Self::Request(error.into())
     }
 }
 
