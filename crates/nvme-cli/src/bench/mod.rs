@@ -71,6 +71,10 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u8).range(0..=100))]
     rwmixread: u8,
 
+    /// Make each write durable before it counts (Force Unit Access).
+    #[arg(long)]
+    fua: bool,
+
     /// Seed of the random offsets.
     #[arg(long, default_value_t = 1)]
     seed: u64,

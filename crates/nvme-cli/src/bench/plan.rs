@@ -23,6 +23,8 @@ pub(super) struct Plan {
     pub(super) iodepth: u32,
     /// Percent of the requests of a mixed workload that are reads.
     pub(super) read_percent: u8,
+    /// Whether writes are durable when they complete.
+    pub(super) fua: bool,
     pub(super) seed: u64,
 }
 
@@ -98,6 +100,7 @@ impl Plan {
             jobs: arguments.jobs,
             iodepth: arguments.iodepth,
             read_percent: arguments.rwmixread,
+            fua: arguments.fua,
             seed: arguments.seed,
         })
     }

@@ -68,6 +68,7 @@ struct Config {
     jobs: u32,
     poll: Poll,
     flavor: Flavor,
+    fua: bool,
     seed: u64,
     verify: bool,
 }
@@ -140,6 +141,7 @@ impl Report {
                 jobs: arguments.jobs,
                 poll: arguments.poll,
                 flavor: arguments.flavor,
+                fua: arguments.fua,
                 seed: arguments.seed,
                 verify: arguments.verify,
             },

@@ -25,6 +25,7 @@ pub(super) async fn shared(url: &str, bs: usize, workload: Workload) -> Arc<Shar
         jobs: 1,
         iodepth: 1,
         read_percent: 50,
+        fua: false,
         seed: 1,
     };
     let verification = Verification {

@@ -270,7 +270,12 @@ impl Task {
             contents = Contents::Written { sequence };
         }
         let start = Instant::now();
-        let outcome = shared.namespace.write(offset, buffer).await;
+        let write = shared.namespace.write(offset, buffer);
+        let outcome = if shared.plan.fua {
+            write.fua().await
+        } else {
+            write.await
+        };
         let end = Instant::now();
         match outcome {
             Ok(buffer) => {
