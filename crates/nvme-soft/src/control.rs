@@ -54,6 +54,13 @@ pub(crate) struct Control {
     ended: bool,
 }
 
+impl Control {
+    /// Whether the controller is about to be disabled.
+    pub(crate) fn stops_service(&self) -> bool {
+        self.reset_pending || self.registers.disable_pending
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Shared {
     control: Mutex<Control>,

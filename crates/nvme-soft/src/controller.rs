@@ -19,8 +19,9 @@ use crate::engine::Engine;
 use crate::registers::Registers;
 use crate::{HostMemory, Interrupts};
 
-/// A running controller. Dropping it stops its thread, like a loss of power: nothing is flushed,
-/// and what the host has in flight never completes.
+/// A running controller. Dropping it stops its threads, like a loss of power: nothing is flushed,
+/// and what the host has in flight never completes. What is being written to a store is written
+/// before.
 ///
 /// Register accesses may come from any thread. Like those of a PCIe function they take effect on
 /// their own time: the host sees it in CSTS.
@@ -138,7 +139,8 @@ impl SoftController {
     /// Resets the function: the controller is disabled, and all registers have their initial
     /// values. The state of bus mastering stays.
     ///
-    /// Returns when it is in effect: host memory is not accessed any more.
+    /// Returns when it is in effect: host memory is not accessed any more, and what was being
+    /// written to a store is written, as it is when the host has disabled the controller (CSTS.RDY).
     ///
     /// # Errors
     ///
@@ -250,7 +252,7 @@ impl SoftController {
     }
 
     /// The kernel's identifier of the controller's thread, to tell its processor time from the
-    /// host's.
+    /// host's. Threads that wait for a medium in its place are not meant.
     pub fn thread_id(&self) -> u32 {
         self.thread_id
     }

@@ -11,7 +11,9 @@
 //! Interrupts of I/O queues are put off where the host has set Interrupt Coalescing.
 //!
 //! The controller works on one thread of its own, which sleeps, without a timer, when there is
-//! nothing to do; where the host writes doorbells to memory ([`Config::polled_doorbells`]) it looks at them
+//! nothing to do. Durable writes, flushes and large deallocations of a store that waits for a medium
+//! ([`ConcurrentStore`](store::ConcurrentStore)) are done by further threads, at most 16 at a time, so
+//! that they do not wait for each other and nobody waits for them but what overlaps them. Where the host writes doorbells to memory ([`Config::polled_doorbells`]) it looks at them
 //! from time to time. Each kind of bad command is answered with the status that the specification
 //! names, and access to host memory that is refused ends the command and is counted. What a host can cause as
 //! often as it likes is logged once in [a while](LogLimit).
@@ -77,6 +79,7 @@ mod engine;
 mod log_limit;
 mod namespace;
 mod nvm;
+mod pool;
 mod registers;
 mod wake;
 

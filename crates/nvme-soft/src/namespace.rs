@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use nvme_spec::Status;
 
@@ -9,7 +10,7 @@ use crate::change::ChangeError;
 use crate::config::{NamespaceConfig, check_size};
 use crate::counters::Cells;
 use crate::fault::Loss;
-use crate::store::CachedStore;
+use crate::store::{CachedStore, ConcurrentStore};
 
 /// One namespace.
 #[derive(Debug)]
@@ -23,12 +24,7 @@ pub(crate) struct Namespace {
     pub(crate) copy_range_blocks: u16,
     pub(crate) copy_blocks: u32,
     pub(crate) copy_ranges: u16,
-    /// Bytes that were written since the last sync and need not be durable.
-    unsynced: u64,
 }
-
-/// With more than this unsynced, a sync of the whole store takes much longer than one of a range.
-const MAX_UNSYNCED: u64 = 1 << 20;
 
 impl Namespace {
     fn new(config: NamespaceConfig) -> Self {
@@ -43,7 +39,6 @@ impl Namespace {
             copy_range_blocks: config.copy_range_blocks,
             copy_blocks: config.copy_blocks,
             copy_ranges: config.copy_ranges,
-            unsynced: 0,
         }
     }
 
@@ -81,20 +76,9 @@ impl Namespace {
         }
     }
 
-    pub(crate) fn note_unsynced(&mut self, len: u64) {
-        self.unsynced = self.unsynced.saturating_add(len);
-    }
-
-    /// Whether a sync of everything costs about as much as one of a single write.
-    pub(crate) fn syncs_fast(&self) -> bool {
-        self.unsynced <= MAX_UNSYNCED
-    }
-
     pub(crate) fn flush(&mut self, counters: &Cells) -> io::Result<()> {
         counters.syncs.add(1);
-        self.store.flush()?;
-        self.unsynced = 0;
-        Ok(())
+        self.store.flush()
     }
 }
 
@@ -134,6 +118,24 @@ impl Namespaces {
         }
         let namespace = self.all.get_mut(nsid as usize - 1);
         Ok(namespace.filter(|namespace| namespace.is_attached))
+    }
+
+    /// For what other threads may do with an active namespace.
+    pub(crate) fn concurrent(&self, nsid: u32) -> Option<Arc<dyn ConcurrentStore>> {
+        let namespace = self.all.get((nsid as usize).checked_sub(1)?)?;
+        namespace
+            .store
+            .concurrent()
+            .filter(|_| namespace.is_attached)
+            .cloned()
+    }
+
+    /// For what other threads may do with all namespaces, if that is so for each of them.
+    pub(crate) fn all_concurrent(&self) -> Option<Vec<Arc<dyn ConcurrentStore>>> {
+        let stores = self.all.iter();
+        stores
+            .map(|namespace| namespace.store.concurrent().cloned())
+            .collect()
     }
 
     /// A namespace, attached or not.

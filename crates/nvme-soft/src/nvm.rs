@@ -2,6 +2,7 @@
 
 mod compare;
 mod copy;
+mod footprint;
 
 use std::io;
 
@@ -10,18 +11,24 @@ use nvme_spec::opcode::NvmOpcode;
 use nvme_spec::{DataPointer, Sqe, Status, admin, dsm};
 use zerocopy::FromBytes;
 
+pub(crate) use self::footprint::Footprint;
 use crate::data::Flow;
-use crate::engine::{Engine, Reply};
+use crate::engine::{Engine, Place, Reply};
+use crate::pool::Work;
 
 /// Data to and from the host goes through a buffer of at most this size. What a command transfers up
 /// to here is written all or not at all, even if host memory is refused halfway.
 const BUFFER: usize = 1 << 20;
+/// To zero less than this does not take long.
+const LONG_ZEROES: u64 = 1 << 20;
 
 /// What became of a command that did not fail.
 enum Effect {
     Done,
-    /// It is done once its namespace is synced.
-    NeedsSync,
+    /// It is done once this is.
+    HandedOver(Box<Work>),
+    /// Nothing, because there is no room for its work now.
+    PutOff,
 }
 
 type Served = Result<Effect, Status>;
@@ -31,28 +38,38 @@ impl Engine {
     pub(crate) fn io_command(&mut self, command: &Sqe) -> Reply {
         match self.serve_io(command) {
             Ok(Effect::Done) => Reply::Now(Ok(0)),
-            Ok(Effect::NeedsSync) => Reply::OnceSynced,
+            Ok(Effect::HandedOver(work)) => Reply::HandOver(work),
+            Ok(Effect::PutOff) => Reply::PutOff,
             Err(status) => Reply::Now(Err(status)),
         }
     }
 
-    /// Whether the command ends with a sync of its namespace. If there are several such commands
-    /// at a time, one sync serves them all.
-    pub(crate) fn wants_sync(&self, command: &Sqe) -> bool {
-        let cached = self.admin.features.volatile_write_cache();
-        match NvmOpcode(command.opcode()) {
-            NvmOpcode::WRITE => BlockRange::from_command(command).fua || !cached,
-            NvmOpcode::FLUSH => cached,
-            _ => false,
+    /// Goes on with a command whose work is done that was handed over, with data of so many bytes.
+    pub(crate) fn work_done(&mut self, command: &Sqe, result: io::Result<()>, len: u64) -> Reply {
+        if let Err(error) = result {
+            return Reply::Now(Err(write_failed(error)));
         }
-    }
-
-    /// Syncs a namespace for commands that were answered with [`Reply::OnceSynced`].
-    pub(crate) fn sync(&mut self, nsid: u32) -> Result<(), Status> {
-        self.namespaces
-            .find(nsid)?
-            .flush(&self.shared.counters)
-            .map_err(write_failed)
+        let counters = &self.shared.counters;
+        match NvmOpcode(command.opcode()) {
+            NvmOpcode::WRITE => {
+                counters.writes.add(1);
+                counters.bytes_written.add(len);
+                counters.syncs.add(1);
+            }
+            NvmOpcode::COPY => {
+                counters.bytes_copied.add(len);
+                counters.syncs.add(1);
+            }
+            // They were preceded by a flush.
+            NvmOpcode::READ | NvmOpcode::COMPARE | NvmOpcode::VERIFY => {
+                self.is_flushed = true;
+                let reply = self.io_command(command);
+                self.is_flushed = false;
+                return reply;
+            }
+            _ => {}
+        }
+        Reply::Now(Ok(0))
     }
 
     fn serve_io(&mut self, command: &Sqe) -> Served {
@@ -83,7 +100,9 @@ impl Engine {
         }
         let bytes = namespace.bytes(range.slba, range.blocks.into())?;
         self.prepare(command, Flow::ToHost, len)?;
-        self.flush_before_reading(command.nsid(), range.fua)?;
+        if let Some(effect) = self.flush_before_reading(command.nsid(), range.fua)? {
+            return Ok(effect);
+        }
         let namespace = self.namespaces.find(command.nsid())?;
         if let Some(contents) = namespace.store.as_slice() {
             let data = contents
@@ -117,8 +136,25 @@ impl Engine {
         let bytes = namespace.bytes(range.slba, range.blocks.into())?;
         self.prepare(command, Flow::FromHost, len)?;
         let durable = range.fua || !self.admin.features.volatile_write_cache();
+        // What exceeds the buffer is written in parts.
+        let mut alone = false;
+        if durable && len <= BUFFER as u64 {
+            match self.place(self.namespaces.concurrent(command.nsid())) {
+                Place::Pool(store) => {
+                    let mut data = self.background.buffer(len as usize);
+                    self.transfer.receive(&self.dma, &mut data)?;
+                    let offset = bytes.start;
+                    return Ok(Effect::HandedOver(Box::new(Work::Write {
+                        store,
+                        offset,
+                        data,
+                    })));
+                }
+                Place::Nowhere => return Ok(Effect::PutOff),
+                Place::Here { is_alone } => alone = is_alone,
+            }
+        }
         let namespace = self.namespaces.find(command.nsid())?;
-        let later = durable && self.group.is_open() && namespace.syncs_fast();
         let mut offset = bytes.start;
         while offset < bytes.end {
             let part = (bytes.end - offset).min(BUFFER as u64) as usize;
@@ -126,45 +162,62 @@ impl Engine {
             self.transfer.receive(&self.dma, buffer)?;
             namespace
                 .store
-                .write(offset, buffer, durable && !later)
+                .write(offset, buffer, durable)
                 .map_err(write_failed)?;
             offset += part as u64;
         }
         self.shared.counters.writes.add(1);
         self.shared.counters.bytes_written.add(len);
-        if later {
-            return Ok(Effect::NeedsSync);
-        }
         if durable {
             self.shared.counters.syncs.add(1);
-        } else {
-            namespace.note_unsynced(len);
+        }
+        if alone {
+            self.has_blocked();
         }
         Ok(Effect::Done)
     }
 
     fn flush(&mut self, command: &Sqe) -> Served {
-        let needed = self.admin.features.volatile_write_cache();
-        if command.nsid() == admin::ALL_NAMESPACES {
-            if needed {
-                self.flush_all()?;
-            }
-        } else {
-            let namespace = self.namespaces.find(command.nsid())?;
-            if needed && self.group.is_open() {
-                return Ok(Effect::NeedsSync);
-            }
-            if needed {
-                namespace
-                    .flush(&self.shared.counters)
-                    .map_err(write_failed)?;
-            }
+        let nsid = command.nsid();
+        if nsid != admin::ALL_NAMESPACES {
+            self.namespaces.find(nsid)?;
         }
-        Ok(Effect::Done)
+        if !self.admin.features.volatile_write_cache() {
+            return Ok(Effect::Done);
+        }
+        Ok(self.flush_or_hand_over(nsid)?.unwrap_or(Effect::Done))
     }
 
-    /// Makes everything that was written durable.
+    /// Flushes a namespace, or all; returns the effect if that is not what has happened.
+    fn flush_or_hand_over(&mut self, nsid: u32) -> Result<Option<Effect>, Status> {
+        let stores = match nsid {
+            admin::ALL_NAMESPACES => self.namespaces.all_concurrent(),
+            _ => self.namespaces.concurrent(nsid).map(|store| vec![store]),
+        };
+        match self.place(stores) {
+            Place::Pool(stores) => {
+                self.shared.counters.syncs.add(stores.len() as u64);
+                Ok(Some(Effect::HandedOver(Box::new(Work::Flush(stores)))))
+            }
+            Place::Nowhere => Ok(Some(Effect::PutOff)),
+            Place::Here { is_alone } => {
+                let counters = &self.shared.counters;
+                match nsid {
+                    admin::ALL_NAMESPACES => self.namespaces.flush_all(counters),
+                    _ => self.namespaces.find(nsid)?.flush(counters),
+                }
+                .map_err(write_failed)?;
+                if is_alone {
+                    self.has_blocked();
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// Makes everything durable that was written, and what is being written.
     pub(crate) fn flush_all(&mut self) -> Result<(), Status> {
+        self.settle();
         self.namespaces
             .flush_all(&self.shared.counters)
             .map_err(write_failed)
@@ -178,16 +231,8 @@ impl Engine {
             return Err(Status::INVALID_FIELD);
         }
         let bytes = namespace.bytes(range.slba, range.blocks.into())?;
-        namespace
-            .store
-            .zero(bytes.start, len, range.deallocate)
-            .map_err(write_failed)?;
-        if range.fua || !self.admin.features.volatile_write_cache() {
-            namespace
-                .flush(&self.shared.counters)
-                .map_err(write_failed)?;
-        }
-        Ok(Effect::Done)
+        let flush = range.fua || !self.admin.features.volatile_write_cache();
+        self.zero(command, vec![(bytes.start, len)], range.deallocate, flush)
     }
 
     fn dataset_management(&mut self, command: &Sqe) -> Served {
@@ -225,20 +270,57 @@ impl Engine {
         if self.config.dmsl != 0 && total > self.config.dmsl {
             return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED);
         }
+        let mut parts = Vec::with_capacity(count);
         for range in ranges() {
             let bytes = namespace.bytes(range.slba.get(), range.blocks.get().into())?;
-            let len = bytes.end - bytes.start;
-            if len > 0 {
-                namespace
-                    .store
-                    .zero(bytes.start, len, true)
-                    .map_err(write_failed)?;
+            if !bytes.is_empty() {
+                parts.push((bytes.start, bytes.end - bytes.start));
             }
         }
-        if !self.admin.features.volatile_write_cache() {
+        let flush = !self.admin.features.volatile_write_cache();
+        self.zero(command, parts, true, flush)
+    }
+
+    /// Zeroes ranges, each an offset and a length in bytes, and then flushes if that is wanted.
+    fn zero(
+        &mut self,
+        command: &Sqe,
+        ranges: Vec<(u64, u64)>,
+        deallocate: bool,
+        flush: bool,
+    ) -> Served {
+        let mut alone = false;
+        if flush || ranges.iter().map(|range| range.1).sum::<u64>() >= LONG_ZEROES {
+            match self.place(self.namespaces.concurrent(command.nsid())) {
+                Place::Pool(store) => {
+                    if flush {
+                        self.shared.counters.syncs.add(1);
+                    }
+                    return Ok(Effect::HandedOver(Box::new(Work::Zero {
+                        store,
+                        ranges,
+                        deallocate,
+                        flush,
+                    })));
+                }
+                Place::Nowhere => return Ok(Effect::PutOff),
+                Place::Here { is_alone } => alone = is_alone,
+            }
+        }
+        let namespace = self.namespaces.find(command.nsid())?;
+        for (offset, len) in ranges {
+            namespace
+                .store
+                .zero(offset, len, deallocate)
+                .map_err(write_failed)?;
+        }
+        if flush {
             namespace
                 .flush(&self.shared.counters)
                 .map_err(write_failed)?;
+        }
+        if alone {
+            self.has_blocked();
         }
         Ok(Effect::Done)
     }

@@ -10,6 +10,8 @@
 //! says so. The sleeper therefore writes EventIdx before it announces that it sleeps. The host, too, has
 //! a fence between its store and its look at EventIdx, so the one in [`Wake::sleep`] does for both.
 //!
+//! The threads that wait for media are wakers like any: they set a flag (`pool.rs`) and notify.
+//!
 //! Not every kind of work is worth a wake-up every time, so the sleeper says what it listens for.
 
 #[cfg(loom)]
@@ -193,6 +195,44 @@ mod tests {
                 seen = shadow.load(Ordering::Acquire);
             }
             host.join().expect("the host does not panic");
+        });
+    }
+
+    /// Threads that put work into a list and set a flag, under the lock that the sleeper takes to empty
+    /// the list and clear the flag.
+    #[test]
+    fn flagged_lists() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let wake = Arc::new(Wake::new());
+            let list = Arc::new(loom::sync::Mutex::new(0));
+            let flag = Arc::new(AtomicU32::new(0));
+            wake.attach();
+            let threads: Vec<_> = (0..2)
+                .map(|_| {
+                    let (wake, list, flag) = (wake.clone(), list.clone(), flag.clone());
+                    thread::spawn(move || {
+                        let mut list = list.lock().expect("nobody panics");
+                        *list += 1;
+                        flag.store(1, Ordering::Relaxed);
+                        drop(list);
+                        wake.notify(Urgency::High);
+                    })
+                })
+                .collect();
+            let mut taken = 0;
+            while taken < 2 {
+                wake.sleep(Urgency::High, None, || flag.load(Ordering::Relaxed) == 0);
+                if flag.load(Ordering::Relaxed) != 0 {
+                    let mut list = list.lock().expect("nobody panics");
+                    flag.store(0, Ordering::Relaxed);
+                    taken += std::mem::take(&mut *list);
+                }
+            }
+            for thread in threads {
+                thread.join().expect("wakers do not panic");
+            }
         });
     }
 

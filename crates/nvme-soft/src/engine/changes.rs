@@ -10,6 +10,7 @@ use crate::config::{NamespaceConfig, check_lba_size};
 impl Engine {
     /// Changes a namespace, and tells a host that asked for it.
     pub(crate) fn change_namespace(&mut self, change: NamespaceChange) -> Result<(), ChangeError> {
+        self.settle();
         let (nsid, changed) = match change {
             NamespaceChange::Resize { nsid, bytes } => {
                 (nsid, self.namespaces.existing(nsid)?.resize(nsid, bytes)?)

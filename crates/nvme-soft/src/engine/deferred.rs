@@ -123,7 +123,10 @@ impl Engine {
         });
         let command = match deferred {
             Some(index) => self.deferred.remove(index).map(|deferred| deferred.command),
-            None => self.take_held(submission_queue, cid),
+            None => self
+                .background
+                .take(submission_queue, cid)
+                .or_else(|| self.take_held(submission_queue, cid)),
         };
         let Some(command) = command else {
             return false;
@@ -133,8 +136,8 @@ impl Engine {
         true
     }
 
-    /// Completes the commands of a queue that is about to be deleted and that wait, except those
-    /// that never complete.
+    /// Completes the commands of a queue that is about to be deleted, except those that never
+    /// complete: those that wait as aborted, others once their work is done.
     pub(crate) fn abort_queue(&mut self, submission_queue: u16) {
         let (mine, kept) = std::mem::take(&mut self.deferred)
             .into_iter()
@@ -144,10 +147,15 @@ impl Engine {
             .into_iter()
             .filter(|deferred| matches!(deferred.task, Task::Serve))
             .map(|deferred| deferred.command);
-        let aborted: Vec<Sqe> = deferred.chain(self.end_queue(submission_queue)).collect();
+        let aborted: Vec<Sqe> = deferred
+            .chain(self.background.take_queue(submission_queue))
+            .chain(self.end_queue(submission_queue))
+            .collect();
         for command in aborted {
             self.complete(submission_queue, &command, Err(Status::ABORTED_SQ_DELETION));
         }
+        self.background.wait();
+        self.serve_finished();
     }
 
     /// Abort commands that are outstanding and not being served.

@@ -60,6 +60,8 @@ impl Engine {
 
     /// Adds a fault, after those that there are.
     pub(crate) fn inject(&mut self, fault: Fault) {
+        // From now on commands are served one after the other, so that a seed decides what happens.
+        self.settle();
         if fault.then.loses_unflushed() {
             self.namespaces.track_unflushed();
         }
@@ -180,8 +182,8 @@ impl Engine {
         };
         match reply {
             Reply::Now(outcome) => Some(outcome),
-            Reply::OnceSynced => Some(self.sync(command.nsid()).map(|()| 0)),
-            Reply::Later => None,
+            // Where there are faults, nothing is handed over (`Engine::place`).
+            Reply::Later | Reply::HandOver(_) | Reply::PutOff => None,
         }
     }
 
@@ -384,8 +386,9 @@ impl Engine {
         self.add_namespace(NamespaceConfig::new(store, lba_size))
     }
 
-    /// The power fails and is back at once.
+    /// The power fails and is back at once. What threads are about to write is written before.
     pub(crate) fn lose_power(&mut self, loss: Loss) {
+        self.background.wait();
         self.namespaces.lose_unflushed(loss);
         // A function that is not there has lost its power before.
         if self.state == State::Gone {
@@ -396,6 +399,7 @@ impl Engine {
     }
 
     pub(crate) fn vanish(&mut self, loss: Loss) {
+        self.background.wait();
         self.namespaces.lose_unflushed(loss);
         if self.state == State::Gone {
             return;

@@ -36,6 +36,12 @@ impl Engine {
     fn control(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut control = shared.lock();
+        if control.stops_service() {
+            // That takes its time, during which the host reads CSTS. Nothing is submitted meanwhile.
+            drop(control);
+            self.background.wait();
+            control = shared.lock();
+        }
         if control.stop {
             return false;
         }
@@ -179,12 +185,14 @@ impl Engine {
         (configuration.iosqes(), configuration.iocqes())
     }
 
-    /// Forgets all queues and commands. Host memory is not accessed any more.
+    /// Forgets all queues and commands. Host memory is not accessed any more, and what was written
+    /// is written by now.
     pub(super) fn disable(&mut self) {
         self.state = State::Disabled;
         self.ready_at = None;
         self.queues.delete_all(&self.doorbells);
         self.doorbells.forget_buffers();
+        self.background.forget();
         self.deferred.clear();
         self.coalescing = None;
         self.forget_struck();

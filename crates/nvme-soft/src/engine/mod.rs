@@ -1,9 +1,9 @@
 //! The controller's thread: looks for work, does it, sleeps.
 
+pub(crate) mod background;
 mod changes;
 mod deferred;
 mod faults;
-pub(crate) mod group;
 mod interrupts;
 mod lifecycle;
 pub(crate) mod queues;
@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::{Sqe, Status};
 
+use self::background::Background;
+pub(crate) use self::background::Place;
 use self::deferred::Deferred;
 use self::faults::Faults;
-use self::group::SyncGroup;
 use self::interrupts::Coalescing;
 use self::queues::{Completion, QueueError, Queues, Tamper};
 use self::spin::Spin;
@@ -28,6 +29,7 @@ use crate::data::Transfer;
 use crate::dma::Dma;
 use crate::doorbells::HostDoorbells;
 use crate::namespace::Namespaces;
+use crate::pool::Work;
 use crate::wake::Urgency;
 use crate::{HostMemory, Interrupts};
 
@@ -66,8 +68,10 @@ pub(crate) enum Reply {
     Now(Outcome),
     /// Another part of the controller completes it some time.
     Later,
-    /// It completes once its namespace is synced.
-    OnceSynced,
+    /// It completes once this is done.
+    HandOver(Box<Work>),
+    /// It is to be served again, when there is room for its work.
+    PutOff,
 }
 
 /// The limits that commands are checked against, fixed while the controller is enabled.
@@ -94,7 +98,9 @@ pub(crate) struct Engine {
     pub(crate) queues: Queues,
     pub(crate) namespaces: Namespaces,
     pub(crate) admin: Admin,
-    pub(crate) group: SyncGroup,
+    pub(crate) background: Background,
+    /// The command that is being served was preceded by a flush.
+    pub(crate) is_flushed: bool,
     pub(crate) transfer: Transfer,
     /// Through which data passes between host memory and stores.
     pub(crate) buffer: Vec<u8>,
@@ -149,7 +155,8 @@ impl Engine {
             queues: Queues::new(config.io_queue_pairs),
             admin: Admin::new(&config, namespaces.max(), interrupts.count()),
             namespaces,
-            group: SyncGroup::default(),
+            background: Background::new(shared.doorbells.clone()),
+            is_flushed: false,
             transfer: Transfer::default(),
             buffer: Vec::new(),
             state: State::Disabled,
@@ -205,6 +212,7 @@ impl Engine {
             let posted = self.queues.post_waiting(&self.dma, &self.doorbells);
             busy |= self.check_queue(posted).unwrap_or(false);
         }
+        busy |= self.serve_finished();
         busy |= self.serve_due();
         busy |= self.raise_due();
         let mut index = 0;
@@ -224,7 +232,7 @@ impl Engine {
             return false;
         }
         self.admin.begin_batch();
-        self.open_group(id, count);
+        self.background.is_alone = count == 1;
         let mut since = Instant::now();
         for index in 0..count {
             if !self.is_serving() {
@@ -236,7 +244,6 @@ impl Engine {
                 since = Instant::now();
             }
         }
-        self.close_group();
         self.signal();
         true
     }
@@ -270,7 +277,7 @@ impl Engine {
 
     fn may_fetch(&self, id: u16) -> bool {
         match self.hold {
-            Hold::Nothing => true,
+            Hold::Nothing => id == 0 || !self.background.is_congested(),
             Hold::Io => id == 0,
             Hold::Everything => false,
         }
@@ -308,6 +315,9 @@ impl Engine {
 
     /// Does a command's work and completes it, or leaves that to another part of the controller.
     fn serve_command(&mut self, id: u16, command: &Sqe) {
+        if id != 0 && self.background.is_busy() && self.puts_off(id, command) {
+            return;
+        }
         if self.faults.is_some() {
             self.prepare_tamper(id, command.cid());
         }
@@ -316,9 +326,14 @@ impl Engine {
         } else {
             self.io_command(command)
         };
+        self.follow(id, command, reply);
+    }
+
+    fn follow(&mut self, id: u16, command: &Sqe, reply: Reply) {
         match reply {
             Reply::Now(outcome) => self.complete(id, command, outcome),
-            Reply::OnceSynced => self.group.join(id, *command),
+            Reply::HandOver(work) => self.hand_over(id, command, work),
+            Reply::PutOff => self.background.put_off(id, command),
             Reply::Later => {}
         }
     }
@@ -463,6 +478,7 @@ impl Engine {
                 && self
                     .queues
                     .has_work(&self.doorbells, |id| self.may_fetch(id)))
+            || (self.is_serving() && self.background.has_finished())
             || self.next_due().is_some_and(|due| due <= Instant::now())
     }
 

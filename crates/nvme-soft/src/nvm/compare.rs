@@ -3,7 +3,7 @@
 use nvme_spec::nvm::BlockRange;
 use nvme_spec::{Sqe, Status};
 
-use super::{BUFFER, Effect, Served, part_of, read_failed, write_failed};
+use super::{BUFFER, Effect, Served, part_of, read_failed};
 use crate::data::Flow;
 use crate::engine::Engine;
 
@@ -18,7 +18,9 @@ impl Engine {
         }
         let bytes = namespace.bytes(range.slba, range.blocks.into())?;
         self.prepare(command, Flow::FromHost, len)?;
-        self.flush_before_reading(command.nsid(), range.fua)?;
+        if let Some(effect) = self.flush_before_reading(command.nsid(), range.fua)? {
+            return Ok(effect);
+        }
         let namespace = self.namespaces.find(command.nsid())?;
         let mut differs = false;
         let mut offset = bytes.start;
@@ -49,7 +51,9 @@ impl Engine {
             return Err(Status::INVALID_FIELD);
         }
         let bytes = namespace.bytes(range.slba, range.blocks.into())?;
-        self.flush_before_reading(command.nsid(), range.fua)?;
+        if let Some(effect) = self.flush_before_reading(command.nsid(), range.fua)? {
+            return Ok(effect);
+        }
         let namespace = self.namespaces.find(command.nsid())?;
         let mut offset = bytes.start;
         while offset < bytes.end {
@@ -63,14 +67,16 @@ impl Engine {
         Ok(Effect::Done)
     }
 
-    /// FUA of what reads: the data are to come from the media, so they must have got there.
-    pub(super) fn flush_before_reading(&mut self, nsid: u32, fua: bool) -> Result<(), Status> {
-        if fua && self.admin.features.volatile_write_cache() {
-            self.namespaces
-                .find(nsid)?
-                .flush(&self.shared.counters)
-                .map_err(write_failed)?;
+    /// FUA of what reads: the data are to come from the media, so they must have got there. Returns the
+    /// effect if they have not yet.
+    pub(super) fn flush_before_reading(
+        &mut self,
+        nsid: u32,
+        fua: bool,
+    ) -> Result<Option<Effect>, Status> {
+        if fua && self.admin.features.volatile_write_cache() && !self.is_flushed {
+            return self.flush_or_hand_over(nsid);
         }
-        Ok(())
+        Ok(None)
     }
 }

@@ -7,10 +7,11 @@ use nvme_spec::nvm::CopyRequest;
 use nvme_spec::{Sqe, Status};
 use zerocopy::FromBytes;
 
-use super::{Effect, Served, part_of, read_failed, write_failed};
+use super::{BUFFER, Effect, Served, part_of, read_failed, write_failed};
 use crate::data::Flow;
-use crate::engine::Engine;
+use crate::engine::{Engine, Place};
 use crate::namespace::Namespace;
+use crate::pool::Work;
 
 impl Engine {
     /// All sources are read before anything is written, so that a source may overlap the
@@ -33,6 +34,12 @@ impl Engine {
         let namespace = self.namespaces.find(command.nsid())?;
         let (sources, destination) = check(namespace, request.destination_lba, list)?;
         let total = destination.end - destination.start;
+        let durable = request.fua || !self.admin.features.volatile_write_cache();
+        let place = match durable && total <= BUFFER as u64 {
+            true => self.place(self.namespaces.concurrent(command.nsid())),
+            false => Place::Here { is_alone: false },
+        };
+        let namespace = self.namespaces.find(command.nsid())?;
         let data = part_of(&mut self.buffer, total as usize);
         let mut rest = &mut *data;
         for source in sources {
@@ -43,15 +50,25 @@ impl Engine {
                 .map_err(read_failed)?;
             rest = later;
         }
-        let durable = request.fua || !self.admin.features.volatile_write_cache();
+        match place {
+            Place::Pool(store) => {
+                let mut written = self.background.buffer(data.len());
+                written.copy_from_slice(data);
+                return Ok(Effect::HandedOver(Box::new(Work::Write {
+                    store,
+                    offset: destination.start,
+                    data: written,
+                })));
+            }
+            Place::Nowhere => return Ok(Effect::PutOff),
+            Place::Here { .. } => {}
+        }
         namespace
             .store
             .write(destination.start, data, durable)
             .map_err(write_failed)?;
         if durable {
             self.shared.counters.syncs.add(1);
-        } else {
-            namespace.note_unsynced(total);
         }
         self.shared.counters.bytes_copied.add(total);
         Ok(Effect::Done)

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 
-use super::Store;
+use super::{ConcurrentStore, Store};
 use crate::fault::{Loss, TornBlocks};
 
 /// What is written and not durable is written back when it exceeds this. A cache may do so at any
@@ -14,6 +15,7 @@ const MAX_UNFLUSHED: usize = 64 << 20;
 #[derive(Debug)]
 pub(crate) struct CachedStore {
     store: Box<dyn Store>,
+    concurrent: Option<Arc<dyn ConcurrentStore>>,
     /// There is none unless faults are wanted.
     faulty: Option<Box<Faulty>>,
     lba_size: usize,
@@ -49,6 +51,7 @@ impl Tear {
 impl CachedStore {
     pub(crate) fn new(store: Box<dyn Store>, lba_size: u32) -> Self {
         Self {
+            concurrent: store.concurrent(),
             store,
             faulty: None,
             lba_size: lba_size as usize,
@@ -152,6 +155,11 @@ impl CachedStore {
 
     pub(crate) fn as_slice(&self) -> Option<&[u8]> {
         self.store.as_slice()
+    }
+
+    /// For what other threads may do. There is nothing of that while it is to be known what is not durable.
+    pub(crate) fn concurrent(&self) -> Option<&Arc<dyn ConcurrentStore>> {
+        self.concurrent.as_ref().filter(|_| self.faulty.is_none())
     }
 
     fn durable(&mut self) -> Option<&mut BTreeMap<u64, Box<[u8]>>> {

@@ -2,11 +2,12 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, FlockOperation, flock};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use super::Store;
+use super::{ConcurrentStore, Store};
 
 /// A namespace in a regular file, which is sparse: blocks never written, and deallocated ones,
 /// take no space where the file system can do that.
@@ -15,8 +16,14 @@ use super::Store;
 /// the blocks exist, costs no commit of the file system's journal.
 #[derive(Debug)]
 pub struct FileStore {
-    file: File,
+    disk: Arc<Disk>,
     size: u64,
+}
+
+/// The file, as all threads use it.
+#[derive(Debug)]
+struct Disk {
+    file: File,
 }
 
 impl FileStore {
@@ -44,7 +51,7 @@ impl FileStore {
             .open(path)?;
         let mut store = Self::from_file(file)?;
         if store.size < size {
-            store.file.set_len(size)?;
+            store.disk.file.set_len(size)?;
             store.size = size;
         }
         Ok(store)
@@ -75,12 +82,27 @@ impl FileStore {
             locked => locked?,
         }
         Ok(Self {
-            file,
+            disk: Arc::new(Disk { file }),
             size: metadata.len(),
         })
     }
+}
 
-    fn write_durably(&mut self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+impl Disk {
+    fn write_zeros(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        let zeros = [0; 64 * 1024];
+        while len > 0 {
+            let part = len.min(zeros.len() as u64);
+            self.file.write_all_at(&zeros[..part as usize], offset)?;
+            offset += part;
+            len -= part;
+        }
+        Ok(())
+    }
+}
+
+impl ConcurrentStore for Disk {
+    fn write_durably(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
         while !data.is_empty() {
             let part = IoSlice::new(data);
             match rustix::io::pwritev2(&self.file, &[part], offset, ReadWriteFlags::DSYNC) {
@@ -101,40 +123,11 @@ impl FileStore {
         Ok(())
     }
 
-    fn write_zeros(&mut self, mut offset: u64, mut len: u64) -> io::Result<()> {
-        let zeros = [0; 64 * 1024];
-        while len > 0 {
-            let part = len.min(zeros.len() as u64);
-            self.file.write_all_at(&zeros[..part as usize], offset)?;
-            offset += part;
-            len -= part;
-        }
-        Ok(())
-    }
-}
-
-impl Store for FileStore {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read(&mut self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(out, offset)
-    }
-
-    fn write(&mut self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
-        if durable {
-            self.write_durably(offset, data)
-        } else {
-            self.file.write_all_at(data, offset)
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
-    fn zero(&mut self, offset: u64, len: u64, deallocate: bool) -> io::Result<()> {
+    fn zero(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<()> {
         let how = if deallocate {
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
         } else {
@@ -150,18 +143,48 @@ impl Store for FileStore {
             }
         }
     }
+}
+
+impl Store for FileStore {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&mut self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.disk.file.read_exact_at(out, offset)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        if durable {
+            self.disk.write_durably(offset, data)
+        } else {
+            self.disk.file.write_all_at(data, offset)
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.disk.flush()
+    }
+
+    fn zero(&mut self, offset: u64, len: u64, deallocate: bool) -> io::Result<()> {
+        self.disk.zero(offset, len, deallocate)
+    }
 
     fn resize(&mut self, size: u64) -> io::Result<()> {
-        self.file.set_len(size)?;
+        self.disk.file.set_len(size)?;
         self.size = size;
         Ok(())
     }
 
     fn allocated(&self) -> u64 {
         // st_blocks counts units of 512 bytes whatever the file system's block size is.
-        self.file.metadata().map_or(self.size, |metadata| {
+        self.disk.file.metadata().map_or(self.size, |metadata| {
             (metadata.blocks() * 512).min(self.size)
         })
+    }
+
+    fn concurrent(&self) -> Option<Arc<dyn ConcurrentStore>> {
+        Some(self.disk.clone())
     }
 }
 

@@ -6,6 +6,7 @@ mod memory;
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 
 pub(crate) use cache::CachedStore;
 pub use file::FileStore;
@@ -14,7 +15,8 @@ pub use memory::MemoryStore;
 /// Keeps the contents of one namespace. Offsets and lengths are in bytes; the controller has
 /// checked them against [`Store::size`] before.
 ///
-/// All calls come from the controller's one thread, which serves nothing else meanwhile.
+/// All calls come from the controller's one thread, which serves nothing else meanwhile. A store that
+/// waits for a medium has a [`ConcurrentStore`] besides, for what takes long.
 pub trait Store: fmt::Debug + Send {
     /// The size in bytes. Only [`Store::resize`] changes it.
     fn size(&self) -> u64;
@@ -52,6 +54,30 @@ pub trait Store: fmt::Debug + Send {
     fn as_slice(&self) -> Option<&[u8]> {
         None
     }
+
+    /// The same contents for what takes long, so that it may be done by other threads. Asked for once,
+    /// when the namespace is made. Without one, which is what a store without this function has, the
+    /// controller's thread does everything.
+    fn concurrent(&self) -> Option<Arc<dyn ConcurrentStore>> {
+        None
+    }
+}
+
+/// The part of a [`Store`] that waits for the medium, for several threads at a time, which meanwhile
+/// may use the store itself too.
+///
+/// Calls on ranges that overlap do not come at the same time, nor does a call on a range while the
+/// store reads or writes a part of it. [`Store::resize`] comes while no call is under way. A call
+/// that panics counts as one that failed.
+pub trait ConcurrentStore: fmt::Debug + Send + Sync {
+    /// As [`Store::write`] with `durable`.
+    fn write_durably(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// As [`Store::flush`]: covers what was written before the call, by whatever thread.
+    fn flush(&self) -> io::Result<()>;
+
+    /// As [`Store::zero`].
+    fn zero(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<()>;
 }
 
 #[cfg(test)]

@@ -389,6 +389,11 @@ impl Host {
         entry
     }
 
+    /// Whether no completion is there, neither new nor kept.
+    pub(crate) fn has_none(&mut self, id: u16) -> bool {
+        self.pair(id).reaped.is_empty() && self.look(id).is_none()
+    }
+
     /// The completion of one command; others are kept.
     pub(crate) fn wait(&mut self, id: u16, cid: u16) -> Cqe {
         loop {

@@ -294,13 +294,12 @@ fn durability_costs_a_sync_where_it_must() {
 }
 
 #[test]
-fn commands_that_arrive_together_share_a_sync() {
+fn commands_that_arrive_together_are_durable_each_for_itself() {
     let (_directory, config) = file_config(512);
     let mut host = Host::ready(config);
     let buffer = host.allocate(8 * 512);
     let data = pattern(6, 8 * 512);
     host.memory.set(buffer, &data);
-    host.controller.hold();
     let mut cids: Vec<_> = (0..8)
         .map(|block| {
             let write = nvm::write(1, block, 1, true).with_data(prp(buffer + block * 512));
@@ -309,32 +308,16 @@ fn commands_that_arrive_together_share_a_sync() {
         .collect();
     cids.push(host.place(1, nvm::flush(1)));
     host.ring(1);
-    host.controller.release();
     for cid in cids {
         assert!(host.wait(1, cid).status().is_success());
     }
-    assert_eq!(host.controller.counters().syncs, 1);
+    let counters = host.controller.counters();
+    assert_eq!((counters.syncs, counters.bytes_written), (9, 4096));
     assert!(read(&mut host, 0, 4096, 512) == data);
-    // With much else to write back they do better alone.
-    let large = host.allocate(1 << 19);
-    let pointer = host.prps(large, 1 << 19);
-    for _ in 0..3 {
-        host.io_ok(nvm::write(1, 0, 1024, false).with_data(pointer));
-    }
-    host.controller.hold();
-    let cids: Vec<_> = (0..2)
-        .map(|_| host.place(1, nvm::write(1, 0, 1, true).with_data(prp(buffer))))
-        .collect();
-    host.ring(1);
-    host.controller.release();
-    for cid in cids {
-        assert!(host.wait(1, cid).status().is_success());
-    }
-    assert_eq!(host.controller.counters().syncs, 3);
 }
 
 #[test]
-fn a_sync_that_fails_fails_all_that_share_it() {
+fn a_sync_that_fails_fails_its_command_only() {
     let mut config = config(512);
     let store = Broken {
         writes: true,
@@ -343,9 +326,8 @@ fn a_sync_that_fails_fails_all_that_share_it() {
     config.namespaces.push(NamespaceConfig::new(store, 512));
     let mut host = Host::ready(config);
     let buffer = host.allocate(512);
-    host.controller.hold();
     let commands = [
-        (nvm::write(2, 0, 1, true), false),
+        (nvm::write(2, 0, 1, true), true),
         (nvm::flush(1), true),
         (nvm::write(1, 0, 1, true), true),
         (nvm::flush(2), false),
@@ -354,7 +336,6 @@ fn a_sync_that_fails_fails_all_that_share_it() {
     let placed =
         commands.map(|(command, good)| (host.place(1, command.with_data(prp(buffer))), good));
     host.ring(1);
-    host.controller.release();
     for (cid, good) in placed {
         let status = host.wait(1, cid).status();
         assert_eq!(status.is_success(), good, "{status}");

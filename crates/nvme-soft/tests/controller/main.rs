@@ -1,6 +1,7 @@
 //! Drives the controller as a host does: registers, queues in plain memory, doorbells.
 
 mod admin_commands;
+mod background;
 mod checks;
 mod coalescing;
 mod copies;
@@ -11,6 +12,7 @@ mod faults;
 mod host;
 mod io;
 mod lifecycle;
+mod medium;
 mod model;
 mod namespaces;
 mod plans;
