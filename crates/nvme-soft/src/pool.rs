@@ -13,7 +13,7 @@ use crate::doorbells::Doorbells;
 use crate::store::ConcurrentStore;
 use crate::wake::Urgency;
 
-/// What is under way at most, and so threads at most. More gain nothing on the disks that we know.
+/// What is under way at most, and so threads at most. As many as commands are fetched at a time.
 pub(crate) const MAX_JOBS: usize = 16;
 /// After so long without work a thread ends.
 const IDLE: Duration = Duration::from_secs(5);
