@@ -30,7 +30,7 @@ pub(super) struct Arguments {
     /// What to serve: a URL, which may have a name and a range of bytes before it, as in
     /// boot=nvme://0000:44:00.0/1 or data@1G+64G=file:disk.img. Those without a name are called by their
     /// place: 1, 2... The first one is also the one that clients get that give no name.
-    #[arg(required = true, value_name = "[NAME][@OFFSET+SIZE]=]URL")]
+    #[arg(required = true, value_name = "[[NAME][@OFFSET+SIZE]=]URL")]
     exports: Vec<ExportArgument>,
 
     /// The server's certificate, and those that vouch for it, in PEM. Then all clients have to use TLS.
