@@ -158,19 +158,21 @@ impl Looker {
         start: impl Fn(Request, u16, &QueueParts) -> F,
         cx: &mut Context<'_>,
     ) -> Result<State, RingError> {
-        let regions = self.parts.regions.get();
+        let mut regions = self.parts.regions.get();
         let mut is_busy = false;
         let _ = self.poll_stop(cx);
         if self.takes() {
             self.parts.ring.do_not_ask(&regions)?;
         }
         if !self.is_broken {
-            for _ in 0..BURST {
-                // What is in flight is to be done before the end.
-                let taken = self.parts.ring.take(&regions, self.is_stopped)?;
-                let Some((head, chain)) = taken else {
-                    break;
-                };
+            // What is in flight is to be done before the end.
+            let count = self.parts.ring.available(&regions, self.is_stopped)?;
+            // What is available may be in memory that was not there before.
+            if count > 0 {
+                regions = self.parts.regions.get();
+            }
+            for _ in 0..count.min(BURST) {
+                let (head, chain) = self.parts.ring.take(&regions)?;
                 let device = &self.parts.device;
                 let request = Request::read(&device.export, &device.id, &regions, chain)?;
                 running.push(start(request, head, &self.parts));

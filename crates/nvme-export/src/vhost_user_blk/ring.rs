@@ -107,14 +107,21 @@ impl Ring {
         self.queue.next_avail()
     }
 
-    /// The next chain that is available, and its head; or, if `only_left`, that an earlier process has taken.
-    pub(super) fn take(
-        &mut self,
-        regions: &Regions,
-        only_left: bool,
-    ) -> Result<Option<(u16, Chain)>, RingError> {
-        let Some(head) = self.next_head(regions, only_left)? else {
-            return Ok(None);
+    /// How many chains are available, or, if `only_left`, are left by an earlier process.
+    pub(super) fn available(&self, regions: &Regions, only_left: bool) -> Result<usize, RingError> {
+        if only_left {
+            return Ok(self.left.len());
+        }
+        let index = self.queue.avail_idx(regions, Ordering::Acquire)?;
+        let new = index.0.wrapping_sub(self.queue.next_avail());
+        Ok(self.left.len() + usize::from(new))
+    }
+
+    /// Takes the next chain that is available; returns it and its head.
+    pub(super) fn take(&mut self, regions: &Regions) -> Result<(u16, Chain), RingError> {
+        let head = match self.left.pop_front() {
+            Some(head) => head,
+            None => self.next_head(regions)?,
         };
         let size = self.queue.size();
         match self.taken.get_mut(usize::from(head)) {
@@ -124,27 +131,19 @@ impl Ring {
         }
         let table = GuestAddress(self.queue.desc_table());
         let chain = Chain::read(regions, table, size, head, self.has_indirect)?;
-        Ok(Some((head, chain)))
+        Ok((head, chain))
     }
 
-    fn next_head(&mut self, regions: &Regions, only_left: bool) -> Result<Option<u16>, RingError> {
-        let left = self.left.pop_front();
-        if left.is_some() || only_left {
-            return Ok(left);
-        }
-        let available = self.queue.avail_idx(regions, Ordering::Acquire)?;
-        if available.0 == self.queue.next_avail() {
-            return Ok(None);
-        }
+    fn next_head(&mut self, regions: &Regions) -> Result<u16, RingError> {
+        // There is one, so if there is none it could not be read, or the index was taken back.
         let chain = self.queue.iter(regions)?.next();
-        // There is one, so that it could not be read.
         let head = chain.ok_or(RingError::Place)?.head_index();
         if head < self.queue.size()
             && let Some(inflight) = &mut self.inflight
         {
             inflight.take(head)?;
         }
-        Ok(Some(head))
+        Ok(head)
     }
 
     /// Gives a chain back, `written` bytes of which were written.

@@ -86,6 +86,29 @@ fn memory_comes_and_goes() {
     host.end([served]);
 }
 
+/// A queue that looks at its ring all the time finds the memory of a request that comes right after it.
+#[test]
+fn memory_is_there_once_it_was_taken() {
+    let host = Host::new();
+    let served = host.serve();
+    let ram = Ram::new();
+    let mut front_end = served.connect(&ram, &Wishes::default());
+    let driver = &mut front_end.start()[0];
+    let file = memfd(1 << 20, true);
+    let plugged = region(PLUGGED, 1 << 20, 1 << 40, 0, &file);
+    for _ in 0..300 {
+        front_end.messages.add_mem_region(&plugged).expect("taken");
+        assert_eq!(driver.run(IN, 0, &[(PLUGGED, 4096)]), OK);
+        front_end
+            .messages
+            .remove_mem_region(&plugged)
+            .expect("removed");
+        assert_eq!(driver.run(IN, 0, &[(DATA, 4096)]), OK);
+    }
+    drop(front_end);
+    host.end([served]);
+}
+
 #[test]
 fn guests_come_and_go() {
     let host = Host::new();
