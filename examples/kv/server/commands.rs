@@ -378,15 +378,15 @@ fn scan(server: &Server, cursor: &Bytes, options: &[Bytes]) -> Outcome {
 
 fn hello(session: &mut Session, arguments: &[Bytes]) -> Outcome {
     if let Some((version, rest)) = arguments.split_first() {
-        match parse(version) {
-            Some(2) => session.version = 2,
-            Some(3) => session.version = 3,
+        let version = match parse(version) {
+            Some(2) => 2,
+            Some(3) => 3,
             Some(_) => return Err("NOPROTO unsupported protocol version".into()),
             None => {
                 let text = "Protocol version is not an integer or out of range";
                 return Err(text.into());
             }
-        }
+        };
         // A name is taken and forgotten; there are no passwords.
         match rest {
             [] => {}
@@ -397,6 +397,7 @@ fn hello(session: &mut Session, arguments: &[Bytes]) -> Outcome {
                 return Err(Failure(error(text)));
             }
         }
+        session.version = version;
     }
     now_reply(map([
         ("server", bulk("redis")),

@@ -323,6 +323,16 @@ async fn pipelines_are_answered_in_order_and_see_what_came_before() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hello_that_fails_changes_nothing() {
+    let server = Running::start(4 * MIB, busy(), Limits::default()).await;
+    assert_eq!(
+        talk(&server, b"HELLO 3 FOO\r\nGET none\r\n"),
+        "-ERR Syntax error in HELLO option 'FOO'\r\n$-1\r\n"
+    );
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_end_in_clear_errors() {
     let limits = Limits {
         connections: 2,
