@@ -11,11 +11,15 @@ pub(super) const BATCH_HEADER: usize = 32;
 /// Bytes before the key of a record.
 pub(super) const RECORD_HEADER: usize = 24;
 
-const ROOT_MAGIC: u64 = u64::from_le_bytes(*b"nvme-kv1");
+const ROOT_MAGIC: u64 = u64::from_le_bytes(*b"nvme-kv2");
 const SEGMENT_MAGIC: u32 = u32::from_le_bytes(*b"kvSG");
 const BATCH_MAGIC: u32 = u32::from_le_bytes(*b"kvBA");
 /// Most segments of a checkpoint: those whose numbers fit into a root.
 pub(super) const MAX_CHECKPOINT_SEGMENTS: usize = (BLOCK - 128) / 12;
+
+/// Set in the numbers of a checkpoint's batches. So none is the next one of the log, when a replay comes
+/// to a segment of a checkpoint that was not finished, or is none any more.
+pub(super) const OF_CHECKPOINT: u64 = 1 << 63;
 
 /// What checksums of one life of one segment of one store start from: bytes of another one never pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use tokio::time::sleep;
 
 use super::format::{
-    BATCH_HEADER, BLOCK, Kind, MAX_CHECKPOINT_SEGMENTS, Record, records, seal_batch, segment_header,
+    BATCH_HEADER, BLOCK, Kind, MAX_CHECKPOINT_SEGMENTS, OF_CHECKPOINT, Record, records, seal_batch,
+    segment_header,
 };
 use super::index::SHARDS;
 use super::log::{Class, Segment, State, Use};
@@ -319,7 +320,7 @@ impl<'a> Chunks<'a> {
         }
         let mut batch = std::mem::replace(&mut self.open, vec![0; BATCH_HEADER]);
         let seed = self.inner.lock().seed(segment);
-        seal_batch(&mut batch, seed, self.count);
+        seal_batch(&mut batch, seed, OF_CHECKPOINT | self.count);
         let at = self.inner.offset(segment, self.offset as u32);
         self.offset += batch.len();
         self.count += 1;

@@ -12,7 +12,8 @@
 //! a segment is made ready for use, in ascending order. After it come *batches*, one after the other.
 //! A batch is what one device write makes durable: a header with a *sequence number*, which counts the
 //! batches of the log, then records, then padding to whole blocks. Records are *set*, *delete*, *expire* and
-//! *clear*. A checkpoint is batches too, with a record for each key that says where its value is.
+//! *clear*. A checkpoint is batches too, with a record for each key that says where its value is, and with
+//! numbers that no batch of the log has.
 //!
 //! Every batch and every record has a CRC-32C, which starts from the store's random number and the
 //! segment's epoch. So what an earlier life of the segment, or another store, left behind never

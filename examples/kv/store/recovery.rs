@@ -8,7 +8,8 @@ use futures::{StreamExt, TryStreamExt, stream};
 use nvme_async::Namespace;
 
 use super::format::{
-    BLOCK, DATA_START, Position, Root, Seed, batch_header, batch_is_whole, records, segment_epoch,
+    BLOCK, DATA_START, OF_CHECKPOINT, Position, Root, Seed, batch_header, batch_is_whole, records,
+    segment_epoch,
 };
 use super::index::Index;
 use super::log::{Segment, State, Use};
@@ -149,7 +150,7 @@ async fn load_checkpoint(
         known.used_for = Use::Checkpoint;
         let mut scanner = Scanner::new(state, segment, BLOCK as u32);
         while let Some(batch) = scanner.next(namespace).await? {
-            if batch.sequence != chunks {
+            if batch.sequence != OF_CHECKPOINT | chunks {
                 break;
             }
             for (_, record) in records(&batch.bytes) {
@@ -194,7 +195,8 @@ async fn replay(
         while let Some(batch) = scanner.next(namespace).await? {
             let expected = state.next_sequence;
             if batch.sequence != expected {
-                if is_first && batch.sequence > expected + MOST_IN_FLIGHT {
+                let is_of_log = batch.sequence & OF_CHECKPOINT == 0;
+                if is_first && is_of_log && batch.sequence > expected + MOST_IN_FLIGHT {
                     return Err(Error::Damaged(format!(
                         "the log has batch {} and lacks {expected}",
                         batch.sequence

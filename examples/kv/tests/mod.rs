@@ -6,6 +6,7 @@ mod history;
 mod kill;
 mod model;
 mod power;
+mod recovery;
 mod store;
 
 use std::collections::BTreeMap;
