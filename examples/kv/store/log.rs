@@ -111,6 +111,8 @@ pub(super) struct State {
     pub(super) written: u64,
     /// What `written` was at the last checkpoint.
     pub(super) checkpointed: u64,
+    /// The shard of the index that is searched next for what has expired.
+    pub(super) swept: usize,
     pub(super) current: Option<u32>,
     /// Where the open batch starts in the current segment.
     head: u32,
@@ -138,6 +140,7 @@ impl State {
             closing: false,
             written: 0,
             checkpointed: 0,
+            swept: 0,
             current: None,
             head: 0,
             open: Vec::new(),
@@ -296,17 +299,13 @@ impl State {
                     .iter_mut()
                     .for_each(|segment| segment.live = 0);
             }
-            Kind::Entry => {
-                if let Some(entry) = Entry::decode(record.value, record.expires)
-                    && (entry.segment as usize) < self.segments.len()
-                {
-                    self.place(record.key, entry);
-                }
-            }
+            // The log has none.
+            Kind::Entry => {}
         }
     }
 
-    fn place(&mut self, key: &[u8], entry: Entry) {
+    /// Puts a key into the index.
+    pub(super) fn place(&mut self, key: &[u8], entry: Entry) {
         let len = entry.record_len(key);
         self.used += self.cost(len);
         self.segments[entry.segment as usize].live += len as u64;

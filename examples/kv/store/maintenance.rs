@@ -14,14 +14,14 @@ use super::format::{
 use super::index::SHARDS;
 use super::log::{Class, Segment, State, Use};
 use super::recovery::Scanner;
-use super::{Error, Inner, now};
+use super::{Error, Inner};
 
 /// Segments that are ready for the log, if possible.
 pub(super) const READY: usize = 3;
 /// Free segments beyond these are discarded.
 const WARM: usize = 4;
-/// Shards that are searched for what has expired, each time.
-const SWEEP: usize = 16;
+/// Keys of which those are searched that have expired, each time; more only where one shard has more.
+const SWEEP: usize = 16 << 10;
 /// Bytes that are overwritten, read or written at a time.
 const PIECE: usize = 256 << 10;
 
@@ -122,6 +122,15 @@ async fn step(inner: &Inner) -> Result<Step, Error> {
 }
 
 impl State {
+    /// Forgets those keys of a shard that have expired; returns how many.
+    pub(super) fn forget_expired(&mut self, shard: usize, now: u64) -> usize {
+        let entries = self.index.entries(shard);
+        let expired = entries.filter(|(_, entry)| entry.is_expired(now));
+        let expired: Vec<_> = expired.map(|(key, _)| key.to_vec()).collect();
+        expired.iter().for_each(|key| self.forget(key));
+        expired.len()
+    }
+
     /// Takes a free segment into use under a new epoch, a warm one if there is any.
     fn take_free(&mut self, used_for: Use) -> Option<(u32, u64, bool)> {
         let find = |wanted| self.segments.iter().position(|s| s.used_for == wanted);
@@ -149,19 +158,23 @@ impl State {
 
 /// Forgets some of what has expired.
 fn sweep(inner: &Inner) {
-    let (mut state, now) = (inner.lock(), now());
-    let first = fastrand::usize(..SHARDS);
-    let mut expired = Vec::new();
-    for shard in first..first + SWEEP {
-        let entries = state.index.entries(shard % SHARDS);
-        let gone = entries.filter(|(_, entry)| entry.is_expired(now));
-        expired.extend(gone.map(|(key, _)| key.to_vec()));
-    }
-    for key in &expired {
-        state.forget(key);
+    let mut state = inner.lock();
+    let (mut seen, mut expired) = (0, 0);
+    for _ in 0..SHARDS {
+        let shard = state.swept;
+        state.swept = (shard + 1) % SHARDS;
+        seen += state.index.entries(shard).count();
+        expired += state.forget_expired(shard, inner.now());
+        if seen > SWEEP {
+            break;
+        }
     }
     drop(state);
-    inner.statistics().expired += expired.len() as u64;
+    if expired > 0 {
+        inner.statistics().expired += expired as u64;
+        // Who waits for room, and holds the place of one of them, looks again.
+        inner.room.notify_waiters();
+    }
 }
 
 /// Frees segments that nobody reads any more, and discards what is not needed soon.

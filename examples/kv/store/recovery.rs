@@ -11,7 +11,7 @@ use super::format::{
     BLOCK, DATA_START, OF_CHECKPOINT, Position, Root, Seed, batch_header, batch_is_whole, records,
     segment_epoch,
 };
-use super::index::Index;
+use super::index::{Entry, Index, SHARDS};
 use super::log::{Segment, State, Use};
 use super::{Error, MAX_KEY, MAX_VALUE, Options, segment_start};
 
@@ -57,7 +57,7 @@ pub(super) async fn open(namespace: &Namespace, options: &Options) -> Result<Sta
             "the store has {end} bytes and the device {capacity}"
         )));
     }
-    recover(namespace, root).await
+    recover(namespace, root, (options.clock)()).await
 }
 
 /// Whether nothing is there: file systems, partition tables and their like lie at the beginning or
@@ -98,7 +98,7 @@ async fn format(namespace: &Namespace, capacity: u64) -> Result<Root, Error> {
     Ok(root)
 }
 
-async fn recover(namespace: &Namespace, root: Root) -> Result<State, Error> {
+async fn recover(namespace: &Namespace, root: Root, now: u64) -> Result<State, Error> {
     let start = Instant::now();
     let headers = stream::iter(0..root.segments).map(|segment| {
         let offset = segment_start(segment, root.segment_size);
@@ -124,6 +124,9 @@ async fn recover(namespace: &Namespace, root: Root) -> Result<State, Error> {
     let mut progress = Progress::new();
     load_checkpoint(namespace, &mut state, &mut progress).await?;
     replay(namespace, &mut state, &mut progress).await?;
+    for shard in 0..SHARDS {
+        state.forget_expired(shard, now);
+    }
     // What was found is to stay, also where only a cache has it.
     namespace.flush().await?;
 
@@ -134,6 +137,15 @@ async fn recover(namespace: &Namespace, root: Root) -> Result<State, Error> {
     }
     tracing::info!(keys = state.index.len(), bytes = progress.bytes, time = ?start.elapsed(), "recovered");
     Ok(state)
+}
+
+impl State {
+    /// Whether the checkpoint's position is in a segment, or after it. What the checkpoint has in another
+    /// one has a record in the log as well, or had expired and was forgotten.
+    fn is_before_position(&self, segment: u32) -> bool {
+        let segment = self.segments.get(segment as usize);
+        segment.is_some_and(|segment| (1..=self.root.position.epoch).contains(&segment.epoch))
+    }
 }
 
 async fn load_checkpoint(
@@ -154,7 +166,11 @@ async fn load_checkpoint(
                 break;
             }
             for (_, record) in records(&batch.bytes) {
-                state.apply(&record, segment, 0);
+                if let Some(entry) = Entry::decode(record.value, record.expires)
+                    && state.is_before_position(entry.segment)
+                {
+                    state.place(record.key, entry);
+                }
             }
             chunks += 1;
             progress.note(

@@ -1,12 +1,13 @@
 //! What a crash leaves, and what recovery makes of it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nvme_soft::fault::{Behaviour, Fault, FaultKind, Loss};
 use nvme_spec::opcode::NvmOpcode;
 use tokio::time::sleep;
 
-use super::{Disk, busy, change, set};
+use super::{Disk, busy, change, contents, set};
 use crate::store::{Change, Options, Store};
 
 const MIB: usize = 1 << 20;
@@ -44,4 +45,57 @@ async fn batches_of_a_checkpoint_are_none_of_the_log() {
     drop(store);
     let store = disk.open(busy()).await.expect("opens");
     assert_eq!(store.usage().keys, KEYS / 2);
+}
+
+#[tokio::test]
+async fn expired_keys_whose_segments_were_freed_are_no_damage() {
+    static CLOCK: AtomicU64 = AtomicU64::new(0);
+    let options = Options {
+        clock: || CLOCK.load(Ordering::Relaxed),
+        ..busy()
+    };
+    let quiet = Options {
+        checkpoint_bytes: u64::MAX,
+        ..options.clone()
+    };
+    // The second time the clock is set back, to when those keys had not expired.
+    for at_recovery in [3000, 1000] {
+        CLOCK.store(1000, Ordering::Relaxed);
+        let disk = Disk::new(4 * MIB);
+        let store = disk.open(options.clone()).await.expect("formats");
+        for number in 0..100 {
+            let brief = Change::Set {
+                key: format!("brief {number}").into(),
+                value: vec![1; 8000].into(),
+                expires: 2000,
+            };
+            change(&store, vec![brief]).await.expect("fits");
+        }
+        store.close().await.expect("closes");
+        drop(store);
+        // They are in the checkpoint, expire, and others come to be in their place.
+        let store = disk.open(quiet.clone()).await.expect("opens");
+        CLOCK.store(3000, Ordering::Relaxed);
+        while store.usage().keys > 0 || store.usage().available < 24 {
+            sleep(Duration::from_millis(10)).await;
+        }
+        for number in 0..60 {
+            let value = vec![number; 8000];
+            change(&store, vec![set(format!("{number}"), value)])
+                .await
+                .expect("fits");
+        }
+        disk.detach(Loss::Nothing);
+        drop(store);
+        CLOCK.store(at_recovery, Ordering::Relaxed);
+        let store = disk.open(options.clone()).await.expect("opens");
+        let mut found = contents(&store).await;
+        found.retain(|key, _| !key.starts_with(b"brief"));
+        assert_eq!(found.len(), 60);
+        // No segment is kept back.
+        CLOCK.store(3000, Ordering::Relaxed);
+        while store.usage().keys > 60 || store.usage().available < 20 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
 }
