@@ -146,7 +146,7 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
         },
         ("command", _) => command(arguments),
         ("info", _) => now_reply(bulk(info::text(server, arguments))),
-        ("dbsize", _) => now_reply(number_reply(store.usage().keys as i64)),
+        ("dbsize", _) => look(server, |view| view.count() as i64),
 
         ("get", [key]) => Ok(Answer::Value(store.get(key)?)),
         ("mget", keys) => {
@@ -370,10 +370,11 @@ fn scan(server: &Server, cursor: &Bytes, options: &[Bytes]) -> Outcome {
             _ => return Err(SYNTAX.into()),
         }
     }
-    let (next, keys) = server.store.scan(cursor, count)?;
+    let ((next, keys), commit) = server.store.look(|view| view.scan(cursor, count))?;
     let wanted = |key: &Bytes| pattern.is_none_or(|pattern| glob::matches(pattern, key));
     let keys = keys.into_iter().filter(wanted).map(bulk).collect();
-    now_reply(array(vec![bulk(next.to_string()), array(keys)]))
+    let reply = array(vec![bulk(next.to_string()), array(keys)]);
+    Ok(Answer::After(commit, reply))
 }
 
 fn hello(session: &mut Session, arguments: &[Bytes]) -> Outcome {

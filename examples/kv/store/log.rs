@@ -51,8 +51,10 @@ pub(super) struct Batch {
     pub(super) offset: u32,
     pub(super) bytes: Bytes,
     records: u32,
-    /// Whether keys that are absent or expire at another time may be so because of it.
+    /// Whether keys may be absent because of it.
     hides: bool,
+    /// Whether keys may be there still because of it.
+    keeps: bool,
     progress: watch::Sender<Progress>,
 }
 
@@ -120,6 +122,7 @@ pub(super) struct State {
     open: Vec<u8>,
     open_records: u32,
     open_hides: bool,
+    open_keeps: bool,
     open_progress: watch::Sender<Progress>,
     pub(super) next_sequence: u64,
     /// Complete, and not yet on their way.
@@ -146,6 +149,7 @@ impl State {
             open: Vec::new(),
             open_records: 0,
             open_hides: false,
+            open_keeps: false,
             open_progress: watch::Sender::new(Progress::Pending),
             next_sequence: sequence,
             sealed: VecDeque::new(),
@@ -269,7 +273,9 @@ impl State {
         }
         let offset = self.head + self.open.len() as u32;
         self.open_records += 1;
-        self.open_hides |= record.kind != Kind::Set;
+        self.open_hides |= record.kind != Kind::Set || record.expires != 0;
+        self.open_keeps |= record.kind == Kind::Expire;
+
         record.encode(seed, &mut self.open);
         self.apply(&record, segment, offset);
     }
@@ -345,6 +351,7 @@ impl State {
             bytes: bytes.into(),
             records: std::mem::take(&mut self.open_records),
             hides: std::mem::take(&mut self.open_hides),
+            keeps: std::mem::take(&mut self.open_keeps),
             progress: std::mem::replace(
                 &mut self.open_progress,
                 watch::Sender::new(Progress::Pending),
@@ -385,12 +392,21 @@ impl State {
         Commit(last.map(|batch| batch.progress.subscribe()))
     }
 
-    /// When that is durable because of which a key is absent, or expires when it does.
-    pub(super) fn commit_of_hidden(&self) -> Commit {
-        if self.open_hides {
+    /// When that is durable because of which a key is absent.
+    pub(super) fn commit_of_absence(&self) -> Commit {
+        self.commit_of(self.open_hides, |batch| batch.hides)
+    }
+
+    /// When that is durable because of which a key, whose record is, has not expired.
+    pub(super) fn commit_of_presence(&self) -> Commit {
+        self.commit_of(self.open_keeps, |batch| batch.keeps)
+    }
+
+    fn commit_of(&self, is_open: bool, is_wanted: impl Fn(&Batch) -> bool) -> Commit {
+        if is_open {
             return Commit(Some(self.open_progress.subscribe()));
         }
-        let last = self.batches().rev().find(|batch| batch.hides);
+        let last = self.batches().rev().find(|batch| is_wanted(batch));
         Commit(last.map(|batch| batch.progress.subscribe()))
     }
 

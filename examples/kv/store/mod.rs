@@ -192,6 +192,26 @@ impl View<'_> {
             expires: entry.expires,
         })
     }
+
+    /// How many there are, with those that have expired lately.
+    pub(crate) fn count(&self) -> usize {
+        self.0.index.len()
+    }
+
+    /// Up to about `count` keys, and where to go on, 0 at the end. Keys that are there all the time are
+    /// returned at least once.
+    pub(crate) fn scan(&self, cursor: usize, count: usize) -> (usize, Vec<Bytes>) {
+        let mut keys = Vec::new();
+        for shard in cursor..SHARDS {
+            if keys.len() >= count {
+                return (shard, keys);
+            }
+            let entries = self.0.index.entries(shard);
+            let alive = entries.filter(|(_, entry)| !entry.is_expired(self.1));
+            keys.extend(alive.map(|(key, _)| Bytes::copy_from_slice(key)));
+        }
+        (0, keys)
+    }
 }
 
 /// Numbers of a store, since it was opened and of now.
@@ -324,7 +344,8 @@ impl Store {
             .filter(|entry| !entry.is_expired(self.inner.now()));
         let Some(entry) = entry.copied() else {
             return Ok(Found {
-                place: Place::Absent(state.commit_of_hidden()),
+                place: Place::Absent,
+                cause: state.commit_of_absence(),
                 _pin: None,
             });
         };
@@ -342,6 +363,7 @@ impl Store {
         };
         Ok(Found {
             place,
+            cause: state.commit_of_presence(),
             _pin: Some(state.segments[entry.segment as usize].pin.clone()),
         })
     }
@@ -458,23 +480,6 @@ impl Store {
         Ok(room)
     }
 
-    /// Up to about `count` keys, and where to go on, 0 at the end. Keys that are there all the time are
-    /// returned at least once.
-    pub(crate) fn scan(&self, cursor: usize, count: usize) -> Result<(usize, Vec<Bytes>), Error> {
-        let state = self.inner.lock();
-        state.check()?;
-        let (mut keys, now) = (Vec::new(), self.inner.now());
-        for shard in cursor..SHARDS {
-            if keys.len() >= count {
-                return Ok((shard, keys));
-            }
-            let entries = state.index.entries(shard);
-            let alive = entries.filter(|(_, entry)| !entry.is_expired(now));
-            keys.extend(alive.map(|(key, _)| Bytes::copy_from_slice(key)));
-        }
-        Ok((0, keys))
-    }
-
     /// Finishes what was begun, takes a checkpoint, and stops: all operations fail from now on.
     ///
     /// # Errors
@@ -546,12 +551,13 @@ impl Change {
 /// What was found of a key. Where its record is, no other one comes to be as long as this lives.
 pub(crate) struct Found {
     place: Place,
+    /// Of what it is there or not there for, beside the record.
+    cause: Commit,
     _pin: Option<Arc<()>>,
 }
 
 enum Place {
-    /// Nowhere, as of this commit.
-    Absent(Commit),
+    Absent,
     /// Not durable yet.
     Pending(Entry, Bytes, Commit),
     /// It is to be read.
@@ -569,7 +575,7 @@ struct Stored {
 impl Found {
     fn entry(&self) -> Option<Entry> {
         match &self.place {
-            Place::Absent(_) => None,
+            Place::Absent => None,
             Place::Pending(entry, ..) => Some(*entry),
             Place::Stored(stored) => Some(stored.entry),
         }
@@ -586,8 +592,9 @@ impl Found {
     ///
     /// [`Error::Damaged`] if the device does not have what was written, and those of the device.
     pub(crate) async fn value(self) -> Result<Option<Bytes>, Error> {
+        self.cause.durable().await?;
         match self.place {
-            Place::Absent(commit) => commit.durable().await.map(|()| None),
+            Place::Absent => Ok(None),
             Place::Pending(_, value, commit) => commit.durable().await.map(|()| Some(value)),
             Place::Stored(stored) => stored.read().await.map(Some),
         }
@@ -596,7 +603,7 @@ impl Found {
     /// The value, durable or not.
     async fn peek(&self) -> Result<Option<Bytes>, Error> {
         match &self.place {
-            Place::Absent(_) => Ok(None),
+            Place::Absent => Ok(None),
             Place::Pending(_, value, ..) => Ok(Some(value.clone())),
             Place::Stored(stored) => stored.read().await.map(Some),
         }

@@ -13,8 +13,8 @@ use crate::server::{Limits, serve};
 use crate::store::{Options, Store};
 
 /// A server in this process.
-struct Running {
-    store: Store,
+pub(super) struct Running {
+    pub(super) store: Store,
     port: u16,
     stop: oneshot::Sender<()>,
     task: JoinHandle<std::io::Result<()>>,
@@ -23,6 +23,10 @@ struct Running {
 impl Running {
     async fn start(size: usize, options: Options, limits: Limits) -> Self {
         let store = Disk::new(size).open(options).await.expect("formats");
+        Self::serve(store, limits).await
+    }
+
+    pub(super) async fn serve(store: Store, limits: Limits) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("listens");
         let port = listener.local_addr().expect("is bound").port();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -38,7 +42,7 @@ impl Running {
         }
     }
 
-    async fn end(self) {
+    pub(super) async fn end(self) {
         self.stop.send(()).expect("it serves");
         self.task.await.expect("no panic").expect("no error");
         self.store.close().await.expect("closes");
@@ -65,7 +69,7 @@ impl Running {
         assert_eq!(found.trim_end(), expected, "{version} {command:?}");
     }
 
-    fn connect(&self) -> TcpStream {
+    pub(super) fn connect(&self) -> TcpStream {
         TcpStream::connect(("127.0.0.1", self.port)).expect("it listens")
     }
 }

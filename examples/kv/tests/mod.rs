@@ -8,6 +8,7 @@ mod model;
 mod power;
 mod recovery;
 mod store;
+mod visible;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -190,7 +191,7 @@ async fn get(store: &Store, key: impl AsRef<[u8]>) -> Option<Bytes> {
 
 /// All keys with their values and times of expiry.
 async fn contents(store: &Store) -> BTreeMap<Bytes, (Bytes, u64)> {
-    let (next, keys) = store.scan(0, usize::MAX).expect("works");
+    let ((next, keys), _) = store.look(|view| view.scan(0, usize::MAX)).expect("works");
     assert_eq!(next, 0);
     let mut contents = BTreeMap::new();
     for key in keys {
