@@ -25,6 +25,11 @@ impl Answer {
         reply.unwrap_or_else(|failure| Failure::from(failure).0)
     }
 
+    /// Whether values are to be read, whose places in the store are held until then.
+    pub(super) fn is_read(&self) -> bool {
+        matches!(self, Self::Value(_) | Self::Values(_))
+    }
+
     /// Bytes that it holds, or will.
     pub(super) fn size(&self) -> usize {
         match self {

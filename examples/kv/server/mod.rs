@@ -8,10 +8,11 @@ mod protocol;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
-use futures::stream::{FuturesOrdered, StreamExt};
+use bytes::{Bytes, BytesMut};
+use futures::future::join_all;
 use hdrhistogram::Histogram;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -20,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use self::commands::Answer;
-use self::protocol::Parser;
+use self::protocol::{Parser, Reply};
 use crate::store::{MAX_VALUE, Store};
 
 /// What is read of a connection at a time, and kept for it without being asked.
@@ -188,6 +189,25 @@ struct Connection<'a> {
     memory: Option<OwnedSemaphorePermit>,
 }
 
+/// A request that was begun.
+struct Begun {
+    start: Instant,
+    /// Of the protocol.
+    version: u8,
+    is_read: bool,
+    answer: Answer,
+}
+
+/// Reads what was found, all at the same time. Then no place in the store is held any more.
+async fn read(begun: &mut [Begun]) {
+    let finds = begun.iter_mut().filter(|begun| begun.answer.is_read());
+    let reads = finds.map(async |begun| {
+        let found = std::mem::replace(&mut begun.answer, Answer::Now(Reply::Null));
+        begun.answer = Answer::Now(found.reply().await);
+    });
+    join_all(reads).await;
+}
+
 impl Connection<'_> {
     /// Answers all requests that have arrived, in their order. They are begun one after the other, and
     /// then finished together: so what a pipeline writes becomes durable in one batch. Returns whether
@@ -196,16 +216,20 @@ impl Connection<'_> {
         let mut complaint = None;
         let mut is_empty = false;
         while !is_empty && complaint.is_none() && !self.session.quits {
-            let (mut answers, mut bytes) = (Vec::new(), 0);
-            while answers.len() < MAX_TOGETHER && bytes < MAX_VALUE && !self.session.quits {
+            let (mut begun, mut bytes) = (Vec::new(), 0);
+            while begun.len() < MAX_TOGETHER && bytes < MAX_VALUE && !self.session.quits {
                 match self.parser.next(&mut self.input) {
                     Ok(Some(request)) if request.is_empty() => {}
                     Ok(Some(request)) => {
                         let start = Instant::now();
-                        let session = &mut self.session;
-                        let answer = commands::execute(self.server, session, &request).await;
+                        let answer = self.begin(&request, &mut begun).await;
                         bytes += answer.size();
-                        answers.push((start, session.version, answer));
+                        begun.push(Begun {
+                            start,
+                            version: self.session.version,
+                            is_read: answer.is_read(),
+                            answer,
+                        });
                     }
                     Ok(None) => {
                         is_empty = true;
@@ -217,7 +241,7 @@ impl Connection<'_> {
                     }
                 }
             }
-            self.reply(answers).await;
+            self.reply(begun).await;
             stream.write_all(&self.output).await?;
             self.output.clear();
         }
@@ -236,30 +260,27 @@ impl Connection<'_> {
         Ok(true)
     }
 
-    /// Finishes requests, and encodes the replies in their order.
-    async fn reply(&mut self, answers: Vec<(Instant, u8, Answer)>) {
-        // Values are read all at the same time; what waits for a batch waits for one that is under way.
-        let mut reads = FuturesOrdered::new();
-        let mut waiting = Vec::with_capacity(answers.len());
-        for (start, version, answer) in answers {
-            let answer = match answer {
-                Answer::Value(_) | Answer::Values(_) => {
-                    reads.push_back(answer.reply());
-                    None
-                }
-                other => Some(other),
-            };
-            waiting.push((start, version, answer));
+    /// Begins a request after others.
+    async fn begin(&mut self, request: &[Bytes], others: &mut [Begun]) -> Answer {
+        let answer = commands::execute(self.server, &mut self.session, request);
+        let mut answer = std::pin::pin!(answer);
+        if let Poll::Ready(answer) = futures::poll!(answer.as_mut()) {
+            return answer;
         }
-        let mut times = Vec::with_capacity(waiting.len());
-        for (start, version, answer) in waiting {
-            let is_read = answer.is_none();
-            let reply = match answer {
-                Some(answer) => answer.reply().await,
-                None => reads.next().await.expect("each of these pushed one"),
-            };
-            times.push((is_read, start));
-            protocol::encode(reply, version, &mut self.output);
+        // It may wait for room that there is not before the others have been read.
+        read(others).await;
+        answer.await
+    }
+
+    /// Finishes requests, and encodes the replies in their order.
+    async fn reply(&mut self, mut begun: Vec<Begun>) {
+        read(&mut begun).await;
+        let mut times = Vec::with_capacity(begun.len());
+        for begun in begun {
+            times.push((begun.is_read, begun.start));
+            // What waits for a batch waits for one that is under way.
+            let reply = begun.answer.reply().await;
+            protocol::encode(reply, begun.version, &mut self.output);
         }
         let now = Instant::now();
         let mut latencies = self.server.latencies();

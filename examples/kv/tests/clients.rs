@@ -3,12 +3,13 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::{Disk, busy, full};
+use super::{Disk, busy, change, full, set};
 use crate::server::{Limits, serve};
 use crate::store::{Options, Store};
 
@@ -292,9 +293,11 @@ async fn redis_benchmark_has_no_errors() {
     server.end().await;
 }
 
-/// Sends bytes; returns what comes until the server ends the connection.
+/// Sends bytes; returns what comes until the server ends the connection, or seems to hang.
 fn talk(server: &Running, bytes: &[u8]) -> String {
     let mut stream = server.connect();
+    let long = Some(Duration::from_secs(30));
+    stream.set_read_timeout(long).expect("is a socket");
     stream.write_all(bytes).expect("is read");
     stream.shutdown(std::net::Shutdown::Write).expect("is open");
     let mut reply = String::new();
@@ -323,6 +326,28 @@ async fn pipelines_are_answered_in_order_and_see_what_came_before() {
         })
         .collect();
     assert_eq!(talk(&server, many.as_bytes()), expected);
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_do_not_keep_later_writes_of_a_pipeline_from_room() {
+    let server = Running::start(4 * MIB, busy(), Limits::default()).await;
+    let mut keys = 0;
+    while change(
+        &server.store,
+        vec![set(format!("{keys:03}"), vec![1; 3000])],
+    )
+    .await
+    .is_ok()
+    {
+        keys += 1;
+    }
+    // There are readers in all segments, and more is written than there is room for.
+    let gets = (0..keys).step_by(16).map(|key| format!("GET {key:03}\r\n"));
+    let writes = (0..400).map(|key| format!("*3\r\n$6\r\nAPPEND\r\n$3\r\n{key:03}\r\n$0\r\n\r\n"));
+    let pipeline: String = gets.chain(writes).collect();
+    let replies = talk(&server, pipeline.as_bytes());
+    assert_eq!(replies.matches(":3000\r\n").count(), 400);
     server.end().await;
 }
 
