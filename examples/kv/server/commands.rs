@@ -1,8 +1,11 @@
 //! The commands.
 
 use bytes::Bytes;
+use redis_protocol::resp3::types::Resp3Frame;
 
-use super::protocol::{Reply, array, bulk, bulk_or_null, error, map, number_reply, simple};
+use super::protocol::{
+    MAX_REQUEST, Reply, array, bulk, bulk_or_null, error, map, number_reply, simple,
+};
 use super::{Server, Session, glob, info};
 use crate::store::{Change, Commit, Error, Facts, Found, MAX_KEY, View, now};
 
@@ -35,7 +38,7 @@ impl Answer {
         match self {
             Self::Value(found) => found.size(),
             Self::Values(all) => all.iter().map(Found::size).sum(),
-            Self::Now(_) | Self::After(..) => 0,
+            Self::Now(reply) | Self::After(_, reply) => reply.encode_len(false),
         }
     }
 }
@@ -156,7 +159,14 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
         ("get", [key]) => Ok(Answer::Value(store.get(key)?)),
         ("mget", keys) => {
             let found = keys.iter().map(|key| store.get(key));
-            Ok(Answer::Values(found.collect::<Result<_, _>>()?))
+            let answer = Answer::Values(found.collect::<Result<_, _>>()?);
+            match answer.size() > MAX_REQUEST {
+                true => {
+                    let text = format!("the reply would have more than {MAX_REQUEST} bytes");
+                    Err(Failure(error(text)))
+                }
+                false => Ok(answer),
+            }
         }
         ("exists", keys) => look(server, |view| {
             keys.iter().filter(|key| view.get(key).is_some()).count() as i64

@@ -9,7 +9,7 @@ pub(super) use resp3::types::BytesFrame as Reply;
 
 /// Most arguments of a request.
 const MAX_ARGUMENTS: usize = 64 << 10;
-/// Most bytes of a request.
+/// Most bytes of a request, and of the values in a reply.
 pub(super) const MAX_REQUEST: usize = 2 * MAX_VALUE + MAX_KEY;
 /// Most bytes of a line: those before arguments are short.
 const MAX_LINE: usize = 64 << 10;

@@ -352,6 +352,32 @@ async fn reads_do_not_keep_later_writes_of_a_pipeline_from_room() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_makes_no_heap_of_replies() {
+    const KEYS: usize = 100;
+    const LEN: usize = 400_000;
+    let server = Running::start(128 * MIB, Options::default(), Limits::default()).await;
+    for key in 0..KEYS {
+        let large = set(format!("{key}"), vec![1; LEN]);
+        change(&server.store, vec![large]).await.expect("fits");
+    }
+    let mut client = server.connect();
+    let pipeline: String = (0..KEYS).map(|key| format!("GETDEL {key}\r\n")).collect();
+    client.write_all(pipeline.as_bytes()).expect("is open");
+    let left = async |wanted: usize| {
+        while server.store.usage().keys > wanted {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    // The first ones' replies are as much as there may be, and more than the connection takes.
+    left(KEYS - 40).await;
+    let more = tokio::time::timeout(Duration::from_millis(500), left(0)).await;
+    assert!(more.is_err(), "all replies are held");
+    std::io::copy(&mut client.take((KEYS * LEN) as u64), &mut std::io::sink()).expect("is served");
+    left(0).await;
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hello_that_fails_changes_nothing() {
     let server = Running::start(4 * MIB, busy(), Limits::default()).await;
     assert_eq!(
@@ -384,6 +410,14 @@ async fn limits_end_in_clear_errors() {
     assert!(
         large.starts_with("-ERR 200025 bytes are more than the store takes"),
         "{large}"
+    );
+    // Of one value, many times.
+    let value = format!("SET a {}\r\n", "v".repeat(50_000));
+    let many = format!("MGET{}\r\n", " a".repeat(700));
+    let replies = talk(&server, (value + &many).as_bytes());
+    assert_eq!(
+        replies,
+        "+OK\r\n-ERR the reply would have more than 33619968 bytes\r\n"
     );
     let held = [server.connect(), server.connect()];
     for mut stream in &held {
