@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
-use super::format::{self, RECORD_HEADER};
+use super::format::{self, BLOCK, RECORD_HEADER};
 
 /// The index is walked piece by piece, so that walks are short: these are the pieces.
 pub(super) const SHARDS: usize = 1024;
@@ -129,13 +129,33 @@ impl Index {
             .map(|(key, entry)| (&**key, entry))
     }
 
-    /// Bytes of a checkpoint's records.
-    pub(super) fn checkpoint_bytes(&self) -> usize {
-        self.len * (RECORD_HEADER + PLACE) + self.key_bytes
+    /// What a checkpoint takes.
+    pub(super) fn extent(&self) -> Extent {
+        Extent {
+            bytes: self.len * (RECORD_HEADER + PLACE) + self.key_bytes,
+            longest: RECORD_HEADER + PLACE + self.longest_key,
+        }
+    }
+}
+
+/// How large the records of a checkpoint are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Extent {
+    pub(super) bytes: usize,
+    longest: usize,
+}
+
+impl Extent {
+    /// With one more key.
+    pub(super) fn add(&mut self, key: &[u8]) {
+        let len = RECORD_HEADER + PLACE + key.len();
+        self.bytes += len;
+        self.longest = self.longest.max(len);
     }
 
-    /// Bytes of the longest record of a checkpoint.
-    pub(super) fn longest_record(&self) -> usize {
-        RECORD_HEADER + PLACE + self.longest_key
+    /// Segments that this takes, if so many bytes of each can be used.
+    pub(super) fn segments(&self, room: usize) -> usize {
+        let least = room.saturating_sub(self.longest);
+        self.bytes.div_ceil(least.max(BLOCK)) + 2
     }
 }

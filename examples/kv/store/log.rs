@@ -9,7 +9,7 @@ use futures::stream::FuturesOrdered;
 use tokio::sync::watch;
 
 use super::format::{BATCH_HEADER, BLOCK, Kind, Position, Record, Root, Seed, seal_batch};
-use super::index::{Entry, Index};
+use super::index::{Entry, Extent, Index};
 use super::{Durability, Error, Inner};
 
 /// Most bytes that wait to become durable.
@@ -196,9 +196,11 @@ impl State {
 
     /// Segments that a checkpoint needs.
     pub(super) fn checkpoint_need(&self) -> usize {
-        let room = self.root.segment_size as usize - BLOCK - BATCH_HEADER;
-        let least = room.saturating_sub(self.index.longest_record());
-        self.index.checkpoint_bytes().div_ceil(least.max(BLOCK)) + 2
+        self.need(&self.index.extent())
+    }
+
+    pub(super) fn need(&self, checkpoint: &Extent) -> usize {
+        checkpoint.segments(self.root.segment_size as usize - BLOCK - BATCH_HEADER)
     }
 
     pub(super) fn free(&self) -> usize {
@@ -206,9 +208,9 @@ impl State {
         self.segments.iter().filter(is_free).count()
     }
 
-    /// Segments that the log may still take.
-    pub(super) fn available(&self) -> usize {
-        self.ready.len() + self.free().saturating_sub(self.checkpoint_need())
+    /// Segments that the log may still take. A checkpoint takes ready ones if it has to.
+    pub(super) fn available(&self, need: usize) -> usize {
+        (self.ready.len() + self.free()).saturating_sub(need)
     }
 
     /// What a record costs of the space: a large one twice its bytes, since as many may stay unused
@@ -222,14 +224,21 @@ impl State {
 
     /// What the records may cost that the index refers to: the rest is what compaction, which copies
     /// before it frees, needs to get on, and two checkpoints.
-    pub(super) fn limit(&self) -> u64 {
-        let kept = 2 * self.checkpoint_need() + 6;
+    pub(super) fn limit(&self, need: usize) -> u64 {
+        let kept = 2 * need + 6;
         let segments = self.segments.len().saturating_sub(kept) as u64;
         segments * u64::from(self.root.segment_size) / 10 * 8
     }
 
-    /// Makes room for `len` bytes of records in one batch.
-    pub(super) fn reserve(&mut self, len: usize, class: Class) -> Result<(), NoRoom> {
+    /// Makes room for `len` bytes of records in one batch, after which a checkpoint needs so many segments.
+    pub(super) fn reserve(&mut self, len: usize, class: Class, need: usize) -> Result<(), NoRoom> {
+        // Compaction gets along with one segment for each that it frees, as long as nobody else uses that.
+        let spare = match class {
+            Class::Set => self.available(need).checked_sub(3),
+            Class::Delete => self.available(need).checked_sub(2),
+            Class::Move => Some(1),
+        };
+        let spare = spare.ok_or(NoRoom)?;
         if self.pending_bytes() > MAX_PENDING {
             return Err(NoRoom);
         }
@@ -249,12 +258,7 @@ impl State {
         if fits(self) {
             return Ok(());
         }
-        let kept = match class {
-            Class::Set => 3,
-            Class::Delete => 2,
-            Class::Move => 0,
-        };
-        if self.available() <= kept {
+        if spare == 0 {
             return Err(NoRoom);
         }
         let segment = self.ready.pop_front().ok_or(NoRoom)?;

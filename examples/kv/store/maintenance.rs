@@ -39,7 +39,9 @@ pub(super) async fn prepare(inner: Arc<Inner>) {
 async fn prepare_one(inner: &Inner) -> Result<bool, Error> {
     let Some((segment, epoch, is_cold, store)) = ({
         let mut state = inner.lock();
-        let is_wanted = state.ready.len() < READY && state.free() > state.checkpoint_need();
+        // Compaction has one of those that are kept for a checkpoint, and gives it back.
+        let is_kept = !state.ready.is_empty() && state.free() <= state.checkpoint_need();
+        let is_wanted = state.ready.len() < READY && !is_kept;
         let taken = is_wanted.then(|| state.take_free(Use::Ready)).flatten();
         taken.map(|(segment, epoch, is_cold)| (segment, epoch, is_cold, state.root.store))
     }) else {
@@ -89,25 +91,36 @@ enum Step {
 async fn step(inner: &Inner) -> Result<Step, Error> {
     sweep(inner);
     let has_freed = free(inner).await?;
-    let closing = inner.closing().take();
-    if let Some(closing) = closing {
-        let _ = closing.send(checkpoint(inner).await);
-        return Ok(Step::End);
-    }
-    let (is_due, is_low, victim) = {
+    let is_closing = inner.closing().is_some();
+    let (is_due, is_low, is_short, victim) = {
         let state = inner.lock();
-        if state.closing || state.failed.is_some() {
+        if state.closing && !is_closing || state.failed.is_some() {
             return Ok(Step::Wait);
         }
         let since = state.written - state.checkpointed;
         let least = inner.options.checkpoint_bytes;
-        let is_low = state.available() < (state.segments.len() / 8).max(READY + 3);
-        let is_due = since > least.max(4 * state.index.checkpoint_bytes() as u64);
+        let need = state.checkpoint_need();
+        let is_low = state.available(need) < (state.segments.len() / 8).max(READY + 3);
+        let is_short = state.ready.len() + state.free() < need;
+        let is_due = since > least.max(4 * state.index.extent().bytes as u64);
         // Then there is a segment that compaction may not touch for want of a checkpoint.
         let has_gone_on = state.position().epoch > state.root.position.epoch;
-        (is_due, is_low && has_gone_on, state.victim(is_low))
+        let victim = state.victim(is_low);
+        if victim.is_some() && state.ready.len() + state.free() == 0 {
+            // What is freed next is for the copies.
+            return Ok(Step::Wait);
+        }
+        (is_due, is_low && has_gone_on, is_short, victim)
     };
-    if is_due || is_low && victim.is_none() {
+    let is_possible = !is_short || victim.is_none();
+    if is_closing && is_possible {
+        let end = checkpoint(inner).await;
+        if let Some(closing) = inner.closing().take() {
+            let _ = closing.send(end);
+        }
+        return Ok(Step::End);
+    }
+    if is_due && is_possible || is_low && victim.is_none() {
         checkpoint(inner).await?;
         return Ok(Step::More);
     }
@@ -308,7 +321,12 @@ impl<'a> Chunks<'a> {
     async fn next_segment(&mut self) -> Result<(), Error> {
         let (segment, epoch, store) = {
             let mut state = self.inner.lock();
-            let taken = state.take_free(Use::Checkpoint);
+            let taken = state.take_free(Use::Checkpoint).or_else(|| {
+                let ready = state.ready.pop_back()?;
+                let segment = &mut state.segments[ready as usize];
+                segment.used_for = Use::Checkpoint;
+                Some((ready, segment.epoch, false))
+            });
             let no_room = || Error::Damaged("there is no segment for a checkpoint".to_owned());
             let (segment, epoch, _) = taken
                 .filter(|_| self.segments.len() < MAX_CHECKPOINT_SEGMENTS)
@@ -411,7 +429,7 @@ async fn move_records(
                 {
                     // What was said of it later.
                     record.expires = entry.expires;
-                    if state.reserve(record.len(), Class::Move).is_err() {
+                    if state.reserve(record.len(), Class::Move, 0).is_err() {
                         break false;
                     }
                     state.append(record);
@@ -432,7 +450,10 @@ async fn move_records(
 
 /// Keeps to the rate of compaction, unless writers wait for room.
 async fn throttle(inner: &Inner, bytes: usize) {
-    let has_room = inner.lock().available() > READY + 1;
+    let has_room = {
+        let state = inner.lock();
+        state.available(state.checkpoint_need()) > READY + 1
+    };
     if has_room {
         let rate = inner.options.compaction_rate.max(1) as f64;
         sleep(Duration::from_secs_f64(bytes as f64 / rate)).await;

@@ -70,6 +70,7 @@ mod log;
 mod maintenance;
 mod recovery;
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -459,17 +460,26 @@ impl Store {
         }
         let mut class = Class::Delete;
         let mut more = 0;
+        let mut checkpoint = state.index.extent();
+        let mut keys = HashSet::new();
         for record in records.clone().filter(|record| record.kind == Kind::Set) {
             class = Class::Set;
-            let old = state.index.get(record.key);
-            let old = old.map_or(0, |entry| state.cost(entry.record_len(record.key)));
-            more += state.cost(record.len()) as i64 - old as i64;
+            more += state.cost(record.len()) as i64;
+            // What is set twice, takes the place of what was there once.
+            if changes.len() > 1 && !keys.insert(record.key) {
+                continue;
+            }
+            match state.index.get(record.key) {
+                Some(old) => more -= state.cost(old.record_len(record.key)) as i64,
+                None => checkpoint.add(record.key),
+            }
         }
-        let (used, limit) = (state.used, state.limit());
+        let need = state.need(&checkpoint);
+        let (used, limit) = (state.used, state.limit(need));
         if class == Class::Set && more > 0 && used.saturating_add_signed(more) > limit {
             return Err(Error::Full { used, limit });
         }
-        let room = state.reserve(len, class);
+        let room = state.reserve(len, class, need);
         if room.is_ok() {
             records.for_each(|record| state.append(record));
             self.inner.appended.notify_one();
@@ -509,14 +519,15 @@ impl Store {
 
     pub(crate) fn usage(&self) -> Usage {
         let state = self.inner.lock();
+        let need = state.checkpoint_need();
         Usage {
             keys: state.index.len(),
             used: state.used,
-            limit: state.limit(),
+            limit: state.limit(need),
             pending: state.pending_bytes(),
             segments: state.segments.len(),
             segment_size: state.root.segment_size,
-            available: state.available(),
+            available: state.available(need),
             generation: state.root.generation,
             written: state.written,
         }

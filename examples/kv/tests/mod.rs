@@ -7,6 +7,7 @@ mod kill;
 mod model;
 mod power;
 mod recovery;
+mod room;
 mod store;
 mod visible;
 
