@@ -215,7 +215,8 @@ async fn free(inner: &Inner) -> Result<bool, Error> {
         let range = start..start + u64::from(inner.segment_size);
         match inner.namespace.discard(std::slice::from_ref(&range)).await {
             Ok(()) | Err(nvme_async::Error::Unsupported { .. }) => {}
-            Err(error) => return Err(error.into()),
+            // It was advice.
+            Err(error) => tracing::warn!(segment, %error, "a segment can't be discarded"),
         }
         inner.lock().segments[segment as usize].used_for = Use::Cold;
     }
@@ -368,7 +369,14 @@ async fn compact(inner: &Inner, victim: u32) -> Result<(), Error> {
         let is_dead = inner.lock().segments[victim as usize].live == 0;
         let batch = match is_dead {
             true => None,
-            false => scanner.next(&inner.namespace).await?,
+            false => match scanner.next(&inner.namespace).await {
+                Ok(batch) => batch,
+                // It stays as it is: each key in it may be readable nonetheless.
+                Err(error) => {
+                    tracing::error!(segment = victim, %error, "a segment can't be read");
+                    None
+                }
+            },
         };
         if let Some(batch) = &batch {
             bytes += batch.bytes.len().next_multiple_of(BLOCK);

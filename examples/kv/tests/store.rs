@@ -343,3 +343,27 @@ async fn a_device_that_fails_ends_it_and_loses_nothing() {
     assert_eq!(get(&store, "a").await, Some("1".into()));
     assert_eq!(store.usage().keys, 1);
 }
+
+#[tokio::test]
+async fn a_segment_that_cannot_be_read_or_discarded_is_not_the_end() {
+    let disk = Disk::new(4 * MIB);
+    let (device, namespace) = disk.attach(|_| {}).await;
+    let store = Store::open(namespace, busy()).await.expect("formats");
+    change(&store, vec![set("kept", vec![1; 3000])])
+        .await
+        .expect("fits");
+    for opcode in [NvmOpcode::READ, NvmOpcode::DATASET_MANAGEMENT] {
+        let bad = FaultStatus::new(Status::new(2, 0x81).with_dnr(true));
+        let bad = Fault::new(Behaviour::Status(bad)).opcode(opcode).times(0);
+        device.controller().inject(bad).expect("makes sense");
+    }
+    // Until the segment with the other key would be compacted, and many are freed.
+    for _ in 0..1500 {
+        change(&store, vec![set("x", vec![2; 5000])])
+            .await
+            .expect("fits");
+    }
+    assert!(store.statistics().compacted > 20);
+    device.controller().clear_faults();
+    assert_eq!(get(&store, "kept").await, Some(vec![1; 3000].into()));
+}
