@@ -6,11 +6,13 @@ mod vfio_user;
 mod vhost_user_blk;
 
 use std::fmt;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 
 use clap::{Args, Subcommand};
 use nvme_export::ExportError;
+use nvme_vfio_user::Socket;
 use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::net::UnixListener;
 
 use crate::failure::Failure;
 
@@ -40,10 +42,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 
 /// Says where it can be reached from now on.
 fn announce(url: &str, at: impl fmt::Display) -> Result<(), Failure> {
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = io::stdout().lock();
     writeln!(stdout, "serving {url} at {at}")?;
     stdout.flush()?;
     Ok(())
+}
+
+/// What accepts connections to a socket, by the runtime that this is called in.
+fn listener(socket: &Socket) -> io::Result<UnixListener> {
+    let listener = socket.listener().try_clone()?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
 }
 
 /// A client's memory may be many files, each of which is open here.

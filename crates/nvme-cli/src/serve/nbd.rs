@@ -10,7 +10,7 @@ use nvme_async::OpenOptions;
 use nvme_export::Export;
 use nvme_export::nbd::{Listener, Options, Server, Tls};
 use nvme_vfio_user::Socket;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::range::ByteRange;
@@ -254,10 +254,8 @@ impl Place {
             }
             ListenArgument::Unix(path) => {
                 let socket = Socket::bind(path)?;
-                let listener = socket.listener().try_clone()?;
-                listener.set_nonblocking(true)?;
                 Ok(Self {
-                    listener: UnixListener::from_std(listener)?.into(),
+                    listener: super::listener(&socket)?.into(),
                     socket: Some(socket),
                 })
             }

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use futures::future::try_join_all;
 use nvme_async::{Namespace, OpenOptions};
+use nvme_export::vhost_user_blk::{Device, MAX_QUEUES, Options};
 use nvme_export::{Export, ExportError};
-use nvme_export::vhost_user_blk::{BindError, Device, MAX_QUEUES, Options, Server};
+use nvme_vfio_user::Socket;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -75,21 +76,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     });
     let disks: Vec<Disk> = one.into_iter().chain(arguments.disks.clone()).collect();
     // Before files are made, for nothing if there is no socket.
-    let servers = disks
+    let sockets = disks
         .iter()
-        .map(|disk| Server::bind(&disk.socket))
+        .map(|disk| Socket::bind(&disk.socket))
         .collect::<Result<Vec<_>, _>>()?;
     Builder::new_multi_thread()
         .enable_all()
         .build()?
-        .block_on(serve(arguments, disks, servers))
+        .block_on(serve(arguments, disks, &sockets))
 }
 
-async fn serve(
-    arguments: &Arguments,
-    disks: Vec<Disk>,
-    servers: Vec<Server>,
-) -> Result<(), Failure> {
+async fn serve(arguments: &Arguments, disks: Vec<Disk>, sockets: &[Socket]) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let target = Target::open(&arguments.url, OpenOptions::new().local_queues(0)).await?;
@@ -104,17 +101,24 @@ async fn serve(
             return Err(error.into());
         }
     };
+    let listeners = sockets
+        .iter()
+        .map(super::listener)
+        .collect::<Result<Vec<_>, _>>()?;
     let (stop, _) = watch::channel(false);
-    let serving = servers.into_iter().zip(devices).map(|(server, device)| {
-        let mut stopped = stop.subscribe();
-        // In tasks, and so by the queue pairs of the workers that they run on.
-        tokio::spawn(async move {
-            let stopped = async move {
-                let _ = stopped.wait_for(|stopped| *stopped).await;
-            };
-            server.run(&device, stopped).await
-        })
-    });
+    let serving = listeners
+        .into_iter()
+        .zip(devices)
+        .map(|(listener, device)| {
+            let mut stopped = stop.subscribe();
+            // In tasks, and so by the queue pairs of the workers that they run on.
+            tokio::spawn(async move {
+                let stopped = async move {
+                    let _ = stopped.wait_for(|stopped| *stopped).await;
+                };
+                device.run(listener, stopped).await;
+            })
+        });
     let mut serving = try_join_all(serving.collect::<Vec<_>>());
     for disk in &disks {
         super::announce(&arguments.url, disk.socket.display())?;
@@ -129,12 +133,8 @@ async fn serve(
         Some(ended) => ended,
         None => serving.await,
     };
-    let results =
-        ended.map_err(|error| Failure::operation(format!("the server has ended: {error}")))?;
+    ended.map_err(|error| Failure::operation(format!("the server has ended: {error}")))?;
     target.namespace.controller().shutdown().await?;
-    for result in results {
-        result?;
-    }
     Ok(())
 }
 
@@ -179,12 +179,6 @@ fn parse_disk(text: &str) -> Result<Disk, String> {
         range,
         read_only,
     })
-}
-
-impl From<BindError> for Failure {
-    fn from(error: BindError) -> Self {
-        Self::Operation(error.into())
-    }
 }
 
 #[cfg(test)]

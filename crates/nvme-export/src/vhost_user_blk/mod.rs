@@ -1,6 +1,6 @@
 //! A virtio block device for virtual machines, over vhost-user: a guest's disk that is an [`Export`].
 //!
-//! The front end, a VMM, shares the guest's memory and its virtqueues with a [`Server`], which is then what the guest's
+//! The front end, a VMM, shares the guest's memory and its virtqueues with a [`Device`], which is then what the guest's
 //! requests reach: no VMM is on their way. The guest's memory is registered with the NVMe controller as a whole, so
 //! that data goes between it and the device without a copy.
 //!
@@ -64,7 +64,6 @@ mod request;
 mod ring;
 mod server;
 mod session;
-mod socket;
 mod vring;
 mod window;
 
@@ -72,8 +71,6 @@ mod window;
 use crate::Export;
 
 pub use self::device::{Device, Options};
-pub use self::server::Server;
-pub use self::socket::BindError;
 
 /// The most queues that a front end may have.
 pub const MAX_QUEUES: u16 = 256;

@@ -1,9 +1,8 @@
-//! The socket that front ends connect to, one after the other.
+//! Front ends, which connect one after the other.
 
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,36 +14,13 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::device::{Device, DeviceInner};
 use super::session::Session;
-use super::socket::{self, BindError, Socket};
 
 /// How long is waited where a connection can't be accepted, such as for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A socket for front ends to connect to; removed on drop.
-#[derive(Debug)]
-pub struct Server {
-    socket: Socket,
-}
-
-impl Server {
-    /// Makes a socket at `path` that only its owner can connect to. A socket that a server has left behind there, and
-    /// that nobody serves, is replaced; anything else is not. The directory is locked (flock) meanwhile, so that of
-    /// several servers that start at once one gets the socket.
-    ///
-    /// # Errors
-    ///
-    /// [`BindError`].
-    pub fn bind(path: impl Into<PathBuf>) -> Result<Self, BindError> {
-        let socket = socket::bind(path.into())?;
-        Ok(Self { socket })
-    }
-
-    /// Where the socket is.
-    pub fn path(&self) -> &Path {
-        self.socket.path()
-    }
-
-    /// Serves one front end after the other until `stop` resolves. What they do wrong is logged.
+impl Device {
+    /// Serves the front ends that connect to `listener`, one after the other, until `stop` resolves. What they do wrong
+    /// is logged.
     ///
     /// At the end no more requests are taken, those that were are completed, and the guest's memory is given back. The
     /// front end's connection is closed; it may connect to the next server, whose guest notices nothing.
@@ -52,44 +28,37 @@ impl Server {
     /// The tasks of its queues run in the runtime that this is awaited in, and a thread of its blocking pool for the
     /// connection. Each request goes to the queue pair of the worker that its task runs on.
     ///
-    /// # Errors
-    ///
-    /// If the socket can't be waited at.
-    ///
     /// # Cancel safety
     ///
     /// Dropping it closes the connection; the rest is done without it.
-    pub async fn run(&self, device: &Device, stop: impl Future<Output = ()>) -> io::Result<()> {
-        let listener = UnixListener::from_std(self.socket.listener()?)?;
+    pub async fn run(&self, listener: UnixListener, stop: impl Future<Output = ()>) {
         // Several ask, and some again.
         let stop = stop.shared();
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                () = stop.clone() => return Ok(()),
+                () = stop.clone() => return,
             };
             match accepted.and_then(|(stream, _)| stream.into_std()) {
                 Ok(stream) => {
                     tracing::debug!("a front end has connected");
-                    match device.serve(stream, stop.clone()).await {
+                    match self.serve(stream, stop.clone()).await {
                         Ok(()) => tracing::debug!("the front end has left"),
-                        Err(error) => device.inner.report(&error),
+                        Err(error) => self.inner.report(&error),
                     }
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accepting a connection");
                     tokio::select! {
                         () = tokio::time::sleep(ACCEPT_PAUSE) => {}
-                        () = stop.clone() => return Ok(()),
+                        () = stop.clone() => return,
                     }
                 }
             }
         }
     }
-}
 
-impl Device {
-    /// Serves one front end, which has connected, until it leaves or `stop` resolves; what [`Server::run`] does with
+    /// Serves one front end, which has connected, until it leaves or `stop` resolves; what [`run`](Self::run) does with
     /// each.
     ///
     /// # Errors
