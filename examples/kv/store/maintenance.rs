@@ -106,8 +106,9 @@ async fn step(inner: &Inner) -> Result<Step, Error> {
         // Then there is a segment that compaction may not touch for want of a checkpoint.
         let has_gone_on = state.position().epoch > state.root.position.epoch;
         let victim = state.victim(is_low);
-        if victim.is_some() && state.ready.len() + state.free() == 0 {
-            // What is freed next is for the copies.
+        let is_draining = |segment: &Segment| segment.used_for == Use::Draining;
+        if state.ready.len() + state.free() == 0 && state.segments.iter().any(is_draining) {
+            // What is freed next is for the copies, or the checkpoint.
             return Ok(Step::Wait);
         }
         (is_due, is_low && has_gone_on, is_short, victim)
