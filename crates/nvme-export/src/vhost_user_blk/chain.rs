@@ -87,7 +87,8 @@ impl Chain {
         // A driver that does not know of it has no longer chains than its queue; with tables there may be as many as
         // the configuration says.
         let limit = size.max(super::config::SEG_MAX + 2);
-        for _ in 0..limit {
+        // A table's own descriptor is one more.
+        for _ in 0..=limit {
             if index >= table_size {
                 let size = table_size;
                 return Err(ChainError::Index { index, size });

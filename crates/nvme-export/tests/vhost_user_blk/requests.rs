@@ -118,6 +118,17 @@ fn more_than_a_command_takes_and_many_at_a_time() {
         assert_eq!(host.read(4 << 20, 4 << 20), data);
         assert_eq!(host.bounced(), 0);
 
+        // As many segments as are offered.
+        let pages: Vec<_> = (0..126)
+            .map(|page| (DATA + page * 0x2000, 0x1000))
+            .collect();
+        assert_eq!(driver.run(OUT, 0, &pages), OK);
+        let expected: Vec<u8> = (0..126)
+            .flat_map(|page| &data[page * 0x2000..][..0x1000])
+            .copied()
+            .collect();
+        assert_eq!(host.read(0, 126 * 0x1000), expected);
+
         // As many as there is room for, which come back in any order, again and again.
         let mut expected = 0;
         for round in 0..20_u64 {
