@@ -2,7 +2,7 @@
 //! honest, and what comes before it. Then the server goes.
 #![no_main]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -70,6 +70,7 @@ fuzz_target!(|script: Script| run(&script));
 /// Runs a client against a server with this script.
 fn run(script: &Script) {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+    let threads_before = threads();
     thread::scope(|scope| {
         let served = scope.spawn(move || serve(script, &theirs));
         let mut options = VfioUserOptions::default();
@@ -83,6 +84,17 @@ fn run(script: &Script) {
         // Not left to the scope, by whose end a thread still has what a search for leaks would find.
         served.join().expect("the server does not panic");
     });
+    // For the same reason: the client's own ends when it sees that the server has gone.
+    while threads() > threads_before {
+        thread::yield_now();
+    }
+}
+
+/// How many threads this process has.
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task")
+        .expect("procfs is mounted")
+        .count()
 }
 
 /// What a driver does with a device, with a page behind what is mapped that must stay as it is.
