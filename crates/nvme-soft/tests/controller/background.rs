@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nvme_soft::fault::{Behaviour, Fault, FaultQueue, Loss};
 use nvme_soft::{Config, NamespaceConfig};
@@ -118,6 +119,11 @@ impl Slow {
                 what(host);
                 assert_eq!(medium.ended(), 1);
             });
+            // Time for one that does not wait to be found out. One that does takes all of it.
+            let until = Instant::now() + Duration::from_millis(50);
+            while !thread.is_finished() && Instant::now() < until {
+                thread::yield_now();
+            }
             medium.end(0, End::Done);
             thread.join().unwrap();
         });
@@ -376,7 +382,7 @@ fn a_reset_waits_for_the_medium_and_completes_nothing() {
     for disable in [false, true] {
         let mut slow = Slow::new();
         slow.begin_write(1);
-        let (read, _) = slow.read(0, 8);
+        let (read, buffer) = slow.read(0, 8);
         slow.submit([read]);
         slow.read_far();
         // So that the write can't complete before the reset.
@@ -393,6 +399,8 @@ fn a_reset_waits_for_the_medium_and_completes_nothing() {
         slow.host.create_pair(1, 64, None);
         assert!(slow.host.has_none(1));
         assert_eq!(slow.contents(0, 8), [1; 4096]);
+        // What waited for the write is not done any more.
+        assert_eq!(slow.host.memory.get(buffer, 4096), [0; 4096]);
     }
 }
 
