@@ -38,6 +38,26 @@ fn doorbells_that_are_mapped() {
 }
 
 #[test]
+fn interrupts_only_while_no_head_moves() {
+    for mode in [PollMode::Adaptive, PollMode::Interrupt] {
+        on_both_flavours(async move || {
+            let traps = Traps {
+                adaptive_interrupts: true,
+                ..Traps::default()
+            };
+            let peer = Peer::start(traps);
+            let options = OpenOptions::new().url(&peer.url()).poll_mode(mode);
+            let namespace = options.open().await.expect("opens");
+            suite::all(&namespace, false).await;
+            // Where the peer's thread does not get to run, some may be missed.
+            let counters = namespace.controller().counters();
+            assert!(counters.lost_interrupts < counters.interrupts);
+            namespace.controller().shutdown().await.expect("shuts down");
+        });
+    }
+}
+
+#[test]
 fn doorbells_that_are_messages() {
     on_both_flavours(async || {
         let traps = Traps {

@@ -1,5 +1,6 @@
 //! The PCI function: configuration space, registers, interrupts, doorbells.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -48,6 +49,8 @@ pub(super) struct Irqs {
     msix_control: AtomicU16,
     eventfds: Mutex<Vec<Option<File>>>,
     fatal: AtomicBool,
+    /// The vectors that are to be raised when no head of a completion queue moves, if the server waits for that.
+    waiting: Option<Mutex<BTreeSet<u16>>>,
 }
 
 impl Irqs {
@@ -58,16 +61,11 @@ impl Irqs {
             msix_control: AtomicU16::new(traps.msix_control),
             eventfds: Mutex::new((0..count).map(|_| None).collect()),
             fatal: AtomicBool::new(false),
+            waiting: traps.adaptive_interrupts.then(Mutex::default),
         }
     }
-}
 
-impl Interrupts for Irqs {
-    fn count(&self) -> u16 {
-        lock(&self.eventfds).len() as u16
-    }
-
-    fn raise(&self, vector: u16) {
+    fn fire(&self, vector: u16) {
         let command = self.command.load(Ordering::Acquire);
         let enabled = self.msix_control.load(Ordering::Acquire) & MSIX_ENABLE != 0;
         let mut eventfds = lock(&self.eventfds);
@@ -79,6 +77,29 @@ impl Interrupts for Irqs {
                 self.fatal.store(true, Ordering::Release);
             }
             _ => {}
+        }
+    }
+
+    /// No head of a completion queue has moved since the last look.
+    fn heads_are_still(&self) {
+        if let Some(waiting) = &self.waiting {
+            let vectors = std::mem::take(&mut *lock(waiting));
+            vectors.into_iter().for_each(|vector| self.fire(vector));
+        }
+    }
+}
+
+impl Interrupts for Irqs {
+    fn count(&self) -> u16 {
+        lock(&self.eventfds).len() as u16
+    }
+
+    fn raise(&self, vector: u16) {
+        match &self.waiting {
+            Some(waiting) => {
+                lock(waiting).insert(vector);
+            }
+            None => self.fire(vector),
         }
     }
 }
@@ -114,14 +135,20 @@ impl Function {
         let mut before = vec![0; 0x1000];
         while !ends() {
             let mut words = vec![0; 0x1000];
+            let mut head_moved = false;
             if self.bar.read_exact_at(&mut words, 0x1000).is_ok() {
                 for (index, (old, new)) in before.chunks(4).zip(words.chunks(4)).enumerate() {
                     if old != new {
                         let value = u32::from_le_bytes(new.try_into().expect("4 bytes"));
                         self.controller.write32(0x1000 + 4 * index as u32, value);
+                        // The doorbells of submission and completion queues take turns.
+                        head_moved |= index % 2 == 1;
                     }
                 }
                 before = words;
+            }
+            if !head_moved {
+                self.irqs.heads_are_still();
             }
             thread::sleep(Duration::from_micros(50));
         }

@@ -49,6 +49,8 @@ pub(crate) struct Traps {
     /// What a former client left in the PCI command register and in the MSI-X capability.
     pub(crate) command: u16,
     pub(crate) msix_control: u16,
+    /// Interrupts come only while no head of a completion queue moves, and several at a time.
+    pub(crate) adaptive_interrupts: bool,
 }
 
 impl Default for Traps {
@@ -64,6 +66,7 @@ impl Default for Traps {
             reset_disables: true,
             command: 0,
             msix_control: 0,
+            adaptive_interrupts: false,
         }
     }
 }
