@@ -18,6 +18,7 @@ mod mappings;
 mod matrix;
 mod ordering;
 mod panics;
+mod pinned;
 mod planted;
 mod polling;
 mod queues;

@@ -28,6 +28,7 @@ use crate::engine::eventfd::Wakeups;
 use crate::engine::{Failed, Failure, PollMode, QueueSettings, SharedQueue, State, price};
 use crate::io::DmaContext;
 use crate::memory::{DEVICE_PAGE, DmaBuf, Pool};
+use crate::namespace::pinned::Pins;
 use crate::queue::data_pointer::SglSupport;
 use crate::recovery::{Plant, Settings, Supervision};
 use crate::{CommandName, Error, Fate, OnRecovery, OpenOptions};
@@ -213,6 +214,7 @@ async fn bring_up_present(
         version,
         events,
         admin: admin.clone(),
+        pins: Pins::new(shared_queues.len()),
         queues: shared_queues,
         local_queues,
         dma,

@@ -31,6 +31,7 @@ use self::tenure::Tenure;
 use crate::engine::SharedQueue;
 use crate::io::{DmaContext, Registration};
 use crate::memory::{DmaBuf, Registered};
+use crate::namespace::pinned::Pins;
 use crate::queue_pair::QueuePair;
 use crate::recovery::{ControllerState, Supervision};
 use crate::{Error, Namespace};
@@ -57,6 +58,7 @@ pub(crate) struct ControllerInner {
     pub(crate) events: Arc<Events>,
     /// For all threads.
     pub(crate) queues: Vec<Arc<SharedQueue>>,
+    pub(crate) pins: Pins,
     /// To be lent to one thread each.
     pub(crate) local_queues: Vec<Arc<SharedQueue>>,
     pub(crate) dma: DmaContext,

@@ -57,6 +57,7 @@ impl LocalNamespace {
     pub fn shared(&self) -> Namespace {
         Namespace {
             inner: self.inner.clone(),
+            pinned: None,
         }
     }
 

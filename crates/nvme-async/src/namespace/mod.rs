@@ -6,6 +6,7 @@ mod limits;
 mod live;
 mod local;
 mod maintenance;
+pub(crate) mod pinned;
 pub(crate) mod registry;
 pub(crate) mod seen;
 
@@ -20,6 +21,7 @@ pub use self::local::LocalNamespace;
 pub use self::maintenance::Zeroes;
 
 use self::live::Live;
+use self::pinned::PinnedQueue;
 use crate::engine::SharedQueue;
 use crate::io::{Compare, DmaContext, Read, ReadBuffer, ReadInto, Write, WriteBuffer};
 use crate::memory::DmaBuf;
@@ -29,7 +31,7 @@ use crate::{Controller, Error};
 ///
 /// It is a handle: clones refer to the same namespace. Commands go to the queue pair of the
 /// worker on which their future is first polled, and take one short lock there;
-/// [`LocalNamespace`] takes none.
+/// [`LocalNamespace`] takes none. [`pinned`](Self::pinned) handles keep to one queue pair instead.
 ///
 /// Offsets and lengths are in bytes and must be multiples of the
 /// [logical block size](Self::block_size). NVMe orders nothing between commands: of a read and a
@@ -47,6 +49,7 @@ use crate::{Controller, Error};
 #[derive(Clone)]
 pub struct Namespace {
     inner: Arc<NamespaceInner>,
+    pinned: Option<Arc<PinnedQueue>>,
 }
 
 /// What the handles of a namespace share.
@@ -93,7 +96,10 @@ impl Namespace {
         if registry.is_stale(ticket) {
             events.look_at(nsid).await?;
         }
-        Ok(Self { inner })
+        Ok(Self {
+            inner,
+            pinned: None,
+        })
     }
 
     /// Its controller.
@@ -308,8 +314,8 @@ impl Namespace {
         self.inner.discard(self.queues(), ranges).await
     }
 
-    /// Resolves when all commands on the shared queues that were submitted before its first poll
-    /// are done, those whose futures were dropped included. Afterwards no dropped write reaches
+    /// Resolves when all commands on the shared queues, or on the one that the handle is
+    /// [pinned](Self::pinned) to, that were submitted before its first poll are done, those whose futures were dropped included. Afterwards no dropped write reaches
     /// the media any more.
     ///
     /// # Errors
@@ -336,8 +342,45 @@ impl Namespace {
         LocalNamespace::new(self.inner.clone())
     }
 
+    /// A handle whose commands all go to one of the [queue pairs](Controller::io_queues) that all
+    /// threads share, wherever their futures are polled: to one that the fewest such handles are
+    /// pinned to. Clones of it go there too, and it is free when the last of them is dropped.
+    ///
+    /// It is for servers that keep the commands of one client apart from those of others: a
+    /// controller takes turns between submission queues (NVMe base specification 2.0, section 3.4.4),
+    /// so that who has a queue pair of its own is not behind whatever others have outstanding. When
+    /// there are more such handles than queue pairs, some share one;
+    /// [`fair_depth`](Self::fair_depth) is then what each may have outstanding.
+    /// [`OpenOptions::queues`](crate::OpenOptions::queues) asks for more of them.
+    ///
+    /// Handles that are not pinned use the same queue pairs.
+    #[must_use]
+    pub fn pinned(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            pinned: Some(PinnedQueue::new(self.controller().clone())),
+        }
+    }
+
+    /// How many commands a [pinned](Self::pinned) handle may have outstanding so that all that are
+    /// pinned to the same queue pair can have as many: the depth of the queue pair, divided by their
+    /// number at present, and at least 1. Nobody is kept from having more; then commands wait for room,
+    /// in the order in which they came. For other handles it is the depth of a queue pair.
+    pub fn fair_depth(&self) -> usize {
+        match &self.pinned {
+            Some(pinned) => pinned.fair_depth(),
+            None => self
+                .queues()
+                .first()
+                .map_or(1, |queue| pinned::depth(queue)),
+        }
+    }
+
     fn queues(&self) -> &[Arc<SharedQueue>] {
-        &self.inner.controller.inner.queues
+        match &self.pinned {
+            Some(pinned) => pinned.queues(),
+            None => &self.inner.controller.inner.queues,
+        }
     }
 }
 
