@@ -129,6 +129,20 @@ impl Export {
         &self.namespace
     }
 
+    /// The same, by a queue pair that the fewest others use; see [`Namespace::pinned`].
+    #[must_use]
+    pub(crate) fn pinned(&self) -> Self {
+        Self {
+            namespace: self.namespace.pinned(),
+            ..self.clone()
+        }
+    }
+
+    /// How many commands are outstanding at most so that others on the same queue pair have room for as many.
+    pub(crate) fn fair_depth(&self) -> usize {
+        self.namespace.fair_depth()
+    }
+
     /// Where in the namespace `len` bytes at `offset` of the export are.
     ///
     /// # Errors

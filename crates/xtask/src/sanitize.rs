@@ -101,6 +101,9 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
         let what = ["--tests"];
         run_cargo(&mut cargo(&packages.chain(what).collect::<Vec<_>>()), false)
     });
+    report.suite("servers of virtual disks", || {
+        run_cargo(&mut cargo(&["--package", "nvme-export", "--tests"]), false)
+    });
     report.suite("end to end", || {
         run_cargo(&mut cargo(&["--test", "e2e"]), false)
     });

@@ -9,12 +9,16 @@ use std::fmt;
 use std::io::{self, Write as _};
 
 use clap::{Args, Subcommand};
+use nvme_async::OpenOptions;
 use nvme_export::ExportError;
 use nvme_vfio_user::Socket;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 
 use crate::failure::Failure;
+
+/// Most queue pairs that are asked for. Each has some memory and an interrupt.
+const MAX_QUEUE_PAIRS: u16 = 64;
 
 /// Serves to other processes, until SIGTERM or SIGINT.
 #[derive(Args, Clone, Debug)]
@@ -38,6 +42,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         Protocol::VfioUser(arguments) => vfio_user::run(arguments),
         Protocol::VhostUserBlk(arguments) => vhost_user_blk::run(arguments),
     }
+}
+
+/// How a controller is opened that so many clients share, each with a queue pair of its own as far as there are
+/// enough.
+fn options_for(clients: usize) -> OpenOptions {
+    let queues = clients.min(MAX_QUEUE_PAIRS.into()) as u16;
+    OpenOptions::new().queues(queues).local_queues(0)
 }
 
 /// Says where it can be reached from now on.

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
-use nvme_async::OpenOptions;
 use nvme_export::Export;
 use nvme_export::nbd::{Listener, Options, Server, Tls};
 use nvme_vfio_user::Socket;
@@ -53,7 +52,8 @@ pub(super) struct Arguments {
     #[arg(long)]
     read_only: bool,
 
-    /// How many clients may be connected; further ones are turned away.
+    /// How many clients may be connected; further ones are turned away. Each has a queue pair of the controller for
+    /// itself; where there are not enough, or more than 64, some share one.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     max_connections: u16,
 }
@@ -169,7 +169,8 @@ async fn start(
 ) -> Result<Server, Failure> {
     let mut exports = Vec::new();
     for (argument, name) in arguments.exports.iter().zip(names) {
-        let target = Target::open(&argument.url, OpenOptions::new()).await?;
+        let open = super::options_for(options.max_connections);
+        let target = Target::open(&argument.url, open).await?;
         let namespace = target.namespace.clone();
         targets.push(target);
         let export = match &argument.range {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use futures::future::try_join_all;
-use nvme_async::{Namespace, OpenOptions};
+use nvme_async::Namespace;
 use nvme_export::vhost_user_blk::{Device, MAX_QUEUES, Options};
 use nvme_export::{Export, ExportError};
 use nvme_vfio_user::Socket;
@@ -48,7 +48,8 @@ pub(super) struct Arguments {
     #[arg(long = "disk", value_name = "DISK", value_parser = parse_disk, conflicts_with = "socket")]
     disks: Vec<Disk>,
 
-    /// The most queues that a front end may use. QEMU wants one for each of the guest's processors.
+    /// The most queues that a front end may use. QEMU wants one for each of the guest's processors. Each has a queue
+    /// pair of the controller for itself; where there are not enough, or more than 64, some share one.
     #[arg(long, value_name = "N", default_value_t = Options::default().queues,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     queues: u16,
@@ -89,7 +90,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
 async fn serve(arguments: &Arguments, disks: Vec<Disk>, sockets: &[Socket]) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let target = Target::open(&arguments.url, OpenOptions::new().local_queues(0)).await?;
+    let queues = disks.len() * usize::from(arguments.queues);
+    let target = Target::open(&arguments.url, super::options_for(queues)).await?;
     let devices = disks
         .iter()
         .map(|disk| device(arguments, disk, &target.namespace))
@@ -111,7 +113,6 @@ async fn serve(arguments: &Arguments, disks: Vec<Disk>, sockets: &[Socket]) -> R
         .zip(devices)
         .map(|(listener, device)| {
             let mut stopped = stop.subscribe();
-            // In tasks, and so by the queue pairs of the workers that they run on.
             tokio::spawn(async move {
                 let stopped = async move {
                     let _ = stopped.wait_for(|stopped| *stopped).await;

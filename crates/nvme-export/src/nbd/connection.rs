@@ -174,11 +174,12 @@ async fn transmit<S: Stream>(
     let mut requests = Requests {
         reader: BufReader::with_capacity(READ_AHEAD, reader),
         context: Arc::new(Context {
-            export: shared.exports[agreed.export].clone(),
+            export: shared.exports[agreed.export].pinned(),
             session: agreed.session,
             replies,
             log: shared.log.clone(),
         }),
+        max_requests: shared.options.max_requests,
         count: Arc::new(Semaphore::new(shared.options.max_requests)),
         bytes: Arc::new(Semaphore::new(shared.options.max_bytes as usize)),
         tasks: JoinSet::new(),
@@ -207,6 +208,7 @@ async fn transmit<S: Stream>(
 struct Requests<S> {
     reader: BufReader<ReadHalf<S>>,
     context: Arc<Context>,
+    max_requests: usize,
     count: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     tasks: JoinSet<()>,
@@ -268,8 +270,14 @@ impl<S: Stream> Requests<S> {
                 }
             }
         };
+        // Whoever gets all that are not to be used at present, and one more, may have that one.
+        let fair = self.context.export.fair_depth();
+        let withheld = self.max_requests.saturating_sub(fair) as u32;
+        let mut requests = some(&self.count, withheld + 1).await;
+        let request = requests.split(1).expect("it has one");
+        drop(requests);
         Room {
-            _request: some(&self.count, 1).await,
+            _request: request,
             _bytes: match bytes {
                 0 => None,
                 _ => Some(some(&self.bytes, bytes).await),

@@ -50,7 +50,8 @@
 //! * **Copies.** The data of a write is received to where the device reads it, but for its first bytes, of
 //!   which up to 4 KiB were received together with the request. A read is sent from where the device put it.
 //!   Only when the pool of the driver is used up, and by TLS, which encrypts, data is copied.
-//! * **Limits.** [`Options`] bounds connections, and requests and bytes of each. Where a bound is reached
+//! * **Limits.** [`Options`] bounds connections, and requests and bytes of each; connections that share a queue pair
+//!   of the controller have a [fair share](crate#several-at-one-controller) of it. Where a bound is reached
 //!   nothing more is received until a reply was sent: a client that takes no replies has only itself waiting.
 //! * **Errors** are `EIO`, `ENOSPC`, `EINVAL`, `EPERM`, `ENOMEM`, `ESHUTDOWN` or, for a read with `DF` that
 //!   is too long, `EOVERFLOW`. What people are told with them is a status of NVMe, never what files and

@@ -35,6 +35,7 @@ pub struct Options {
     /// How many clients may be connected; further ones are turned away. By default 16.
     pub max_connections: usize,
     /// How many requests a connection may have under way, after which no more are received. By default 128.
+    /// Where connections share a queue pair of the device, it is no more than a fair share of its depth.
     pub max_requests: usize,
     /// The longest read or write in bytes, rounded down to 64 KiB. By default 32 MiB, which clients that
     /// don't ask suppose.
@@ -161,8 +162,9 @@ impl Server {
                 return Err(ServerError::Limit(name));
             }
         }
-        // What semaphores can count.
-        options.max_requests = options.max_requests.min(Semaphore::MAX_PERMITS);
+        // What semaphores can count, and take at once.
+        let most = Semaphore::MAX_PERMITS.min(u32::MAX as usize);
+        options.max_requests = options.max_requests.min(most);
         options.max_connections = options.max_connections.min(Semaphore::MAX_PERMITS);
         if exports.is_empty() {
             return Err(ServerError::NoExports);

@@ -77,6 +77,21 @@ impl Device {
     }
 }
 
+/// A device as one of its queues sees it.
+#[derive(Debug)]
+pub(super) struct QueueDevice {
+    pub(super) device: Arc<DeviceInner>,
+    /// The device's export, by the queue pair of this queue.
+    pub(super) export: Export,
+}
+
+impl QueueDevice {
+    pub(super) fn new(device: Arc<DeviceInner>) -> Self {
+        let export = device.export.pinned();
+        Self { device, export }
+    }
+}
+
 impl DeviceInner {
     /// Whether writes are to be durable when they are done, with what was agreed on with the driver (virtio 1.2,
     /// section 5.2.6.2).

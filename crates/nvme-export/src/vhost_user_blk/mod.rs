@@ -33,7 +33,7 @@
 //!
 //! Whatever it likes with its own disk. Every descriptor is checked: a request that makes no sense gets an error, and a
 //! queue that is broken stops, with a reason in the log, and nobody else notices. How many requests are in flight is
-//! bounded by the queues.
+//! bounded by the queues, and where guests share a queue pair of the controller by a [fair share](crate#several-at-one-controller).
 //!
 //! # What a front end can do
 //!

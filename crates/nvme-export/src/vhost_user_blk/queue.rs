@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::DeviceInner;
+use super::device::QueueDevice;
 use super::eventfd::{Kick, Signal};
 use super::memory::{Regions, SharedRegions};
 use super::request::{Done, Request};
@@ -27,7 +27,7 @@ const KICKLESS: Duration = Duration::from_millis(1);
 /// What a queue needs.
 #[derive(Debug)]
 pub(super) struct QueueParts {
-    pub(super) device: Arc<DeviceInner>,
+    pub(super) device: Arc<QueueDevice>,
     pub(super) index: u16,
     pub(super) regions: Arc<SharedRegions>,
     pub(super) ring: Ring,
@@ -81,6 +81,8 @@ struct Looker {
     is_stopped: bool,
     /// The ring can't be believed any more.
     is_broken: bool,
+    /// As many requests run as its share of a queue pair has room for.
+    is_full: bool,
 }
 
 async fn run(parts: QueueParts, stop: oneshot::Receiver<()>) -> u16 {
@@ -89,6 +91,7 @@ async fn run(parts: QueueParts, stop: oneshot::Receiver<()>) -> u16 {
         stop,
         is_stopped: false,
         is_broken: false,
+        is_full: false,
     };
     let mut running = FuturesUnordered::new();
     let mut window = Window::default();
@@ -129,7 +132,7 @@ async fn run(parts: QueueParts, stop: oneshot::Receiver<()>) -> u16 {
 /// Begins a request.
 fn start(request: Request, head: u16, parts: &QueueParts) -> impl Future<Output = Done> + use<> {
     let device = parts.device.clone();
-    let is_durable = device.is_durable(parts.features);
+    let is_durable = device.device.is_durable(parts.features);
     request.execute(device, head, is_durable)
 }
 
@@ -171,13 +174,17 @@ impl Looker {
             if count > 0 {
                 regions = self.parts.regions.get();
             }
-            for _ in 0..count.min(BURST) {
+            // What is more waits in the ring, and not before the requests of other queues.
+            let fair = self.parts.device.export.fair_depth();
+            let room = fair.saturating_sub(running.len());
+            for _ in 0..count.min(BURST).min(room) {
                 let (head, chain) = self.parts.ring.take(&regions)?;
-                let device = &self.parts.device;
-                let request = Request::read(&device.export, &device.id, &regions, chain)?;
+                let QueueDevice { device, export } = &*self.parts.device;
+                let request = Request::read(export, &device.id, &regions, chain)?;
                 running.push(start(request, head, &self.parts));
                 is_busy = true;
             }
+            self.is_full = running.len() >= fair;
         }
         let mut gave_back = false;
         while let Poll::Ready(Some(done)) = Pin::new(&mut *running).poll_next(cx) {
@@ -210,7 +217,7 @@ impl Looker {
     fn settle(&mut self, state: Result<State, RingError>) -> State {
         state.unwrap_or_else(|error| {
             let QueueParts { device, index, .. } = &self.parts;
-            if let Some(left_out) = device.log_limit.pass() {
+            if let Some(left_out) = device.device.log_limit.pass() {
                 tracing::warn!(%error, queue = index, left_out, "a queue of a guest is broken and stops");
             }
             self.is_broken = true;
@@ -221,7 +228,8 @@ impl Looker {
 
     /// Asks to be told of requests. Returns whether there are some.
     fn prepare_to_sleep(&mut self) -> bool {
-        if !self.takes() {
+        // Where there is no room, the next request that is done is what to wait for.
+        if !self.takes() || self.is_full {
             return false;
         }
         let regions = self.parts.regions.get();
@@ -258,7 +266,7 @@ impl Looker {
         });
         if let Err(error) = woken.await {
             let QueueParts { device, index, .. } = &self.parts;
-            if let Some(left_out) = device.log_limit.pass() {
+            if let Some(left_out) = device.device.log_limit.pass() {
                 tracing::warn!(%error, queue = index, left_out, "waiting for a kick");
             }
             self.is_broken = true;

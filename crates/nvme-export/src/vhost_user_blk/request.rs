@@ -16,7 +16,7 @@ use super::chain::{Chain, ChainError, total};
 use super::config::{
     MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, SECTOR, SEG_MAX, SIZE_MAX,
 };
-use super::device::DeviceInner;
+use super::device::QueueDevice;
 use super::memory::{self, Regions};
 use crate::Export;
 
@@ -108,17 +108,17 @@ impl Request {
     /// Does it. `is_durable` says that what is written stays when it is done, whatever happens.
     pub(super) async fn execute(
         self,
-        device: Arc<DeviceInner>,
+        queue: Arc<QueueDevice>,
         head: u16,
         is_durable: bool,
     ) -> Done {
         let has_data = matches!(self.operation, Operation::Read(..));
-        let status = match self.operation.execute(&device.export, is_durable).await {
+        let status = match self.operation.execute(&queue.export, is_durable).await {
             Ok(status) => status,
             // It stays in flight, for the next server.
             Err(error) if is_end_of_runtime(&error) => std::future::pending().await,
             Err(error) => {
-                if let Some(left_out) = device.log_limit.pass() {
+                if let Some(left_out) = queue.device.log_limit.pass() {
                     tracing::warn!(%error, left_out, "a request of a guest");
                 }
                 IOERR

@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 
 use super::config;
-use super::device::DeviceInner;
+use super::device::{DeviceInner, QueueDevice};
 use super::eventfd::{self, Kick};
 use super::inflight::Inflight;
 use super::memory::{Memory, SharedRegions, guest_address};
@@ -129,7 +129,7 @@ impl Session {
         let _in_runtime = self.runtime.enter();
         let kick = vring.kick.clone().map(Kick::new).transpose();
         let parts = QueueParts {
-            device: self.device.clone(),
+            device: Arc::new(QueueDevice::new(self.device.clone())),
             index: number,
             regions: self.regions.clone(),
             ring,

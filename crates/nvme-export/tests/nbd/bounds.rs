@@ -1,8 +1,17 @@
 //! What clients can't take from the server, or from each other.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use nvme_async::OpenOptions;
+use nvme_async::device::soft::{SoftDevice, SoftOptions};
 use nvme_export::nbd::Options;
+use nvme_soft::fault::{Behaviour, Fault, FaultQueue};
+use nvme_soft::store::MemoryStore;
+use nvme_soft::{Config, NamespaceConfig};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
 use crate::client::{Client, DF, EINVAL, READ, Reply, WRITE, WRITE_ZEROES, request};
 use crate::{connect, open, pattern, ready, server_of};
@@ -76,6 +85,58 @@ async fn who_takes_no_replies_has_no_more_done() {
             assert_eq!((got, data.len()), (offset, LEN as usize));
         }
     }
+}
+
+/// Connections that share a queue pair of the device have each a share of it.
+#[tokio::test]
+async fn who_asks_for_much_leaves_room_for_others() {
+    const DEPTH: u16 = 8;
+    let mut config = Config::default();
+    let store = MemoryStore::new(1 << 20).expect("a little memory");
+    config.namespaces.push(NamespaceConfig::new(store, 512));
+    let device = SoftDevice::new("soft", config, &SoftOptions::default()).expect("starts");
+    let device = Arc::new(device);
+    let options = OpenOptions::new().queues(1).local_queues(0);
+    let controller = options.queue_entries(DEPTH + 1).attach(device.clone());
+    let controller = controller.await.expect("comes up");
+    let namespace = controller.namespace(1).await.expect("is there");
+    let soft = device.controller();
+    let endless = Fault::new(Behaviour::Hold).queue(FaultQueue::Io);
+    soft.inject(endless.blocks(0..8).times(0))
+        .expect("makes sense");
+
+    let server = server_of(&namespace, Options::default());
+    let (mut modest, _modest) = ready(&server).await;
+    modest.read(4096, 512).await.bytes();
+    let (mut greedy, serving) = ready(&server).await;
+    let before = soft.counters().commands;
+    for _ in 0..3 * DEPTH {
+        greedy.send(READ, 0, 0, 4096, b"").await;
+    }
+    let share = u64::from(DEPTH / 2);
+    let room_for_others = async {
+        while soft.counters().commands - before < share {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        for _ in 0..100 {
+            modest.read(4096, 512).await.bytes();
+        }
+    };
+    timeout(Duration::from_secs(60), room_for_others)
+        .await
+        .expect("it is not behind what takes for ever");
+    assert_eq!(soft.counters().commands - before, share + 100);
+
+    soft.clear_faults();
+    soft.release_stuck();
+    for _ in 0..3 * DEPTH {
+        greedy.reply().await.1.bytes();
+    }
+    drop(modest);
+    drop(greedy);
+    serving.await.expect("it ends");
+    drop(namespace);
+    controller.shutdown().await.expect("shuts down");
 }
 
 /// A server of few places, at a TCP address.

@@ -37,6 +37,14 @@ impl Host {
     }
 
     pub(crate) fn with(lba_size: u32, change: impl FnOnce(&mut Config)) -> Self {
+        Self::opened(OpenOptions::new(), lba_size, change)
+    }
+
+    pub(crate) fn opened(
+        options: OpenOptions,
+        lba_size: u32,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -50,7 +58,7 @@ impl Host {
         change(&mut config);
         let soft = SoftDevice::new("soft", config, &SoftOptions::default()).expect("starts");
         let soft = Arc::new(soft);
-        let attached = OpenOptions::new().attach(soft.clone());
+        let attached = options.attach(soft.clone());
         let controller = runtime.block_on(attached).expect("comes up");
         let namespace = runtime.block_on(controller.namespace(1)).expect("is there");
         Self {

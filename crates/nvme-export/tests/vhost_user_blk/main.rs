@@ -5,3 +5,4 @@ mod host;
 mod hostile;
 mod requests;
 mod sessions;
+mod sharing;
