@@ -102,7 +102,13 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
         run_cargo(&mut cargo(&packages.chain(what).collect::<Vec<_>>()), false)
     });
     report.suite("servers of virtual disks", || {
-        run_cargo(&mut cargo(&["--package", "nvme-export", "--tests"]), false)
+        // A guest that has the device write to where the server reads, which is a race on purpose.
+        let skipped = match arguments.sanitizer {
+            Sanitizer::Address => &[][..],
+            Sanitizer::Thread => &["--", "--skip", "a_guest_that_overwrites_its_queues"],
+        };
+        let what = ["--package", "nvme-export", "--tests"];
+        run_cargo(&mut cargo(&[&what, skipped].concat()), false)
     });
     report.suite("end to end", || {
         run_cargo(&mut cargo(&["--test", "e2e"]), false)
