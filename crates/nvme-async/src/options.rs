@@ -158,7 +158,7 @@ impl OpenOptions {
 
     /// Whether the interrupts of adaptive queues are masked while they are polled. Otherwise they come
     /// although nobody waits for them. By default they are masked where nobody else touches the masks
-    /// ([`VectorMask::is_exclusive`]), as with the software controller.
+    /// ([`VectorMask::is_exclusive`]), as with the software controller, here or served by another process.
     ///
     /// It is done in the MSI-X table where that can be mapped ([`Device::vector_mask`]) and the
     /// controller has a vector for each queue; elsewhere nothing changes. Over VFIO the kernel does not

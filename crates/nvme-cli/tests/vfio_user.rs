@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use nvme_async::device::Device;
+use nvme_async::device::vfio_user::{VfioUserDevice, VfioUserOptions};
 use nvme_async::{ControllerState, Error, Namespace, OpenOptions};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -300,4 +302,29 @@ fn queues_that_are_polled() {
             close(namespace).await;
         }
     });
+}
+
+/// Between the two the MSI-X table is memory, in which nobody else writes.
+#[test]
+fn vectors_are_masked_by_stores() {
+    for doorbells in DOORBELLS {
+        let place = Place::new();
+        let _server = place.serve("mem:?size=6M", doorbells);
+        let options = VfioUserOptions::default();
+        let device = VfioUserDevice::open(&place.socket(), &options).expect("opens");
+        for vector in 0..device.vectors().len() as u16 {
+            let mask = device.vector_mask(vector).expect("it can be masked");
+            assert!(mask.is_exclusive());
+            let control = 0x200c + u32::from(vector) * 16;
+            let word = || device.read32(control).expect("reads");
+            assert_eq!(word(), 0, "it has an eventfd");
+            mask.mask();
+            assert_eq!(word(), 1);
+            mask.unmask();
+            assert_eq!(word(), 0);
+        }
+        let vectors = device.vectors().len() as u16;
+        assert!(device.vector_mask(vectors).is_none());
+        device.close();
+    }
 }

@@ -191,4 +191,11 @@ pub trait Interrupts: Send + Sync {
     /// Raises a vector below [`Interrupts::count`]. Called on the controller's thread, so it must
     /// neither block nor wait for the controller.
     fn raise(&self, vector: u16);
+
+    /// Raises the vectors that were raised while they were masked and are unmasked now, where the host does
+    /// that in memory, and nothing else tells of it. Returns whether there are others, for which this is
+    /// called again within 0.1 s. Called on the controller's thread when it has nothing to do.
+    fn raise_unmasked(&self) -> bool {
+        false
+    }
 }

@@ -9,8 +9,8 @@ use rustix::io::Errno;
 
 use crate::bar;
 use crate::config_space::{ConfigSpace, Identity};
-use crate::doorbells::DoorbellPage;
 use crate::memory::ClientMemory;
+use crate::pages::SharedPages;
 use crate::vectors::{MAX_VECTORS, Vectors};
 
 /// For how long at least the controller looks for the next command all the time before it sleeps: waking it
@@ -48,8 +48,8 @@ pub struct Options {
     pub patience: Duration,
     /// MSI-X vectors, 1 to 256; `None` for one for each queue pair.
     pub vectors: Option<u16>,
-    /// Vendor and device ID in configuration space, and the vendor in Identify data. The default names no vendor's device; drivers go by the
-    /// class code.
+    /// Vendor and device ID in configuration space, and the vendor in Identify data. The default names no
+    /// vendor's device; drivers go by the class code.
     pub pci_id: (u16, u16),
 }
 
@@ -87,8 +87,8 @@ pub enum StartError {
     /// Another number of vectors than there can be.
     #[error("{0} MSI-X vectors are not within 1..=256")]
     Vectors(u16),
-    /// The page for the doorbells could not be made.
-    #[error("the page for the doorbells: {0}")]
+    /// The pages that clients map could not be made.
+    #[error("the pages that clients map: {0}")]
     Page(#[source] io::Error),
 }
 
@@ -99,7 +99,8 @@ pub struct Device {
     controller: SoftController,
     pub(crate) memory: Arc<ClientMemory>,
     pub(crate) vectors: Arc<Vectors>,
-    pub(crate) page: Option<Arc<DoorbellPage>>,
+    pub(crate) pages: Arc<SharedPages>,
+    pub(crate) maps_doorbells: bool,
     pub(crate) trust_client: bool,
     pub(crate) patience: Duration,
     config: Mutex<ConfigSpace>,
@@ -130,13 +131,14 @@ impl Device {
         if !(1..=MAX_VECTORS).contains(&count) {
             return Err(StartError::Vectors(count));
         }
-        let page = match options.doorbells {
-            Doorbells::Trapped => None,
-            Doorbells::Mapped => Some(Arc::new(DoorbellPage::new().map_err(StartError::Page)?)),
+        let pages = Arc::new(SharedPages::new().map_err(StartError::Page)?);
+        let maps_doorbells = match options.doorbells {
+            Doorbells::Trapped => false,
+            Doorbells::Mapped => true,
         };
-        config.doorbell_buffers = page.is_none();
-        config.polled_doorbells = page.clone().map(|memory| PolledDoorbells {
-            memory,
+        config.doorbell_buffers = !maps_doorbells;
+        config.polled_doorbells = maps_doorbells.then(|| PolledDoorbells {
+            memory: pages.clone(),
             idle_interval: options.idle_interval,
         });
         config.spin = config.spin.max(match options.doorbells {
@@ -147,14 +149,15 @@ impl Device {
         config.pci_vendor = vendor;
         config.pci_subsystem_vendor = vendor;
         let memory = Arc::new(ClientMemory::default());
-        let vectors = Arc::new(Vectors::new(count));
+        let vectors = Arc::new(Vectors::new(count, pages.clone()));
         let controller = SoftController::start(config, memory.clone(), vectors.clone())?;
         controller.set_bus_master(false);
         Ok(Self {
             controller,
             memory,
             vectors,
-            page,
+            pages,
+            maps_doorbells,
             trust_client: options.trust_client,
             patience: options.patience,
             config: Mutex::new(ConfigSpace::new(Identity { vendor, device }, count)),
@@ -225,12 +228,14 @@ impl Device {
         self.config().reset();
     }
 
-    /// Sees to it that a client shares nothing with the one before, which may have its doorbells mapped for ever.
+    /// Sees to it that a client shares nothing with the one before, which may have its pages mapped for ever.
     ///
     /// # Errors
     ///
-    /// If there is no page for other doorbells. The client can't be served then.
+    /// If there are no other pages. The client can't be served then.
     pub(crate) fn welcome_client(&self) -> io::Result<()> {
-        self.page.as_ref().map_or(Ok(()), |page| page.renew())
+        self.pages.renew()?;
+        self.vectors.reset_table();
+        Ok(())
     }
 }

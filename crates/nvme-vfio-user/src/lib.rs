@@ -13,6 +13,10 @@
 //! * **Interrupts** are MSI-X. A vector fires through its eventfd (DEVICE_SET_IRQS) while MSI-X is enabled in
 //!   configuration space and neither the function nor the vector is masked. As in the kernel's VFIO, setting
 //!   an eventfd unmasks its vector. An eventfd is made nonblocking, so that nobody waits for its reader.
+//!   A client that says in VERSION that it knows an MSI-X table when it sees one (the capability
+//!   `msix_table_mappable`, an extension of this project's) can map the table, too, and mask by a store. What was
+//!   held back fires at once where the controller is awake, and else within 0.1 s of the store that lets it
+//!   through. To others the table is not offered: a VMM might let its guest write there unseen.
 //! * **DEVICE_RESET** resets the controller and leaves configuration space and eventfds as they are, as the
 //!   kernel's VFIO does. A function level reset by configuration space clears that, too.
 //! * **Migration** is not supported: DEVICE_FEATURE and what belongs to it are refused.
@@ -37,7 +41,7 @@
 //!
 //! With [`Doorbells::Trapped`] each write of a doorbell register is a message, and the controller has Doorbell
 //! Buffer Config: a driver that uses it writes the register only when the controller sleeps. An idle server
-//! takes no CPU time, and the first command after a pause completes within about 0.1 ms. With
+//! takes next to no CPU time, and the first command after a pause completes within about 0.1 ms. With
 //! [`Doorbells::Mapped`] a write is a store, but an idle server has to look: after
 //! [`Options::idle_interval`] at the latest, which also is by how much the first command after a pause may be
 //! late. At 1 ms that takes about 2 % of a processor, and only while a client has the controller enabled.
@@ -63,9 +67,9 @@ mod bar;
 mod config_space;
 mod connection;
 mod device;
-mod doorbells;
 mod link;
 mod memory;
+mod pages;
 mod server;
 mod session;
 mod socket;

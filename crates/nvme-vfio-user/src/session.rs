@@ -53,6 +53,8 @@ pub(crate) struct Session<'a> {
     device: &'a Device,
     link: Arc<Link>,
     is_agreed: bool,
+    /// The client may map the MSI-X table.
+    maps_table: bool,
     /// For what is read.
     buffer: Vec<u8>,
 }
@@ -63,6 +65,7 @@ impl<'a> Session<'a> {
             device,
             link,
             is_agreed: false,
+            maps_table: false,
             buffer: Vec::new(),
         }
     }
@@ -150,6 +153,7 @@ impl<'a> Session<'a> {
             .link
             .agree(max_transfer.min(LIMITS.max_transfer), wants_twin)
             .map_err(|_| Violation::Lost)?;
+        self.maps_table = theirs.capabilities.msix_table_mappable;
         let reply = Reply::Version(Version {
             major: MAJOR,
             minor: theirs.minor.min(MINOR),
@@ -164,6 +168,7 @@ impl<'a> Session<'a> {
                     fd_index: Some(0),
                 }),
                 migration: false,
+                msix_table_mappable: self.maps_table,
             },
         });
         let fds: Vec<_> = twin.iter().map(AsFd::as_fd).collect();
@@ -246,20 +251,19 @@ impl<'a> Session<'a> {
 
     fn region_info(&self, argsz: u32, index: u32) -> Result<Answer<'static>, Errno> {
         let size = region_size(index)?;
-        let page = self.device.page.as_ref().filter(|_| index == region::BAR0);
+        let areas = match index {
+            region::BAR0 => self.mappable_areas(),
+            _ => Vec::new(),
+        };
+        let is_mappable = !areas.is_empty();
         let mut info = RegionInfo {
             index,
             readable: size > 0,
             writable: size > 0,
-            mappable: page.is_some(),
+            mappable: is_mappable,
             size,
             offset: 0,
-            sparse: page.map(|_| {
-                vec![SparseArea {
-                    offset: bar::DOORBELLS.into(),
-                    size: bar::PAGE.into(),
-                }]
-            }),
+            sparse: is_mappable.then_some(areas),
         };
         let needed = info.full_size();
         if argsz < needed {
@@ -270,14 +274,25 @@ impl<'a> Session<'a> {
             }
             .into());
         }
-        let fds = match page {
-            None => Vec::new(),
-            Some(page) => vec![page.file().map_err(|_| Errno::MFILE)?],
+        let fds = match is_mappable {
+            false => Vec::new(),
+            true => vec![self.device.pages.file().map_err(|_| Errno::MFILE)?],
         };
         Ok(Answer {
             reply: Reply::RegionInfo(info),
             fds,
         })
+    }
+
+    /// What of BAR 0 this client may map.
+    fn mappable_areas(&self) -> Vec<SparseArea> {
+        let page = |offset: u32| SparseArea {
+            offset: offset.into(),
+            size: bar::PAGE.into(),
+        };
+        let doorbells = self.device.maps_doorbells.then(|| page(bar::DOORBELLS));
+        let table = self.maps_table.then(|| page(bar::MSIX_TABLE));
+        doorbells.into_iter().chain(table).collect()
     }
 
     fn set_irqs(&self, set: &SetIrqs<'_>, fds: Vec<OwnedFd>) -> Result<(), Errno> {

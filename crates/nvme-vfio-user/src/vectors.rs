@@ -6,12 +6,15 @@ mod tests;
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nvme_soft::Interrupts;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, readlink};
 use rustix::io::{Errno, ReadWriteFlags};
 use vfio_user::{IrqAction, IrqData, SetIrqs};
+
+use crate::pages::SharedPages;
 
 /// Bytes of an entry of the table.
 const ENTRY: u32 = 16;
@@ -26,6 +29,8 @@ pub(crate) const MAX_VECTORS: u16 = 256;
 #[derive(Debug)]
 pub(crate) struct Vectors {
     count: u16,
+    /// Whether a vector may be pending.
+    has_pending: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -37,13 +42,38 @@ struct State {
     /// The client leaves: no eventfd of it is taken any more.
     is_closed: bool,
     vectors: Vec<Vector>,
+    table: Table,
 }
 
+/// The MSI-X table, which the client may have mapped: what it stores there is to be looked at each time. The eventfds
+/// stand for Message Address and Message Data, which nobody here reads.
 #[derive(Debug)]
+struct Table(Arc<SharedPages>);
+
+impl Table {
+    fn control(index: usize) -> u32 {
+        index as u32 * ENTRY + CONTROL
+    }
+
+    fn is_masked(&self, index: usize) -> bool {
+        self.0.table_word(Self::control(index)) & MASKED != 0
+    }
+
+    fn mask(&self, index: usize, masked: bool) {
+        let word = if masked { MASKED } else { 0 };
+        self.0.set_table_word(Self::control(index), word);
+    }
+
+    fn reset(&self, index: usize) {
+        let at = index as u32 * ENTRY;
+        for word in (at..at + CONTROL).step_by(4) {
+            self.0.set_table_word(word, 0);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
 struct Vector {
-    /// Message Address, Message Upper Address and Message Data. The eventfd stands for them.
-    message: [u32; 3],
-    masked: bool,
     pending: bool,
     /// Signalled when the vector is triggered, masked and unmasked.
     trigger: Option<Arc<OwnedFd>>,
@@ -51,33 +81,24 @@ struct Vector {
     on_unmask: Option<Arc<OwnedFd>>,
 }
 
-impl Default for Vector {
-    fn default() -> Self {
-        Self {
-            message: [0; 3],
-            masked: true,
-            pending: false,
-            trigger: None,
-            on_mask: None,
-            on_unmask: None,
-        }
-    }
-}
-
 /// What to signal once the lock is released.
 type Signals = Vec<Arc<OwnedFd>>;
 
 impl Vectors {
-    pub(crate) fn new(count: u16) -> Self {
-        Self {
+    pub(crate) fn new(count: u16, pages: Arc<SharedPages>) -> Self {
+        let vectors = Self {
             count,
+            has_pending: AtomicBool::new(false),
             state: Mutex::new(State {
                 enabled: false,
                 function_masked: false,
                 is_closed: false,
                 vectors: (0..count).map(|_| Vector::default()).collect(),
+                table: Table(pages),
             }),
-        }
+        };
+        vectors.reset_table();
+        vectors
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -92,6 +113,8 @@ impl Vectors {
         let mut state = self.state();
         change(&mut state, &mut signals);
         state.fire_pending(&mut signals);
+        let has_pending = state.vectors.iter().any(|vector| vector.pending);
+        self.has_pending.store(has_pending, Ordering::Relaxed);
         drop(state);
         for eventfd in signals {
             signal(&eventfd);
@@ -108,27 +131,23 @@ impl Vectors {
 
     /// A word of the table; 0 past its end.
     pub(crate) fn read_table(&self, offset: u32) -> u32 {
-        let state = self.state();
-        let Some(vector) = state.vectors.get((offset / ENTRY) as usize) else {
-            return 0;
-        };
-        match vector.message.get((offset % ENTRY / 4) as usize) {
-            Some(word) => *word,
-            None if vector.masked => MASKED,
-            None => 0,
+        let index = (offset / ENTRY) as usize;
+        match offset % ENTRY {
+            _ if index >= self.count.into() => 0,
+            CONTROL if self.state().table.is_masked(index) => MASKED,
+            CONTROL => 0,
+            _ => self.state().table.0.table_word(offset),
         }
     }
 
     /// Writes a word of the table.
     pub(crate) fn write_table(&self, offset: u32, value: u32) {
         self.change(|state, signals| {
-            let Some(vector) = state.vectors.get_mut((offset / ENTRY) as usize) else {
-                return;
-            };
-            if offset % ENTRY == CONTROL {
-                vector.mask(value & MASKED != 0, signals);
-            } else if let Some(word) = vector.message.get_mut((offset % ENTRY / 4) as usize) {
-                *word = value;
+            let index = (offset / ENTRY) as usize;
+            match offset % ENTRY {
+                _ if index >= state.vectors.len() => {}
+                CONTROL => state.mask(index, value & MASKED != 0, signals),
+                _ => state.table.0.set_table_word(offset, value),
             }
         });
     }
@@ -168,16 +187,17 @@ impl Vectors {
                 return;
             }
             let mut eventfds = eventfds.into_iter();
-            for (index, vector) in state.vectors[start..end].iter_mut().enumerate() {
+            for index in start..end {
                 match set.data {
                     IrqData::Eventfd => {
-                        gone.extend(vector.set_eventfd(set.action, eventfds.next()));
+                        gone.extend(state.set_eventfd(index, set.action, eventfds.next()));
                     }
-                    IrqData::Bool(chosen) if chosen.get(index).is_none_or(|byte| *byte == 0) => {}
+                    IrqData::Bool(chosen)
+                        if chosen.get(index - start).is_none_or(|byte| *byte == 0) => {}
                     IrqData::Bool(_) | IrqData::None => match set.action {
-                        IrqAction::Mask => vector.mask(true, signals),
-                        IrqAction::Unmask => vector.mask(false, signals),
-                        IrqAction::Trigger => signals.extend(vector.trigger.clone()),
+                        IrqAction::Mask => state.mask(index, true, signals),
+                        IrqAction::Unmask => state.mask(index, false, signals),
+                        IrqAction::Trigger => signals.extend(state.vectors[index].trigger.clone()),
                     },
                 }
             }
@@ -197,11 +217,12 @@ impl Vectors {
     /// eventfds stay.
     pub(crate) fn reset_table(&self) {
         let mut state = self.state();
+        let state = &mut *state;
         (state.enabled, state.function_masked) = (false, false);
-        for vector in &mut state.vectors {
-            vector.message = [0; 3];
+        for (index, vector) in state.vectors.iter_mut().enumerate() {
+            state.table.reset(index);
             // What has an eventfd stays unmasked, as in the kernel's VFIO, which restores the table.
-            vector.masked = vector.trigger.is_none();
+            state.table.mask(index, vector.trigger.is_none());
             vector.pending = false;
         }
     }
@@ -229,9 +250,9 @@ impl State {
         if !self.enabled || self.function_masked {
             return;
         }
-        for vector in &mut self.vectors {
+        for (index, vector) in self.vectors.iter_mut().enumerate() {
             if vector.pending
-                && !vector.masked
+                && !self.table.is_masked(index)
                 && let Some(trigger) = &vector.trigger
             {
                 signals.push(trigger.clone());
@@ -242,41 +263,42 @@ impl State {
 
     fn forget_eventfds(&mut self) -> Vec<Arc<OwnedFd>> {
         let mut gone = Vec::new();
-        for vector in &mut self.vectors {
+        for (index, vector) in self.vectors.iter_mut().enumerate() {
             gone.extend(vector.trigger.take());
             gone.extend(vector.on_mask.take());
             gone.extend(vector.on_unmask.take());
-            vector.masked = true;
+            self.table.mask(index, true);
         }
         gone
     }
-}
 
-impl Vector {
-    fn mask(&mut self, masked: bool, signals: &mut Signals) {
-        if self.masked != masked {
+    fn mask(&mut self, index: usize, masked: bool, signals: &mut Signals) {
+        if self.table.is_masked(index) != masked {
+            let vector = &self.vectors[index];
             let told = if masked {
-                &self.on_mask
+                &vector.on_mask
             } else {
-                &self.on_unmask
+                &vector.on_unmask
             };
             signals.extend(told.clone());
         }
-        self.masked = masked;
+        self.table.mask(index, masked);
     }
 
     /// Sets or takes away an eventfd; returns the one before.
     fn set_eventfd(
         &mut self,
+        index: usize,
         action: IrqAction,
         eventfd: Option<Arc<OwnedFd>>,
     ) -> Option<Arc<OwnedFd>> {
+        let vector = &mut self.vectors[index];
         let place = match action {
-            IrqAction::Mask => &mut self.on_mask,
-            IrqAction::Unmask => &mut self.on_unmask,
+            IrqAction::Mask => &mut vector.on_mask,
+            IrqAction::Unmask => &mut vector.on_unmask,
             IrqAction::Trigger => {
-                self.masked = eventfd.is_none();
-                &mut self.trigger
+                self.table.mask(index, eventfd.is_none());
+                &mut vector.trigger
             }
         };
         std::mem::replace(place, eventfd)
@@ -290,18 +312,37 @@ impl Interrupts for Vectors {
 
     fn raise(&self, vector: u16) {
         let mut state = self.state();
-        let passes = state.enabled && !state.function_masked;
-        let Some(vector) = state.vectors.get_mut(usize::from(vector)) else {
+        let index = usize::from(vector);
+        let passes = state.enabled && !state.function_masked && !state.table.is_masked(index);
+        let Some(vector) = state.vectors.get_mut(index) else {
             return;
         };
         match &vector.trigger {
-            Some(trigger) if passes && !vector.masked => {
+            Some(trigger) if passes => {
                 let trigger = trigger.clone();
                 drop(state);
                 signal(&trigger);
             }
-            _ => vector.pending = true,
+            _ => {
+                vector.pending = true;
+                self.has_pending.store(true, Ordering::Relaxed);
+            }
         }
+    }
+
+    fn raise_unmasked(&self) -> bool {
+        // Set by this thread, or with the lock held by one that has fired what it could.
+        if !self.has_pending.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut is_held_back = false;
+        self.change(|state, signals| {
+            state.fire_pending(signals);
+            let passes = state.enabled && !state.function_masked;
+            let mut vectors = state.vectors.iter();
+            is_held_back = passes && vectors.any(|each| each.pending && each.trigger.is_some());
+        });
+        is_held_back
     }
 }
 

@@ -43,6 +43,11 @@ pub struct Capabilities {
     /// The device can be migrated. Only read: nobody here can.
     #[serde(skip_serializing, deserialize_with = "is_there")]
     pub migration: bool,
+    /// An extension of this project's, which others neither send nor look at. The client: it knows an MSI-X
+    /// table that can be mapped for what it is, and does not let a guest write there unseen. The server: the
+    /// table can be mapped, and masks that are set there by stores count.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub msix_table_mappable: bool,
 }
 
 impl Default for Capabilities {
@@ -55,6 +60,7 @@ impl Default for Capabilities {
             write_multiple: false,
             twin_socket: None,
             migration: false,
+            msix_table_mappable: false,
         }
     }
 }

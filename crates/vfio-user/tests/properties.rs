@@ -10,8 +10,9 @@ use vfio_user::{
 fn version() -> impl Strategy<Value = Version> {
     let twin = proptest::option::of((any::<bool>(), any::<Option<u32>>()));
     let numbers = (any::<u32>(), any::<u32>(), any::<u64>(), any::<u64>());
-    (any::<u16>(), any::<u16>(), numbers, any::<bool>(), twin).prop_map(
-        |(major, minor, numbers, write_multiple, twin)| Version {
+    let booleans = (any::<bool>(), any::<bool>());
+    (any::<u16>(), any::<u16>(), numbers, booleans, twin).prop_map(
+        |(major, minor, numbers, (write_multiple, msix_table_mappable), twin)| Version {
             major,
             minor,
             capabilities: Capabilities {
@@ -25,6 +26,7 @@ fn version() -> impl Strategy<Value = Version> {
                     fd_index,
                 }),
                 migration: false,
+                msix_table_mappable,
             },
         },
     )

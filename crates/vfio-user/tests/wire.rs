@@ -203,7 +203,7 @@ fn versions() {
     assert_eq!(text(r#"{"capabilities":{}}"#), Ok(default.clone()));
     let all = r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":65536,"pgsizes":2097152,
         "max_dma_maps":64,"migration":{"pgsize":4096},"write_multiple":true,
-        "twin_socket":{"supported":true,"fd_index":0},"another":[1]}}"#;
+        "twin_socket":{"supported":true,"fd_index":0},"msix_table_mappable":true,"another":[1]}}"#;
     let capabilities = Capabilities {
         max_msg_fds: 8,
         max_data_xfer_size: 65536,
@@ -215,6 +215,7 @@ fn versions() {
             fd_index: Some(0),
         }),
         migration: true,
+        msix_table_mappable: true,
     };
     assert_eq!(text(all).expect("all of them").capabilities, capabilities);
     for wrong in [

@@ -42,6 +42,8 @@ const TIMER_MARGIN: Duration = Duration::from_micros(60);
 
 /// The first sleep between two looks at doorbells that are memory; each further one is twice as long.
 const FIRST_NAP: Duration = Duration::from_micros(50);
+/// The longest time between two looks at whether an interrupt is held back no more.
+const LONGEST_HOLD: Duration = Duration::from_millis(100);
 
 /// Whether commands are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -409,10 +411,12 @@ impl Engine {
         };
         // One that cannot be counted to never comes.
         let spin_end = began.checked_add(spin);
+        let mut holds_back;
         loop {
             if self.has_work() {
                 return;
             }
+            holds_back = self.interrupts.raise_unmasked();
             if spin_end.is_some_and(|end| Instant::now() >= end) {
                 break;
             }
@@ -439,7 +443,7 @@ impl Engine {
                 return;
             }
         }
-        let limit = self.next_nap().into_iter().chain(limit).min();
+        let limit = self.next_nap(holds_back).into_iter().chain(limit).min();
         // The fence in `sleep` is the one that `HostDoorbells::listen` wants.
         if self
             .doorbells
@@ -461,13 +465,14 @@ impl Engine {
         }
     }
 
-    /// How long to sleep at most because doorbells are memory, to which the host may write meanwhile.
-    fn next_nap(&mut self) -> Option<Duration> {
-        let polled = self.config.polled_doorbells.as_ref()?;
-        if !self.is_serving() {
-            return None;
-        }
-        let longest = polled.idle_interval;
+    /// How long to sleep at most because the host may write to memory meanwhile: to doorbells, or to the
+    /// masks of interrupts that are held back.
+    fn next_nap(&mut self, holds_back: bool) -> Option<Duration> {
+        let longest = match &self.config.polled_doorbells {
+            Some(polled) if self.is_serving() => polled.idle_interval,
+            _ if holds_back => LONGEST_HOLD,
+            _ => return None,
+        };
         self.nap = (2 * self.nap).max(FIRST_NAP).min(longest);
         Some(self.nap)
     }

@@ -22,9 +22,13 @@ fn is_signalled(eventfd: &OwnedFd) -> bool {
     rustix::io::read(eventfd, &mut [0; 8]).is_ok()
 }
 
+fn pages() -> Arc<SharedPages> {
+    Arc::new(SharedPages::new().expect("pages"))
+}
+
 /// Four vectors, of which 1 and 2 have eventfds, enabled.
 fn vectors() -> (Vectors, [OwnedFd; 2]) {
-    let vectors = Vectors::new(4);
+    let vectors = Vectors::new(4, pages());
     let ((first, one), (second, two)) = (new_eventfd(), new_eventfd());
     let set = set(1, 2, IrqAction::Trigger, IrqData::Eventfd);
     vectors.set(&set, vec![one, two]).expect("set");
@@ -68,8 +72,41 @@ fn a_vector_fires_while_nothing_masks_it() {
 }
 
 #[test]
+fn masks_that_are_stored_are_found() {
+    let pages = pages();
+    let vectors = Vectors::new(2, pages.clone());
+    let ((ours, theirs), (other, others)) = (new_eventfd(), new_eventfd());
+    let both = set(0, 2, IrqAction::Trigger, IrqData::Eventfd);
+    vectors.set(&both, vec![theirs, others]).expect("set");
+    vectors.set_control(true, false);
+    let store = |value| pages.set_table_word(CONTROL, value);
+    assert!(!vectors.raise_unmasked(), "nothing is held back");
+    store(MASKED);
+    assert_eq!(vectors.read_table(CONTROL), MASKED);
+    vectors.raise(0);
+    vectors.raise(1);
+    assert!(!is_signalled(&ours) && is_signalled(&other));
+    assert!(vectors.raise_unmasked() && !is_signalled(&ours));
+    // While the function is masked, a message has to tell first.
+    vectors.set_control(true, true);
+    assert!(!vectors.raise_unmasked());
+    vectors.set_control(true, false);
+    assert!(vectors.raise_unmasked() && !is_signalled(&ours));
+    store(!MASKED);
+    assert!(!vectors.raise_unmasked());
+    assert!(is_signalled(&ours));
+    assert_eq!(vectors.read_pending(0), 0);
+    vectors.raise(0);
+    assert!(is_signalled(&ours) && !is_signalled(&other));
+    // Whatever is stored past the table.
+    (2..256).for_each(|index| pages.set_table_word(index * ENTRY + CONTROL, 0));
+    vectors.raise(2);
+    assert!(!vectors.raise_unmasked());
+}
+
+#[test]
 fn what_came_before_the_eventfd_is_kept() {
-    let vectors = Vectors::new(1);
+    let vectors = Vectors::new(1, pages());
     vectors.set_control(true, false);
     vectors.raise(0);
     vectors.raise(9);
@@ -120,7 +157,7 @@ fn all_kinds_of_data() {
 
 #[test]
 fn only_eventfds_are_taken() {
-    let vectors = Vectors::new(1);
+    let vectors = Vectors::new(1, pages());
     let (socket, _other) = std::os::unix::net::UnixStream::pair().expect("sockets");
     let set = set(0, 1, IrqAction::Trigger, IrqData::Eventfd);
     assert_eq!(vectors.set(&set, vec![socket.into()]), Err(Errno::INVAL));

@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vfio_user::socket::{MessageReader, Received, send};
 use vfio_user::{
     Capabilities, DmaMap, IrqAction, IrqData, Limits, Message, RegionAccess, RegionWrite, Reply,
-    Request, SetIrqs, TwinSocket, Version, irq, message, region,
+    Request, SetIrqs, SparseArea, TwinSocket, Version, irq, message, region,
 };
 
 use crate::queues::{DATA, Pair};
@@ -51,6 +51,8 @@ pub(crate) struct Client {
     pub(crate) memory: Memory,
     pub(crate) ram: File,
     pub(crate) doorbells: Option<File>,
+    /// What it has mapped of the MSI-X table.
+    pub(crate) table: Option<File>,
     pub(crate) shadow: bool,
     pub(crate) register_writes: u32,
     pub(crate) eventfds: Vec<OwnedFd>,
@@ -125,6 +127,7 @@ impl Client {
             memory,
             ram: memfd(memory == Memory::Sealed),
             doorbells: None,
+            table: None,
             shadow: false,
             register_writes: 0,
             eventfds: Vec::new(),
@@ -142,6 +145,22 @@ impl Client {
 
     /// A client that takes so many bytes by one message.
     pub(crate) fn of_transfer(stream: UnixStream, memory: Memory, max_data_xfer_size: u32) -> Self {
+        Self::agreed(stream, memory, max_data_xfer_size, false)
+    }
+
+    /// A client that masks vectors by stores.
+    pub(crate) fn masking(stream: UnixStream) -> Self {
+        let mut client = Self::agreed(stream, Memory::Sealed, 1000, true);
+        client.set_up();
+        client
+    }
+
+    fn agreed(
+        stream: UnixStream,
+        memory: Memory,
+        max_data_xfer_size: u32,
+        msix_table_mappable: bool,
+    ) -> Self {
         let mut client = Self::silent(stream, memory);
         let request = Request::Version(Version {
             major: 0,
@@ -154,6 +173,7 @@ impl Client {
                     supported: true,
                     fd_index: None,
                 }),
+                msix_table_mappable,
                 ..Capabilities::default()
             },
         });
@@ -163,6 +183,10 @@ impl Client {
         };
         assert_eq!((version.major, version.minor), (0, 1));
         assert!(!version.capabilities.migration);
+        assert_eq!(
+            version.capabilities.msix_table_mappable,
+            msix_table_mappable
+        );
         assert_eq!(version.capabilities.max_msg_fds, 16);
         assert_eq!(answer.fds.len(), usize::from(memory == Memory::Twin));
         if let Some(twin) = answer.fds.pop() {
@@ -212,13 +236,22 @@ impl Client {
         let Ok(Reply::RegionInfo(info)) = answer.reply(&Limits::default()) else {
             panic!("{answer:?}");
         };
-        let areas = info.sparse.unwrap();
-        assert_eq!(
-            (areas.len(), areas[0].offset, areas[0].size),
-            (1, 0x1000, 0x1000)
-        );
+        let mut areas = info.sparse.unwrap();
         assert_eq!((info.size, info.offset), (0x4000, 0));
-        self.doorbells = Some(answer.fds.pop().unwrap().into());
+        let file = File::from(answer.fds.pop().unwrap());
+        let mut page = |offset| {
+            let size = 0x1000;
+            let place = areas
+                .iter()
+                .position(|area| *area == SparseArea { offset, size });
+            place.map(|place| {
+                areas.remove(place);
+                file.try_clone().unwrap()
+            })
+        };
+        self.doorbells = page(0x1000);
+        self.table = page(0x2000);
+        assert_eq!(areas, []);
     }
 
     /// Sends bytes as they are.

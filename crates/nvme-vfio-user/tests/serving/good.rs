@@ -319,6 +319,67 @@ fn masked_vectors_wait() {
     });
 }
 
+/// Only for clients that say that they know what it is: others may let their guests write to it.
+#[test]
+fn vectors_are_masked_by_stores() {
+    for doorbells in [Doorbells::Trapped, Doorbells::Mapped] {
+        let device = device(&options(doorbells));
+        with(&device, |stream| {
+            let mut client = Client::masking(stream);
+            client.create_queues();
+            let table = client.table.take().unwrap();
+            let store = |value: u32| table.write_all_at(&value.to_le_bytes(), 0x201c).unwrap();
+            // Setting an eventfd has unmasked it.
+            let mut word = [0; 4];
+            table.read_exact_at(&mut word, 0x201c).unwrap();
+            assert_eq!(word, [0; 4]);
+            for round in 0..20 {
+                write(&mut client, round, 1);
+                assert!(client.is_signalled(1));
+                store(1);
+                for lba in 0..4 {
+                    write(&mut client, lba, 2);
+                }
+                assert!(rustix::io::read(&client.eventfds[1], &mut [0; 8]).is_err());
+                assert_eq!((client.read32(0x201c), client.read32(0x3000)), (1, 0b10));
+                // An idle server finds it some time.
+                let sleeps = device.controller().counters().sleeps;
+                if round % 4 == 0 {
+                    client.wait("a sleep", |_| {
+                        (device.controller().counters().sleeps > sleeps).then_some(())
+                    });
+                }
+                store(0);
+                assert!(client.is_signalled(1));
+                assert_eq!(client.read32(0x3000), 0);
+            }
+            assert_eq!(device.controller().counters().invalid_doorbells, 0);
+        });
+        with(&device, |stream| {
+            let client = Client::up(stream, Memory::Sealed);
+            assert!(client.table.is_none());
+        });
+    }
+}
+
+/// What a client has stored is nothing to the next one.
+#[test]
+fn the_table_is_another_one_for_each_client() {
+    let device = device(&Options::default());
+    let table = with(&device, |stream| {
+        let client = Client::masking(stream);
+        client.table.unwrap()
+    });
+    with(&device, |stream| {
+        let mut client = Client::masking(stream);
+        client.create_queues();
+        table.write_all_at(&[0xff; 0x1000], 0x2000).unwrap();
+        write(&mut client, 0, 1);
+        assert!(client.is_signalled(1));
+        assert_eq!(client.read32(0x201c), 0);
+    });
+}
+
 #[test]
 fn memory_comes_and_goes() {
     let device = device(&Options::default());

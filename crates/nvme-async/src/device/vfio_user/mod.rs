@@ -71,7 +71,7 @@ use self::mapper::Mapper;
 use self::open::step;
 use crate::device::bar::{self, DOORBELLS, MappedDoorbells, Reserved};
 use crate::device::config::{self, BUS_MASTER, ReadConfig};
-use crate::device::{Device, DeviceError, Doorbell, Notice, host};
+use crate::device::{Device, DeviceError, Doorbell, Notice, VectorMask, host};
 
 /// Revision, programming interface, subclass and class code of an NVMe I/O controller (NVMe over PCIe
 /// transport specification 1.0, section 3.8.1), without the revision.
@@ -108,6 +108,8 @@ pub struct VfioUserDevice {
     mapper: Mapper,
     doorbells: Vec<MappedDoorbells>,
     reserved: Reserved,
+    /// The server looks at masks that are stored in the MSI-X table.
+    masks_vectors: bool,
 }
 
 impl VfioUserDevice {
@@ -224,11 +226,18 @@ impl VfioUserDevice {
             function,
             doorbells,
             reserved: Reserved(msix),
+            masks_vectors: capabilities.msix_table_mappable,
         })
     }
 
     fn connection(&self) -> &Arc<Connection> {
         &self.function.connection
+    }
+
+    /// A mapped word of BAR 0.
+    fn mapped(&self, offset: u32) -> Option<Doorbell> {
+        let mut mapped = self.doorbells.iter();
+        mapped.find_map(|doorbells| doorbells.doorbell(offset))
     }
 
     fn error(&self, operation: String) -> impl FnOnce(io::Error) -> DeviceError {
@@ -270,9 +279,7 @@ impl Device for VfioUserDevice {
         if self.reserved.holds(offset) {
             return Err(refused("the MSI-X table or its pending bits are there"));
         }
-        let mut mapped = self.doorbells.iter();
-        let mapped = mapped.find_map(|doorbells| doorbells.doorbell(offset));
-        Ok(mapped.unwrap_or_else(|| Doorbell::Call {
+        Ok(self.mapped(offset).unwrap_or_else(|| Doorbell::Call {
             target: self.connection().clone(),
             offset,
         }))
@@ -280,6 +287,13 @@ impl Device for VfioUserDevice {
 
     fn vectors(&self) -> &[Arc<OwnedFd>] {
         &self.function.vectors
+    }
+
+    /// Where the server says that it looks at an MSI-X table that can be mapped, as those of this project do.
+    fn vector_mask(&self, vector: u16) -> Option<VectorMask> {
+        let enabled = self.masks_vectors && usize::from(vector) < self.function.vectors.len();
+        let word = self.reserved.vector_control(vector).filter(|_| enabled)?;
+        self.mapped(word).map(VectorMask::exclusive)
     }
 
     fn mapper(&self) -> Arc<dyn DmaMapper> {

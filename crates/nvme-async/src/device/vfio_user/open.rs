@@ -65,6 +65,7 @@ pub(super) fn negotiate(
     let capabilities = Capabilities {
         max_msg_fds: limits.max_fds as u32,
         max_data_xfer_size: limits.max_transfer,
+        msix_table_mappable: true,
         ..Capabilities::default()
     };
     let version = Version {
