@@ -1,6 +1,7 @@
 //! Handles that keep to one queue pair.
 
 use std::collections::BTreeMap;
+use std::slice;
 
 use nvme_async::{Error, Namespace};
 use nvme_soft::fault::{Behaviour, Fault, FaultQueue, FaultStatus};
@@ -52,7 +53,10 @@ async fn queue(namespace: &Namespace) -> u8 {
     let written = namespace.write(0, vec![0; 512]).await;
     assert_eq!(queue_of(written.map_err(Error::from)), queue);
     assert_eq!(queue_of(namespace.flush().await), queue);
-    assert_eq!(queue_of(namespace.discard(&[0..512]).await), queue);
+    assert_eq!(
+        queue_of(namespace.discard(slice::from_ref(&(0..512))).await),
+        queue
+    );
     queue
 }
 
