@@ -67,6 +67,7 @@ impl Boot {
             interrupt_remapping: self.interrupt_remapping,
             kernel_driver: false,
             monitor: self.monitor,
+            forwards: Vec::new(),
             processors: 2,
             memory_mib: 2048,
         })

@@ -45,6 +45,11 @@ until [ -c /dev/vport0p1 ] && [ -c /dev/vport0p2 ] && [ -c /dev/vport0p3 ]; do
     sleep 0.1
 done
 
+# There is one where the machine has ports that lead to the guest's.
+if [ -e /sys/class/net/eth0 ]; then
+    ifconfig eth0 10.0.2.15 netmask 255.255.255.0 || fail "cannot set the network up"
+fi
+
 mkdir /host /memory /guest
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose host /host ||
     fail "cannot mount the host's root"

@@ -10,10 +10,11 @@ use anyhow::{Context, Result, bail, ensure};
 
 /// The modules that the guest loads, in this order. `nvme` is last: by then vfio-pci has taken
 /// its controllers.
-const MODULES: [&str; 11] = [
+const MODULES: [&str; 12] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
+    "virtio_net",
     // What ext4 asks for by another name.
     "crc32c_generic",
     "ext4",

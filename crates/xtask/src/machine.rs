@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, bail, ensure};
 
+use crate::forward::{self, Forward};
+
 /// Where on the guest's PCI bus the first controller sits; each further one is a slot higher.
 const FIRST_SLOT: usize = 0x10;
 /// Where the first disk sits that a server of ours has, after all that the guest's init looks for.
@@ -30,6 +32,8 @@ pub(crate) struct Machine {
     /// Whether the guest reaches QEMU's own monitor, and with it can do to the machine what the
     /// user who runs it can.
     pub(crate) monitor: bool,
+    /// By which the guest can be reached.
+    pub(crate) forwards: Vec<Forward>,
     pub(crate) processors: u32,
     pub(crate) memory_mib: u32,
 }
@@ -46,6 +50,8 @@ pub(crate) struct Controller {
     lba: u32,
     namespaces: u32,
     drive: Drive,
+    /// Most writes in a second to each namespace; further ones wait. 0 is no limit.
+    write_iops: u32,
     /// Whether it shares slot and IOMMU group with the controller before.
     sibling: bool,
     /// Whether it sits in a hot-plug slot of its own, a PCI Express root port.
@@ -76,6 +82,7 @@ impl Default for Controller {
             lba: 512,
             namespaces: 1,
             drive: Drive::Temporary,
+            write_iops: 0,
             sibling: false,
             port: false,
             subsystem: false,
@@ -118,6 +125,7 @@ impl FromStr for Controller {
                         path => Drive::File(PathBuf::from(path)),
                     }
                 }
+                "write_iops" => controller.write_iops = number()?,
                 "sibling" => controller.sibling = true,
                 "port" => controller.port = true,
                 "subsystem" => controller.subsystem = true,
@@ -250,7 +258,7 @@ impl Machine {
             arguments.push("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off".to_owned());
         }
         ensure!(
-            DISK_SLOT + self.disks.len() <= FIRST_SLOT,
+            DISK_SLOT + self.disks.len() <= forward::SLOT,
             "too many disks for one bus"
         );
         if !self.disks.is_empty() {
@@ -275,6 +283,7 @@ impl Machine {
                 ),
             ]);
         }
+        arguments.extend(forward::arguments(&self.forwards));
         let slots = self.slots()?;
         for (index, (controller, (slot, function))) in
             self.controllers.iter().zip(&slots).enumerate()
@@ -311,8 +320,7 @@ impl Machine {
             for namespace in 1..=controller.namespaces {
                 let drive = format!("{name}n{namespace}");
                 let file = directory.join(format!("{drive}.img"));
-                arguments.push("-blockdev".to_owned());
-                arguments.push(controller.block_device(&drive, &file)?);
+                arguments.extend(controller.drive(&drive, &file)?);
                 arguments.push("-device".to_owned());
                 arguments.push(format!(
                     "nvme-ns,id={drive},bus={name}-nvme,nsid={namespace},drive={drive},\
@@ -327,6 +335,26 @@ impl Machine {
 }
 
 impl Controller {
+    /// QEMU's arguments for the drive of a namespace.
+    fn drive(&self, name: &str, temporary: &Path) -> Result<Vec<String>> {
+        let option = "-blockdev".to_owned();
+        let iops = self.write_iops;
+        if iops == 0 {
+            return Ok(vec![option, self.block_device(name, temporary)?]);
+        }
+        let unlimited = self.block_device(&format!("{name}-data"), temporary)?;
+        Ok(vec![
+            "-object".to_owned(),
+            format!(
+                r#"{{"qom-type":"throttle-group","id":"{name}-limit","limits":{{"iops-write":{iops}}}}}"#
+            ),
+            option.clone(),
+            unlimited,
+            option,
+            format!("throttle,node-name={name},throttle-group={name}-limit,file={name}-data"),
+        ])
+    }
+
     fn block_device(&self, name: &str, temporary: &Path) -> Result<String> {
         let path = match &self.drive {
             Drive::Null => {
@@ -365,6 +393,7 @@ mod tests {
             interrupt_remapping: true,
             kernel_driver: false,
             monitor: false,
+            forwards: Vec::new(),
             processors: 2,
             memory_mib: 2048,
         }
@@ -468,7 +497,11 @@ mod tests {
 
     #[test]
     fn every_namespace_has_a_drive() {
-        let arguments = machine(&["drive=null,namespaces=2,mdts=1", "drive=/a,,sibling"]);
+        let arguments = machine(&[
+            "drive=null,namespaces=2,mdts=1",
+            "drive=/a,,sibling",
+            "drive=/b,write_iops=9",
+        ]);
         let arguments = arguments.arguments(Path::new("/run")).unwrap().join(" ");
         for expected in [
             "nvme,id=nvme0-nvme,serial=nvme0,addr=0x10.0,multifunction=on,mdts=1",
@@ -476,6 +509,8 @@ mod tests {
             "null-co,node-name=nvme0n2,size=1073741824",
             "nvme-ns,id=nvme0n2,bus=nvme0-nvme,nsid=2,drive=nvme0n2,logical_block_size=512",
             "file,node-name=nvme1n1,filename=/a,",
+            r#""id":"nvme2n1-limit","limits":{"iops-write":9}} -blockdev file,node-name=nvme2n1-data,"#,
+            "throttle,node-name=nvme2n1,throttle-group=nvme2n1-limit,file=nvme2n1-data",
         ] {
             assert!(arguments.contains(expected), "{expected} in {arguments}");
         }

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod boots;
+mod forward;
 mod fuzz;
 mod guest;
 mod initramfs;

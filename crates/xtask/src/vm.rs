@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::forward::Forward;
 use crate::guest::GuestCommand;
 use crate::machine::{Controller, Machine};
 use crate::packages::Bed;
@@ -22,7 +23,7 @@ const TIMED_OUT: u8 = 124;
 /// The machine is QEMU's software emulation of a PC with an IOMMU, and runs a kernel of Debian's.
 /// `nvme-async` is the release build of crates/nvme-cli. The file system is the one of this
 /// machine, the working directory included; what the command writes to it stays in the guest's
-/// memory and is lost.
+/// memory and is lost. The machine ends with this program, also when that is killed.
 ///
 /// The controllers are bound to vfio-pci. The first is at 0000:00:10.0, each further one a
 /// slot higher; the command finds the addresses in the variables NVME0, NVME1 and so on.
@@ -33,7 +34,7 @@ pub(crate) struct Arguments {
     /// A controller: comma-separated settings; may be given several times.
     ///
     /// `size=1G` of each namespace, `lba=512`, `namespaces=1`, `drive=temporary|null|PATH`,
-    /// `name=NAME` (its address is in the variable NVME_NAME, too), `sibling` (a function of the
+    /// `write_iops=NUMBER` (most writes in a second; further ones wait), `name=NAME` (its address is in the variable NVME_NAME, too), `sibling` (a function of the
     /// device before, in the same IOMMU group), `port` (in a hot-plug slot of its own, and therefore
     /// at another address), `subsystem` (with an NVM subsystem of its own). Any other KEY=VALUE is a property of QEMU's device
     /// `nvme` (mdts, max_ioqpairs, mqes, ...), or of `nvme-ns` when KEY begins with `ns.`.
@@ -48,6 +49,10 @@ pub(crate) struct Arguments {
     /// Let the command reach QEMU's own monitor: QMP at the device that NVME_ASYNC_MONITOR names.
     #[arg(long)]
     monitor: bool,
+    /// Let TCP port HOST of this machine's loopback lead to port GUEST of the guest's; may be given
+    /// several times. The guest has no other network.
+    #[arg(long, value_name = "HOST:GUEST")]
+    forward: Vec<Forward>,
     /// Number of processors.
     #[arg(long, value_name = "NUMBER", default_value_t = 2)]
     cpus: u32,
@@ -81,6 +86,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
         interrupt_remapping: !arguments.no_intremap,
         kernel_driver: arguments.kernel_driver,
         monitor: arguments.monitor,
+        forwards: arguments.forward.clone(),
         processors: arguments.cpus,
         memory_mib: arguments.memory,
     };

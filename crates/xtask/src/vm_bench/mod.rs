@@ -138,6 +138,7 @@ fn job(
         interrupt_remapping: true,
         kernel_driver: false,
         monitor: false,
+        forwards: Vec::new(),
         processors: arguments.cpus,
         memory_mib: 2048,
     };

@@ -73,6 +73,7 @@ fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tall
         interrupt_remapping: true,
         kernel_driver: false,
         monitor: false,
+        forwards: Vec::new(),
         processors: 2,
         memory_mib: 1024,
     };
