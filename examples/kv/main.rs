@@ -14,7 +14,7 @@ mod store;
 mod tests;
 
 use std::error::Error;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
@@ -55,19 +55,12 @@ struct Arguments {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .init();
     let arguments = Arguments::parse();
-    let runtime = match arguments.threads {
-        1 => nvme_async::runtime::Builder::new().build(),
-        threads => runtime::Builder::new_multi_thread()
-            .worker_threads(threads.into())
-            .enable_all()
-            .build(),
-    };
-    let end = runtime
+    let end = runtime(arguments.threads)
         .map_err(Into::into)
         .and_then(|runtime| runtime.block_on(run(arguments)));
     match end {
@@ -76,6 +69,17 @@ fn main() -> ExitCode {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// What so many threads serve in.
+fn runtime(threads: u16) -> io::Result<runtime::Runtime> {
+    match threads {
+        1 => nvme_async::runtime::Builder::new().build(),
+        threads => runtime::Builder::new_multi_thread()
+            .worker_threads(threads.into())
+            .enable_all()
+            .build(),
     }
 }
 

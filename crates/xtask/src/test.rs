@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test there is, suite by suite.
 
+use std::env;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -190,6 +191,7 @@ impl Report {
         self.suite("vm: a disk of ours", || {
             vm_disk::suite(workspace, &bed, &workspace.target.join("debug"))
         });
+        self.suite("vm: kv, killed", || run_kv_in_vm(workspace, arguments.full));
         for boot in &BOOTS {
             let expected = tests.iter().filter(|test| boot.has(test)).count();
             self.suite(&format!("vm: {}", boot.name), || {
@@ -290,6 +292,21 @@ fn build_vm_tests(workspace: &Workspace) -> Result<(PathBuf, Vec<String>)> {
         bail!("the VM test `{test}` is in no module that is named like a boot");
     }
     Ok((binary, tests))
+}
+
+/// Runs the test of the example `kv` that has virtual machines of its own, which this program runs.
+fn run_kv_in_vm(workspace: &Workspace, full: bool) -> Result<Tally> {
+    let this = env::current_exe().context("this program")?;
+    // With the features of the other VM tests, for which the rest was built.
+    run_cargo(
+        workspace
+            .cargo()
+            .args(["test", "--workspace", "--example", "kv"])
+            .args(["--features", "nvme-async-workspace/vm"])
+            .args(["--", "tests::machine::", "--nocapture"])
+            .env("NVME_ASYNC_XTASK", this),
+        full,
+    )
 }
 
 /// The paths of the tests of a test program.

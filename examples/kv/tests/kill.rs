@@ -1,12 +1,13 @@
 //! The program as a process: it is killed at random moments under load, or told to end.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::ffi::OsString;
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
-use std::thread::sleep;
-use std::time::Duration;
+use std::thread::{ScopedJoinHandle, sleep};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use clap::Parser;
@@ -15,29 +16,44 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::full;
 use super::history::{self, Contents, History, WRITERS, check};
 use crate::store::Change;
-use crate::{Arguments, run};
+use crate::{Arguments, run, runtime};
 
 /// In its presence this program is the server, with these arguments.
-const SERVE: &str = "NVME_ASYNC_KV_ARGUMENTS";
+pub(super) const SERVE: &str = "NVME_ASYNC_KV_ARGUMENTS";
 
-/// A server in a process of its own: this program again, of which one test alone is run.
-struct Process {
-    child: Child,
-    port: u16,
+/// For a server that neither serves nor ends.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+/// This program and its arguments, which then is the server.
+pub(super) fn server() -> [OsString; 4] {
+    let program = std::env::current_exe().expect("it runs");
+    let serve = "tests::kill::it_serves_until_it_is_told_to_end";
+    [
+        program.into(),
+        "--exact".into(),
+        serve.into(),
+        "--nocapture".into(),
+    ]
+}
+
+/// A port of the loopback that nobody has.
+pub(super) fn free_port() -> u16 {
+    let free = TcpListener::bind("127.0.0.1:0").expect("there are ports");
+    free.local_addr().expect("is bound").port()
+}
+
+/// A server in a process of its own.
+pub(super) struct Process {
+    pub(super) child: Child,
+    pub(super) port: u16,
 }
 
 impl Process {
-    fn start(device: &Path) -> Self {
-        let free = TcpListener::bind("127.0.0.1:0").expect("there are ports");
-        let port = free.local_addr().expect("is bound").port();
-        drop(free);
-        let device = format!("file:{}?size=64M", device.display());
-        let child = Command::new(std::env::current_exe().expect("it runs"))
-            .args([
-                "--exact",
-                "tests::kill::it_serves_until_it_is_told_to_end",
-                "--nocapture",
-            ])
+    pub(super) fn start(device: &str) -> Self {
+        let [program, arguments @ ..] = server();
+        let port = free_port();
+        let child = Command::new(program)
+            .args(arguments)
             .env(
                 SERVE,
                 format!("kv --device {device} --listen 127.0.0.1:{port}"),
@@ -48,17 +64,24 @@ impl Process {
         Self { child, port }
     }
 
-    fn connect(&mut self) -> Client {
-        for _ in 0..3000 {
+    pub(super) fn connect(&mut self) -> Client {
+        self.try_connect()
+            .unwrap_or_else(|status| panic!("the server ended: {status}"))
+    }
+
+    /// A client, as soon as one is served.
+    ///
+    /// # Errors
+    ///
+    /// What the process ended with before that.
+    pub(super) fn try_connect(&mut self) -> Result<Client, ExitStatus> {
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
             if let Some(status) = self.child.try_wait().expect("is a child") {
-                panic!("the server ended: {status}");
+                return Err(status);
             }
-            if let Ok(stream) = TcpStream::connect(("127.0.0.1", self.port)) {
-                stream.set_nodelay(true).expect("is a socket");
-                return Client {
-                    replies: BufReader::new(stream.try_clone().expect("there are descriptors")),
-                    stream,
-                };
+            if let Ok(client) = Client::connect(self.port) {
+                return Ok(client);
             }
             sleep(Duration::from_millis(10));
         }
@@ -73,13 +96,31 @@ impl Drop for Process {
     }
 }
 
-struct Client {
+pub(super) struct Client {
     stream: TcpStream,
     replies: BufReader<TcpStream>,
 }
 
 impl Client {
-    fn send(&mut self, words: &[&[u8]]) -> std::io::Result<()> {
+    /// Connects to a server that answers.
+    fn connect(port: u16) -> io::Result<Self> {
+        let stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_nodelay(true)?;
+        // Who forwards connections may take one before there is a server.
+        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let mut client = Self {
+            replies: BufReader::new(stream.try_clone()?),
+            stream,
+        };
+        client.send(&[b"PING"])?;
+        if client.receive()?.as_deref() != Some(b"+PONG") {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        client.stream.set_read_timeout(None)?;
+        Ok(client)
+    }
+
+    fn send(&mut self, words: &[&[u8]]) -> io::Result<()> {
         let mut bytes = format!("*{}\r\n", words.len()).into_bytes();
         for word in words {
             bytes.extend(format!("${}\r\n", word.len()).as_bytes());
@@ -90,11 +131,11 @@ impl Client {
     }
 
     /// The next reply: what is in a bulk string, nothing, or the line of anything else.
-    fn receive(&mut self) -> std::io::Result<Option<Bytes>> {
+    fn receive(&mut self) -> io::Result<Option<Bytes>> {
         let mut line = String::new();
         self.replies.read_line(&mut line)?;
         let Some(line) = line.strip_suffix("\r\n") else {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
+            return Err(io::ErrorKind::UnexpectedEof.into());
         };
         let Some(len) = line.strip_prefix('$') else {
             return Ok(Some(line.to_owned().into()));
@@ -114,7 +155,7 @@ impl Client {
     }
 
     /// All keys with their values.
-    fn contents(&mut self) -> Contents {
+    pub(super) fn contents(&mut self) -> Contents {
         let mut contents = Contents::new();
         for writer in 0..WRITERS {
             for number in 0..history::KEYS {
@@ -146,15 +187,21 @@ fn words(changes: &[Change]) -> Vec<&[u8]> {
     }
 }
 
-/// Changes things until the server is gone, a few at a time.
-fn write(mut client: Client, histories: &Mutex<Vec<History>>, writer: usize, seed: u64) {
+/// Changes things until the server is gone, as many at a time as `depth` says.
+fn write(
+    mut client: Client,
+    depth: usize,
+    histories: &Mutex<Vec<History>>,
+    writer: usize,
+    seed: u64,
+) {
     let mut random = fastrand::Rng::with_seed(seed);
     let with_history = |f: &mut dyn FnMut(&mut History)| {
         f(&mut histories.lock().expect("no one panics with it")[writer]);
     };
     let mut outstanding = 0;
     loop {
-        while outstanding < 4 {
+        while outstanding < depth {
             let changes = history::random_change(&mut random, writer);
             let has_command = |changes: &[Change]| {
                 let is_set = |change: &Change| matches!(change, Change::Set { .. });
@@ -179,33 +226,74 @@ fn write(mut client: Client, histories: &Mutex<Vec<History>>, writer: usize, see
     }
 }
 
+/// Writers at work.
+pub(super) struct Load<'a, 'scope> {
+    histories: &'a Mutex<Vec<History>>,
+    writers: Vec<ScopedJoinHandle<'scope, ()>>,
+}
+
+impl Load<'_, '_> {
+    /// How many changes were acknowledged by now.
+    pub(super) fn acknowledged(&self) -> usize {
+        acknowledged(&self.histories.lock().expect("no one panics with it"))
+    }
+
+    /// Whether a client has lost its server.
+    pub(super) fn has_ended(&self) -> bool {
+        self.writers.iter().any(ScopedJoinHandle::is_finished)
+    }
+}
+
+fn acknowledged(histories: &[History]) -> usize {
+    histories.iter().map(|history| history.acknowledged).sum()
+}
+
+/// Lets a writer for each client change things, so many at a time, until all have lost their server, which
+/// is for `end` to see to. Returns how many changes were acknowledged.
+pub(super) fn under_load(
+    clients: Vec<Client>,
+    depth: usize,
+    histories: &mut Vec<History>,
+    random: &mut fastrand::Rng,
+    end: impl FnOnce(&Load<'_, '_>),
+) -> usize {
+    let shared = Mutex::new(std::mem::take(histories));
+    std::thread::scope(|scope| {
+        let writers = clients.into_iter().enumerate().map(|(writer, client)| {
+            let (shared, seed) = (&shared, random.u64(..));
+            scope.spawn(move || write(client, depth, shared, writer, seed))
+        });
+        end(&Load {
+            histories: &shared,
+            writers: writers.collect(),
+        });
+    });
+    *histories = shared.into_inner().expect("no one panics with it");
+    acknowledged(histories)
+}
+
+fn url(directory: &Path) -> String {
+    format!("file:{}?size=64M", directory.join("kv.img").display())
+}
+
 #[test]
 fn nothing_acknowledged_is_lost_by_kill_9() {
     let rounds = if full() { 200 } else { 10 };
     let directory = tempfile::tempdir().expect("there is room");
-    let device = directory.path().join("kv.img");
+    let device = url(directory.path());
     let mut histories = history::fresh();
     let mut acknowledged = 0;
     for seed in 0..=rounds {
         let mut random = fastrand::Rng::with_seed(seed);
         let mut process = Process::start(&device);
         check(&mut histories, process.connect().contents(), seed);
+        let delay = Duration::from_micros(random.u64(..100_000));
         let clients: Vec<_> = (0..WRITERS).map(|_| process.connect()).collect();
-        let shared = Mutex::new(std::mem::take(&mut histories));
-        std::thread::scope(|scope| {
-            for (writer, client) in clients.into_iter().enumerate() {
-                let (shared, seed) = (&shared, random.u64(..));
-                scope.spawn(move || write(client, shared, writer, seed));
-            }
-            sleep(Duration::from_micros(random.u64(..100_000)));
+        acknowledged += under_load(clients, 4, &mut histories, &mut random, |_| {
+            sleep(delay);
             process.child.kill().expect("it runs");
             process.child.wait().expect("it is a child");
         });
-        histories = shared.into_inner().expect("no one panics with it");
-        acknowledged += histories
-            .iter()
-            .map(|history| history.acknowledged)
-            .sum::<usize>();
     }
     assert!(
         acknowledged > 10 * rounds as usize,
@@ -217,14 +305,14 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
 fn it_serves_until_it_is_told_to_end() {
     if let Ok(arguments) = std::env::var(SERVE) {
         let arguments = Arguments::parse_from(arguments.split(' '));
-        let runtime = tokio::runtime::Runtime::new().expect("starts");
+        let runtime = runtime(arguments.threads).expect("starts");
         let end = runtime
             .block_on(run(arguments))
             .map_err(|error| error.to_string());
         return assert_eq!(end, Ok(()));
     }
     let directory = tempfile::tempdir().expect("there is room");
-    let device = directory.path().join("kv.img");
+    let device = url(directory.path());
     for (signal, value) in [(Signal::TERM, "1"), (Signal::INT, "2"), (Signal::TERM, "3")] {
         let mut process = Process::start(&device);
         let mut client = process.connect();

@@ -4,6 +4,8 @@
 mod clients;
 mod history;
 mod kill;
+#[cfg(feature = "vm")]
+mod machine;
 mod model;
 mod power;
 mod recovery;
