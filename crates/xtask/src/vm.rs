@@ -34,9 +34,10 @@ pub(crate) struct Arguments {
     /// A controller: comma-separated settings; may be given several times.
     ///
     /// `size=1G` of each namespace, `lba=512`, `namespaces=1`, `drive=temporary|null|PATH`,
-    /// `write_iops=NUMBER` (most writes in a second; further ones wait), `name=NAME` (its address is in the variable NVME_NAME, too), `sibling` (a function of the
-    /// device before, in the same IOMMU group), `port` (in a hot-plug slot of its own, and therefore
-    /// at another address), `subsystem` (with an NVM subsystem of its own). Any other KEY=VALUE is a property of QEMU's device
+    /// `write_iops=NUMBER` (most writes in a second; further ones wait), `name=NAME` (its address is in
+    /// the variable NVME_NAME, too), `sibling` (a function of the device before, in the same IOMMU
+    /// group), `port` (in a hot-plug slot of its own, and therefore at another
+    /// address), `subsystem` (with an NVM subsystem of its own). Any other KEY=VALUE is a property of QEMU's device
     /// `nvme` (mdts, max_ioqpairs, mqes, ...), or of `nvme-ns` when KEY begins with `ns.`.
     #[arg(long, value_name = "SETTINGS")]
     nvme: Vec<Controller>,
