@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask test` runs everything; `cargo xtask vm -- COMMAND...` runs one command beside
 //! QEMU's NVMe controllers; `cargo xtask vm-bench` compares the driver with others there; `cargo
-//! xtask vm-disk` serves a guest its disk; `cargo xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
+//! xtask vm-disk` serves a guest its disks; `cargo xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
 //! `cargo xtask poll-sim` compares polling policies; `cargo xtask instructions` counts those of a read;
 //! `cargo xtask kv-bench` compares the example `kv` with others; `cargo xtask remote-bench` a controller in
 //! another process with one in this. All say `--help`.

@@ -188,7 +188,7 @@ impl Report {
         let (Some((binary, tests)), Some(bed)) = (built, bed) else {
             return;
         };
-        self.suite("vm: a disk of ours", || {
+        self.suite("vm: disks of ours", || {
             vm_disk::suite(workspace, &bed, &workspace.target.join("debug"))
         });
         self.suite("vm: kv, killed", || run_kv_in_vm(workspace, arguments.full));

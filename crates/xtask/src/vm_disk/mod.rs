@@ -1,14 +1,17 @@
-//! `cargo xtask vm-disk`: a guest whose disk is a vhost-user-blk server that is killed now and then.
+//! `cargo xtask vm-disk`: a guest whose disks are a vhost-user-blk server's that is killed now and then.
 
-use std::io::{self, BufRead, BufReader, Write};
+mod server;
+
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
+use self::server::Server;
 use crate::guest::GuestCommand;
 use crate::machine::Machine;
 use crate::packages::Bed;
@@ -30,10 +33,11 @@ const LIFE: Duration = Duration::from_millis(2500);
 /// How often it has to have been killed.
 const LEAST_KILLS: u32 = 3;
 
-/// Runs a guest whose disk is served by `nvme-async serve vhost-user-blk`.
+/// Runs a guest with two disks of one `nvme-async serve vhost-user-blk`, ranges of one namespace.
 ///
-/// It writes and verifies with fio, discards and zeroes blocks, and keeps files in a file system. While it is busy, the
-/// server is killed (SIGKILL) and started again, several times: the guest must see no error.
+/// It writes and verifies with fio on all queues, discards and zeroes blocks, and keeps files in file systems, on both
+/// disks at a time. While it is busy, the server is killed (SIGKILL) and started again, several times: the guest must
+/// see no error. At the end, what is outside of the disks must be untouched, and no data have been copied on its way.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Run what was built before.
@@ -65,11 +69,11 @@ pub(crate) fn suite(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result
 /// One boot; nothing if the emulator crashed.
 fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tally>> {
     let directory = workspace.vm_directory();
-    let mut place = Place::new(&directory, programs)?;
-    place.start()?;
+    let mut server = Server::new(&directory, programs);
+    server.start()?;
     let machine = Machine {
         controllers: Vec::new(),
-        disks: vec![place.socket.clone()],
+        disks: server.sockets().to_vec(),
         interrupt_remapping: true,
         kernel_driver: false,
         monitor: false,
@@ -95,15 +99,15 @@ fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tall
         errors: Box::new(io::stderr()),
     };
     let killer = thread::spawn(move || {
-        let kills = place.kill_while_busy(&lines);
-        kills.map(|kills| (kills, place))
+        let kills = kill_while_busy(&mut server, &lines);
+        kills.map(|kills| (kills, server))
     });
     let outcome = job.run();
     // The guest's output has ended, and with it what the other thread listens to.
     let Ok(killed) = killer.join() else {
         bail!("the thread that kills the server panicked");
     };
-    let (kills, place) = killed?;
+    let (kills, server) = killed?;
     match outcome? {
         Outcome::EmulatorCrashed => return Ok(None),
         Outcome::TimedOut => bail!("the guest did not end in time"),
@@ -115,105 +119,33 @@ fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tall
         "the server was killed {kills} times only"
     );
     println!("vm-disk: the server was killed {kills} times");
-    place.end()?;
+    server.end()?;
     Ok(Some(counts(&tally)))
 }
 
-/// The server, its socket and its file.
-struct Place {
-    program: PathBuf,
-    socket: PathBuf,
-    image: PathBuf,
-    server: Option<Child>,
-}
-
-impl Place {
-    fn new(directory: &Path, programs: &Path) -> Result<Self> {
-        let name = |end: &str| directory.join(format!("disk-{}.{end}", std::process::id()));
-        let place = Self {
-            program: programs.join("nvme-async"),
-            socket: name("sock"),
-            image: name("img"),
-            server: None,
+/// Kills the server, and starts it again, from the line of the guest's that says that it is busy to the one that says
+/// that it is not any more. Returns how often.
+fn kill_while_busy(server: &mut Server, lines: &Receiver<String>) -> Result<u32> {
+    let mut kills = 0;
+    let mut is_busy = false;
+    loop {
+        let wait = if is_busy {
+            LIFE
+        } else {
+            Duration::from_secs(3600)
         };
-        // Of a process that had the same number and was killed.
-        let _ = std::fs::remove_file(&place.image);
-        Ok(place)
-    }
-
-    /// Starts the server, and waits until it listens.
-    fn start(&mut self) -> Result<()> {
-        let mut server = Command::new(&self.program)
-            .args(["serve", "vhost-user-blk", "--queues", "2", "--socket"])
-            .arg(&self.socket)
-            .arg(format!("file:{}?size=256M", self.image.display()))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| self.program.display().to_string())?;
-        let output = server.stdout.take().context("no pipe from the server")?;
-        self.server = Some(server);
-        let mut line = String::new();
-        BufReader::new(output).read_line(&mut line)?;
-        ensure!(line.starts_with("serving "), "the server does not start");
-        Ok(())
-    }
-
-    fn kill(&mut self) -> Result<()> {
-        if let Some(mut server) = self.server.take() {
-            server.kill()?;
-            server.wait()?;
-        }
-        Ok(())
-    }
-
-    /// Kills the server, and starts it again, from the line of the guest's that says that it is busy to the one that
-    /// says that it is not any more. Returns how often.
-    fn kill_while_busy(&mut self, lines: &Receiver<String>) -> Result<u32> {
-        let mut kills = 0;
-        let mut is_busy = false;
-        loop {
-            let wait = if is_busy {
-                LIFE
-            } else {
-                Duration::from_secs(3600)
-            };
-            match lines.recv_timeout(wait) {
-                Ok(line) if line.contains("disk: under load") => is_busy = true,
-                Ok(line) if line.contains("disk: load is over") => is_busy = false,
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) if is_busy => {
-                    self.kill()?;
-                    self.start()?;
-                    kills += 1;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Ok(kills),
+        match lines.recv_timeout(wait) {
+            Ok(line) if line.contains("disk: under load") => is_busy = true,
+            Ok(line) if line.contains("disk: load is over") => is_busy = false,
+            Ok(_) => {}
+            Err(RecvTimeoutError::Timeout) if is_busy => {
+                server.kill()?;
+                server.start()?;
+                kills += 1;
             }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(kills),
         }
-    }
-
-    /// Ends the server in order.
-    fn end(mut self) -> Result<()> {
-        let mut server = self.server.take().context("it runs")?;
-        let ended = Command::new("kill").arg(server.id().to_string()).status();
-        ensure!(
-            ended.context("kill")?.success(),
-            "the server has ended before"
-        );
-        let status = server.wait()?;
-        ensure!(status.success(), "the server ended with {status}");
-        ensure!(!self.socket.exists(), "the server has left its socket");
-        Ok(())
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        // There is nobody to tell.
-        let _ = self.kill();
-        let _ = std::fs::remove_file(&self.socket);
-        let _ = std::fs::remove_file(&self.image);
     }
 }
 
