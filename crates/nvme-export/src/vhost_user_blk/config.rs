@@ -63,9 +63,11 @@ pub(super) fn has(features: u64, bit: u32) -> bool {
     features >> bit & 1 != 0
 }
 
-/// The features of the protocol; the crate `vhost` adds REPLY_ACK.
+/// The features of the protocol; the crate `vhost` adds REPLY_ACK. Nothing is asked of front ends by BACKEND_REQ, but
+/// Linux's virtio_uml takes no interrupts where that is not offered.
 pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE

@@ -17,17 +17,33 @@
 //! ```
 //!
 //! `reconnect=1` (`reconnect-ms=1000` from QEMU 9.2 on) lets the guest go on when the server was restarted, or killed:
-//! what was in flight is done again. QEMU's own complaints meanwhile ("ring restore failed") are about the connection
-//! that it has lost. Several disks of one namespace are `--disk socket=PATH,range=OFFSET+SIZE`, as often as wanted.
+//! what was in flight is done again. QEMU's own complaints meanwhile ("ring restore failed", "Unexpected end-of-file")
+//! are about the connection that it has lost. Several disks of one namespace are `--disk
+//! socket=PATH,range=OFFSET+SIZE`, as often as wanted.
+//!
+//! # User-mode Linux
+//!
+//! Its virtio_uml, for which a disk is device 2, shares memory in a file that is not sealed, so it has to be trusted:
+//!
+//! ```text
+//! nvme-async serve vhost-user-blk --trust-client --socket /run/disk.sock file:disk.img
+//!
+//! linux.uml mem=1G virtio_uml.device=/run/disk.sock:2 ...
+//! ```
+//!
+//! It has one processor, and so uses one queue. It does not connect again: when the server ends, what is in flight never
+//! completes, and the guest hangs. Tried with Debian's package of Linux 6.1, where virtio_blk is a module. It needs what
+//! QEMU does not: interrupts by a socket, a socket for requests of this side's even if there are none, and a table of
+//! memory that may be longer than what is in it.
 //!
 //! # What is offered
 //!
 //! Virtio 1.2, section 5.2: reads, writes, flushes, Discard, Write Zeroes and the identifier, with several queues, indirect
 //! descriptors, event indices, a write cache that the driver can switch off, and a read-only mode. Of the vhost-user
 //! protocol: configuration, several queues, regions of memory that come and go, a reset of the device, acknowledgements,
-//! and the tracking of requests in flight. Not there: a vIOMMU (VIRTIO_F_ACCESS_PLATFORM), packed virtqueues, live
-//! migration, and the status messages, which the crate `vhost` does not know: a guest that resets its device stops its
-//! queues, which is enough.
+//! and the tracking of requests in flight; a socket for requests of the back end is taken, and none are made. Not there:
+//! a vIOMMU (VIRTIO_F_ACCESS_PLATFORM), packed virtqueues, live migration, and the status messages, which the crate
+//! `vhost` does not know: a guest that resets its device stops its queues, which is enough.
 //!
 //! # What a guest can do
 //!
@@ -59,6 +75,7 @@ mod eventfd;
 mod inflight;
 mod mapping;
 mod memory;
+mod padded;
 mod queue;
 mod request;
 mod ring;

@@ -3,16 +3,17 @@
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
-use vhost::vhost_user::{BackendReqHandler, Error};
+use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
 use super::device::{Device, DeviceInner};
+use super::padded::{self, PaddedTable};
 use super::session::Session;
 
 /// How long is waited where a connection can't be accepted, such as for lack of descriptors.
@@ -125,19 +126,38 @@ impl Drop for Connection {
 /// Does what the front end says until it leaves.
 fn serve(stream: UnixStream, device: Arc<DeviceInner>, runtime: Handle) -> io::Result<()> {
     let session = Arc::new(Mutex::new(Session::new(device, runtime)));
-    let mut messages = BackendReqHandler::from_stream(stream, session.clone());
+    let mut messages = BackendReqHandler::from_stream(stream.try_clone()?, session.clone());
     let ended = loop {
-        match messages.handle_request() {
+        match handle_message(&stream, &mut messages, &session) {
             Ok(()) => {}
             Err(Error::Disconnected) => break Ok(()),
             Err(error) => break Err(io::Error::other(error)),
         }
     };
     // Closed, so that the front end learns of it, before what may take its time.
-    if let Ok(stream) = messages.try_clone_connection() {
-        let _ = stream.shutdown(Shutdown::Both);
-    }
-    let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-    session.close();
+    let _ = stream.shutdown(Shutdown::Both);
+    locked(&session).close();
     ended
+}
+
+/// Waits for a message, and does what it says.
+fn handle_message(
+    stream: &UnixStream,
+    messages: &mut BackendReqHandler<Mutex<Session>>,
+    session: &Mutex<Session>,
+) -> Result<(), Error> {
+    let padded = PaddedTable::receive(stream).map_err(Error::ReqHandlerError)?;
+    let Some(table) = padded else {
+        return messages.handle_request();
+    };
+    let mut session = locked(session);
+    let done = session.set_mem_table(&table.regions, table.files, None);
+    if table.needs_reply && session.acknowledges() {
+        padded::acknowledge(stream, done.is_ok()).map_err(Error::ReqHandlerError)?;
+    }
+    done.map(drop)
+}
+
+fn locked(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
 }

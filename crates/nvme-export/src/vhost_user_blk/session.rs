@@ -12,7 +12,7 @@ use vhost::vhost_user::message::{
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
-    Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
+    Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
     VhostUserVirtioFeatures,
 };
 use virtio_bindings::bindings::virtio_ring::{
@@ -21,7 +21,7 @@ use virtio_bindings::bindings::virtio_ring::{
 
 use super::config;
 use super::device::{DeviceInner, QueueDevice};
-use super::eventfd::{self, Kick};
+use super::eventfd::{self, Kick, Receiver};
 use super::inflight::Inflight;
 use super::memory::{Memory, SharedRegions, guest_address};
 use super::queue::{QueueParts, RunningQueue};
@@ -30,15 +30,17 @@ use super::vring::{Places, Vring};
 use super::{MAX_QUEUE_SIZE, MAX_REGIONS};
 
 /// One front end. Its thread may wait, which what it calls for in the runtime is not done in.
-#[derive(Debug)]
 pub(super) struct Session {
     device: Arc<DeviceInner>,
     runtime: Handle,
     features: u64,
+    protocol_features: u64,
     memory: Memory,
     regions: Arc<SharedRegions>,
     vrings: Vec<Vring>,
     inflight: Option<Inflight>,
+    /// Where requests to the front end would go. There are none, but it stays open for as long as the connection.
+    _requests: Option<Backend>,
 }
 
 impl Session {
@@ -51,9 +53,16 @@ impl Session {
             device,
             runtime,
             features: 0,
+            protocol_features: 0,
             regions,
             inflight: None,
+            _requests: None,
         }
+    }
+
+    /// Whether the front end may ask for acknowledgements.
+    pub(super) fn acknowledges(&self) -> bool {
+        self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
     }
 
     /// Waits for what is under way, and gives the guest's memory back.
@@ -269,16 +278,16 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let eventfd = fd.map(eventfd::check).transpose();
-        let eventfd = eventfd.map_err(Error::ReqHandlerError)?;
-        self.vring(index)?.call.set(eventfd);
+        let receiver = fd.map(Receiver::check).transpose();
+        let receiver = receiver.map_err(Error::ReqHandlerError)?;
+        self.vring(index)?.call.set(receiver);
         Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let eventfd = fd.map(eventfd::check).transpose();
-        let eventfd = eventfd.map_err(Error::ReqHandlerError)?;
-        self.vring(index)?.broken.set(eventfd);
+        let receiver = fd.map(Receiver::check).transpose();
+        let receiver = receiver.map_err(Error::ReqHandlerError)?;
+        self.vring(index)?.broken.set(receiver);
         Ok(())
     }
 
@@ -291,6 +300,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if features & !offered.bits() != 0 {
             return Err(Error::FeatureMismatch);
         }
+        self.protocol_features = features;
         Ok(())
     }
 
@@ -353,6 +363,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let removed = self.memory.remove(region);
         self.runtime.block_on(removed).map_err(failed)
+    }
+
+    fn set_backend_req_fd(&mut self, requests: Backend) {
+        self._requests = Some(requests);
     }
 
     fn set_gpu_socket(&mut self, _backend: GpuBackend) -> Result<()> {

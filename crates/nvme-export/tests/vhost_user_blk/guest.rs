@@ -324,7 +324,7 @@ impl Driver {
         }
     }
 
-    fn places(&self) -> VringConfigData {
+    pub(crate) fn places(&self) -> VringConfigData {
         VringConfigData {
             queue_max_size: 1024,
             queue_size: self.size,

@@ -6,3 +6,4 @@ mod hostile;
 mod requests;
 mod sessions;
 mod sharing;
+mod uml;
