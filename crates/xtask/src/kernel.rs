@@ -100,17 +100,35 @@ impl Kernel {
             .iter()
             .find(|file| module_name(file).as_deref() == Some(name))
             .with_context(|| format!("{} has no module {name}", self.modules.display()))?;
-        let content = content(file)?;
-        for dependency in dependencies(&content) {
+        let module = Module::read(file)?;
+        for dependency in dependencies(&module.content) {
             self.add(&dependency, files, builtin, loaded, modules)?;
         }
+        modules.push(module);
+        Ok(())
+    }
+}
+
+/// The module `name`, spelled as the kernel does, somewhere under `directory`.
+pub(crate) fn module(directory: &Path, name: &str) -> Result<Module> {
+    let mut files = Vec::new();
+    collect(directory, &mut files)?;
+    files
+        .iter()
+        .find(|file| module_name(file).as_deref() == Some(name))
+        .with_context(|| format!("{} has no module {name}", directory.display()))
+        .and_then(|file| Module::read(file))
+}
+
+impl Module {
+    fn read(file: &Path) -> Result<Self> {
+        let content = content(file)?;
         let file = file.file_name().unwrap_or_default().to_string_lossy();
         let end = file.find(".ko").unwrap_or(file.len());
-        modules.push(Module {
+        Ok(Self {
             file: format!("{}.ko", &file[..end]),
             content,
-        });
-        Ok(())
+        })
     }
 }
 

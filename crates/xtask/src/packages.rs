@@ -1,5 +1,5 @@
 //! What virtual machines need beyond cargo: QEMU, installed by apt; a kernel and busybox for the
-//! guest, only unpacked from their packages, never installed. And valgrind, and clients of Redis and NBD.
+//! guest, and user-mode Linux, only unpacked from their packages, never installed. And valgrind, and clients of Redis and NBD.
 
 use std::env;
 use std::ffi::OsStr;
@@ -25,6 +25,7 @@ const QEMU_PACKAGE: &str = "qemu-system-x86";
 const QEMU_UTILS_PACKAGE: &str = "qemu-utils";
 const KERNEL_PACKAGE: &str = "linux-image-amd64";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
+const USER_MODE_LINUX_PACKAGE: &str = "user-mode-linux";
 
 /// Programs that come with every Debian, and the packages that have them.
 const PROGRAMS: [(&str, &str); 3] = [
@@ -67,6 +68,32 @@ impl Bed {
             kernel: Kernel::open(&kernel)?,
             busybox,
         })
+    }
+}
+
+/// Linux as a process.
+#[derive(Debug)]
+pub(crate) struct UserModeLinux {
+    pub(crate) program: PathBuf,
+    /// The directory of its modules.
+    pub(crate) modules: PathBuf,
+}
+
+impl UserModeLinux {
+    /// Obtains the package, unless it is there already.
+    pub(crate) fn prepare(directory: &Path) -> Result<Self> {
+        fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+        let mut apt = Apt::new(directory);
+        let content = unpacked(directory, "uml", || apt.download(USER_MODE_LINUX_PACKAGE))?;
+        let linux = Self {
+            program: content.join("usr/bin/linux.uml"),
+            modules: content.join("usr/lib/uml/modules"),
+        };
+        for path in [&linux.program, &linux.modules] {
+            let is_there = path.exists();
+            ensure!(is_there, "{USER_MODE_LINUX_PACKAGE}: no {}", path.display());
+        }
+        Ok(linux)
     }
 }
 
@@ -293,7 +320,7 @@ impl Apt {
         let Some(release) = &self.release else {
             bail!(
                 "packages of Debian are needed ({KERNEL_PACKAGE}, {BUSYBOX_PACKAGE}, \
-                 {QEMU_PACKAGE}), and this machine is no Debian"
+                 {USER_MODE_LINUX_PACKAGE}, {QEMU_PACKAGE}), and this machine is no Debian"
             );
         };
         for path in [

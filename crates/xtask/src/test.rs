@@ -12,7 +12,7 @@ use clap::ValueEnum;
 
 use crate::boots::{BOOTS, Boot};
 use crate::guest::GuestCommand;
-use crate::packages::{self, Bed};
+use crate::packages::{self, Bed, UserModeLinux};
 use crate::run::{BOOT_ATTEMPTS, Job, Outcome};
 use crate::tally::{Counting, Tally, counts};
 use crate::vm_disk;
@@ -185,12 +185,20 @@ impl Report {
         let bed = self.step("vm: kernel and emulator", || {
             Bed::prepare_with(&workspace.vm_directory(), &vm_disk::PROGRAMS)
         });
+        let linux = self.step("vm: user-mode Linux", || {
+            UserModeLinux::prepare(&workspace.vm_directory())
+        });
         let (Some((binary, tests)), Some(bed)) = (built, bed) else {
             return;
         };
         self.suite("vm: disks of ours", || {
             vm_disk::suite(workspace, &bed, &workspace.target.join("debug"))
         });
+        if let Some(linux) = linux {
+            self.suite("vm: disks in user-mode Linux", || {
+                vm_disk::uml::suite(workspace, &bed, &linux, &workspace.target.join("debug"))
+            });
+        }
         self.suite("vm: kv, killed", || run_kv_in_vm(workspace, arguments.full));
         for boot in &BOOTS {
             let expected = tests.iter().filter(|test| boot.has(test)).count();

@@ -1,6 +1,7 @@
 //! `cargo xtask vm-disk`: a guest whose disks are a vhost-user-blk server's that is killed now and then.
 
 mod server;
+pub(crate) mod uml;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -11,10 +12,10 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
-use self::server::Server;
+use self::server::{Server, Trust};
 use crate::guest::GuestCommand;
 use crate::machine::Machine;
-use crate::packages::Bed;
+use crate::packages::{Bed, UserModeLinux};
 use crate::run::{BOOT_ATTEMPTS, Job, Outcome};
 use crate::tally::{Counting, Tally, counts};
 use crate::vm::build;
@@ -27,7 +28,10 @@ pub(crate) const PROGRAMS: [(&str, &str); 3] = [
     ("blkdiscard", "util-linux"),
 ];
 
-const SCRIPT: &str = include_str!("guest.sh");
+/// What all guests do.
+const GUEST: &str = include_str!("guest.sh");
+/// What a guest of QEMU's does.
+const SCRIPT: &str = include_str!("qemu.sh");
 /// How long a server lives while the guest keeps it busy.
 const LIFE: Duration = Duration::from_millis(2500);
 /// How often it has to have been killed.
@@ -38,6 +42,8 @@ const LEAST_KILLS: u32 = 3;
 /// It writes and verifies with fio on all queues, discards and zeroes blocks, and keeps files in file systems, on both
 /// disks at a time. While it is busy, the server is killed (SIGKILL) and started again, several times: the guest must
 /// see no error. At the end, what is outside of the disks must be untouched, and no data have been copied on its way.
+///
+/// Then the same without kills in user-mode Linux, which can't connect again.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Run what was built before.
@@ -50,8 +56,14 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
         build(workspace)?;
     }
     let bed = Bed::prepare_with(&workspace.vm_directory(), &PROGRAMS)?;
-    let tally = suite(workspace, &bed, &workspace.target.join("release"))?;
-    println!("vm-disk: {} steps passed", tally.passed);
+    let linux = UserModeLinux::prepare(&workspace.vm_directory())?;
+    let programs = workspace.target.join("release");
+    let in_qemu = suite(workspace, &bed, &programs)?;
+    let in_uml = uml::suite(workspace, &bed, &linux, &programs)?;
+    println!(
+        "vm-disk: {} steps in QEMU and {} in user-mode Linux passed",
+        in_qemu.passed, in_uml.passed
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -69,7 +81,7 @@ pub(crate) fn suite(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result
 /// One boot; nothing if the emulator crashed.
 fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tally>> {
     let directory = workspace.vm_directory();
-    let mut server = Server::new(&directory, programs);
+    let mut server = Server::new(&directory, programs, Trust::Untrusted);
     server.start()?;
     let machine = Machine {
         controllers: Vec::new(),
@@ -88,7 +100,7 @@ fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tall
         directory: &directory,
         machine: &machine,
         command: GuestCommand {
-            words: vec!["sh".into(), "-c".into(), SCRIPT.into()],
+            words: vec!["sh".into(), "-c".into(), format!("{GUEST}{SCRIPT}").into()],
             directory: PathBuf::from("/"),
             programs: programs.to_owned(),
             environment: Vec::new(),

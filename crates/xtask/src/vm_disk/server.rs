@@ -15,9 +15,17 @@ const DISKS: [Range<u64>; 2] = [16 * MIB..144 * MIB, 160 * MIB..288 * MIB];
 /// Bytes of the namespace, which has room before, between and after the disks.
 const NAMESPACE: u64 = 304 * MIB;
 
+/// Whether the server takes memory that guests could take away again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trust {
+    Untrusted,
+    Trusted,
+}
+
 /// The server, its sockets and its file.
 pub(super) struct Server {
     program: PathBuf,
+    trust: Trust,
     /// Of each disk.
     sockets: [PathBuf; 2],
     image: PathBuf,
@@ -32,10 +40,11 @@ struct Running {
 
 impl Server {
     /// The program of the directory `programs`, with its files in `directory`. It does not run yet.
-    pub(super) fn new(directory: &Path, programs: &Path) -> Self {
+    pub(super) fn new(directory: &Path, programs: &Path, trust: Trust) -> Self {
         let name = |end: &str| directory.join(format!("disk-{}{end}", std::process::id()));
         let server = Self {
             program: programs.join("nvme-async"),
+            trust,
             sockets: [name("a.sock"), name("b.sock")],
             image: name(".img"),
             running: None,
@@ -53,6 +62,9 @@ impl Server {
     pub(super) fn start(&mut self) -> Result<()> {
         let mut command = Command::new(&self.program);
         command.args(["serve", "vhost-user-blk", "--queues", "2"]);
+        if self.trust == Trust::Trusted {
+            command.arg("--trust-client");
+        }
         for (socket, Range { start, end }) in self.sockets.iter().zip(&DISKS) {
             let socket = socket.display();
             command.arg("--disk");
