@@ -64,6 +64,7 @@ impl Boot {
         Ok(Machine {
             controllers: controllers?,
             disks: Vec::new(),
+            disk_files: Vec::new(),
             interrupt_remapping: self.interrupt_remapping,
             kernel_driver: false,
             monitor: self.monitor,

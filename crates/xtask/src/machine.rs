@@ -25,6 +25,8 @@ pub(crate) struct Machine {
     pub(crate) controllers: Vec<Controller>,
     /// The sockets of vhost-user-blk servers, each of which is a disk.
     pub(crate) disks: Vec<PathBuf>,
+    /// Virtio disks of QEMU's own, in slots after those.
+    pub(crate) disk_files: Vec<DiskFile>,
     /// Whether the IOMMU remaps interrupts, without which VFIO refuses its service.
     pub(crate) interrupt_remapping: bool,
     /// Whether the kernel's own driver gets the controllers.
@@ -36,6 +38,14 @@ pub(crate) struct Machine {
     pub(crate) forwards: Vec<Forward>,
     pub(crate) processors: u32,
     pub(crate) memory_mib: u32,
+}
+
+/// A virtio disk over a file, of which the page cache has nothing, with a thread of its own.
+#[derive(Debug)]
+pub(crate) struct DiskFile {
+    pub(crate) path: PathBuf,
+    /// How QEMU does the I/O: `native` or `io_uring`.
+    pub(crate) aio: &'static str,
 }
 
 /// One NVMe controller and its namespaces.
@@ -202,6 +212,12 @@ impl Machine {
         Ok(places.map(address).collect())
     }
 
+    /// The PCI addresses of the disks, those of [`Machine::disks`] first.
+    pub(crate) fn disk_addresses(&self) -> Vec<String> {
+        let slots = DISK_SLOT..DISK_SLOT + self.disks.len() + self.disk_files.len();
+        slots.map(|slot| format!("0000:00:{slot:02x}.0")).collect()
+    }
+
     /// The variables that tell a command in the guest where the controllers are: `NVME0` and on,
     /// and `NVME_` with the name in upper case for those that have one. `NVME_ASYNC_MONITOR` is
     /// the port of the monitor, if there is one.
@@ -258,7 +274,7 @@ impl Machine {
             arguments.push("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off".to_owned());
         }
         ensure!(
-            DISK_SLOT + self.disks.len() <= forward::SLOT,
+            DISK_SLOT + self.disks.len() + self.disk_files.len() <= forward::SLOT,
             "too many disks for one bus"
         );
         if !self.disks.is_empty() {
@@ -280,6 +296,20 @@ impl Machine {
                 "-device".to_owned(),
                 format!(
                     "vhost-user-blk-pci,addr={slot:#x},chardev=disk{index},num-queues={queues}"
+                ),
+            ]);
+        }
+        for (index, file) in self.disk_files.iter().enumerate() {
+            let (path, aio) = (escaped(&file.path), file.aio);
+            let (queues, slot) = (self.processors, DISK_SLOT + self.disks.len() + index);
+            arguments.extend([
+                "-object".to_owned(),
+                format!("iothread,id=file{index}-thread"),
+                "-blockdev".to_owned(),
+                format!("file,node-name=file{index},filename={path},cache.direct=on,aio={aio}"),
+                "-device".to_owned(),
+                format!(
+                    "virtio-blk-pci,addr={slot:#x},drive=file{index},iothread=file{index}-thread,num-queues={queues}"
                 ),
             ]);
         }
@@ -390,6 +420,7 @@ mod tests {
                 .map(|text| text.parse().unwrap())
                 .collect(),
             disks: Vec::new(),
+            disk_files: Vec::new(),
             interrupt_remapping: true,
             kernel_driver: false,
             monitor: false,
@@ -493,6 +524,33 @@ mod tests {
                 < place("nvme,id=b-nvme,serial=b,addr=0x11.0,subsys=b-subsystem")
         );
         assert!(place("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off") > 0);
+    }
+
+    #[test]
+    fn disks_over_files_come_after_those_of_servers() {
+        let file = |path: &str, aio| DiskFile {
+            path: path.into(),
+            aio,
+        };
+        let machine = Machine {
+            disks: vec!["/run/a.sock".into()],
+            disk_files: vec![file("/b", "native"), file("/c,d", "io_uring")],
+            ..machine(&[])
+        };
+        assert_eq!(
+            machine.disk_addresses(),
+            ["0000:00:04.0", "0000:00:05.0", "0000:00:06.0"]
+        );
+        let arguments = machine.arguments(Path::new("/run")).unwrap().join(" ");
+        for expected in [
+            "vhost-user-blk-pci,addr=0x4,",
+            "file,node-name=file0,filename=/b,cache.direct=on,aio=native",
+            "virtio-blk-pci,addr=0x5,drive=file0,iothread=file0-thread,",
+            "filename=/c,,d,cache.direct=on,aio=io_uring",
+            "virtio-blk-pci,addr=0x6,drive=file1,",
+        ] {
+            assert!(arguments.contains(expected), "{expected} in {arguments}");
+        }
     }
 
     #[test]

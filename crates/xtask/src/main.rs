@@ -5,7 +5,8 @@
 //! xtask vm-disk` serves a guest its disks; `cargo xtask fuzz` runs the fuzz targets; `cargo xtask sanitize` runs what does I/O under a sanitizer;
 //! `cargo xtask poll-sim` compares polling policies; `cargo xtask instructions` counts those of a read;
 //! `cargo xtask kv-bench` compares the example `kv` with others; `cargo xtask remote-bench` a controller in
-//! another process with one in this. All say `--help`.
+//! another process with one in this; `cargo xtask guest-bench` a guest's disk on our server with others. All say
+//! `--help`.
 
 #![forbid(unsafe_code)]
 
@@ -13,6 +14,7 @@ mod boots;
 mod forward;
 mod fuzz;
 mod guest;
+mod guest_bench;
 mod initramfs;
 mod instructions;
 mod kernel;
@@ -50,6 +52,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     Fuzz(fuzz::Arguments),
+    GuestBench(guest_bench::Arguments),
     Instructions(instructions::Arguments),
     KvBench(kv_bench::Arguments),
     PollSim(poll_sim::Arguments),
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
     let task = Arguments::parse().task;
     let outcome = Workspace::find().and_then(|workspace| match task {
         Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
+        Task::GuestBench(arguments) => guest_bench::run(&workspace, &arguments),
         Task::Instructions(arguments) => instructions::run(&workspace, &arguments),
         Task::KvBench(arguments) => kv_bench::run(&workspace, &arguments),
         Task::PollSim(arguments) => poll_sim::run(&workspace, &arguments),

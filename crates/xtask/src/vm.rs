@@ -84,6 +84,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
             controllers => controllers.to_vec(),
         },
         disks: Vec::new(),
+        disk_files: Vec::new(),
         interrupt_remapping: !arguments.no_intremap,
         kernel_driver: arguments.kernel_driver,
         monitor: arguments.monitor,

@@ -15,7 +15,9 @@ use std::sync::PoisonError;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::value_parser;
 
+pub(crate) use self::output::{fio_job, number};
 use self::plan::Plan;
+pub(crate) use self::plan::{WORKLOADS, Workload};
 use self::summary::Summary;
 use self::watch::{Told, Watch};
 use crate::guest::GuestCommand;
@@ -135,6 +137,7 @@ fn job(
     let machine = Machine {
         controllers: vec!["drive=null".parse()?],
         disks: Vec::new(),
+        disk_files: Vec::new(),
         interrupt_remapping: true,
         kernel_driver: false,
         monitor: false,

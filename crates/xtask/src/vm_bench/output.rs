@@ -49,21 +49,28 @@ pub(super) fn parse(peer: Peer, output: &str) -> Result<Figures> {
 
 /// With all latencies in one sum (`unified_rw_reporting=mixed`, `lat_percentiles`).
 fn fio(output: &str) -> Result<Figures> {
-    // Warnings may come first.
-    let json = output.find('{').map(|start| &output[start..]);
-    let report: Value = serde_json::from_str(json.unwrap_or_default()).context("fio's JSON")?;
-    let job = &report["jobs"][0];
-    let error = number(job, "/error")?;
-    ensure!(error == 0.0, "fio reports error {error}");
+    let job = fio_job(output, 0)?;
     Ok(Figures {
-        iops: number(job, "/mixed/iops")?,
+        iops: number(&job, "/mixed/iops")?,
         latency: Some(Latency {
-            mean: number(job, "/mixed/lat_ns/mean")?,
-            median: number(job, "/mixed/lat_ns/percentile/50.000000")?,
-            longest: number(job, "/mixed/lat_ns/max")?,
+            mean: number(&job, "/mixed/lat_ns/mean")?,
+            median: number(&job, "/mixed/lat_ns/percentile/50.000000")?,
+            longest: number(&job, "/mixed/lat_ns/max")?,
         }),
         counters: None,
     })
+}
+
+/// What fio reports in JSON of one of its jobs, if that has not failed.
+pub(crate) fn fio_job(output: &str, index: usize) -> Result<Value> {
+    // Warnings may come first.
+    let json = output.find('{').map(|start| &output[start..]);
+    let mut report: Value = serde_json::from_str(json.unwrap_or_default()).context("fio's JSON")?;
+    let job = report.pointer_mut(&format!("/jobs/{index}"));
+    let job = job.map(Value::take).context("fio reports no such job")?;
+    let error = number(&job, "/error")?;
+    ensure!(error == 0.0, "fio reports error {error}");
+    Ok(job)
 }
 
 /// `Sending COUNT read requests, ...`, then `Run completed in SECONDS seconds.`
@@ -113,7 +120,8 @@ fn ours(output: &str) -> Result<Figures> {
     })
 }
 
-fn number(json: &Value, pointer: &str) -> Result<f64> {
+/// The number at a place in JSON.
+pub(crate) fn number(json: &Value, pointer: &str) -> Result<f64> {
     let value = json.pointer(pointer).and_then(Value::as_f64);
     value.with_context(|| format!("no {pointer} in the JSON"))
 }

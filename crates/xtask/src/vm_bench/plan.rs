@@ -38,11 +38,11 @@ impl Peer {
 
 /// Requests of 4 KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Workload {
+pub(crate) struct Workload {
     /// fio's word for it.
-    pub(super) rw: &'static str,
+    pub(crate) rw: &'static str,
     /// How many are in flight.
-    pub(super) iodepth: u32,
+    pub(crate) iodepth: u32,
 }
 
 impl fmt::Display for Workload {
@@ -56,7 +56,7 @@ const fn workload(rw: &'static str, iodepth: u32) -> Workload {
 }
 
 /// All of them.
-pub(super) const WORKLOADS: [Workload; 6] = [
+pub(crate) const WORKLOADS: [Workload; 6] = [
     workload("randread", 1),
     workload("randread", 4),
     workload("randwrite", 1),

@@ -86,6 +86,7 @@ fn boot(workspace: &Workspace, bed: &Bed, programs: &Path) -> Result<Option<Tall
     let machine = Machine {
         controllers: Vec::new(),
         disks: server.sockets().to_vec(),
+        disk_files: Vec::new(),
         interrupt_remapping: true,
         kernel_driver: false,
         monitor: false,
