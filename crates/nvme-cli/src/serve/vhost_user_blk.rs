@@ -1,6 +1,7 @@
 //! `nvme-async serve vhost-user-blk`: a namespace, or parts of it, as disks of virtual machines.
 
 use std::path::PathBuf;
+use std::thread::available_parallelism;
 
 use clap::Args;
 use futures::future::try_join_all;
@@ -54,6 +55,12 @@ pub(super) struct Arguments {
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     queues: u16,
 
+    /// Threads of the runtime. [default: one for each two processors]
+    ///
+    /// Each polls while it has requests, and needs a processor for it, as do the guests that make these.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: Option<u16>,
+
     /// Map memory that front ends can take away, which then ends the server (SIGBUS). Without, guests are refused
     /// whose memory is not sealed (F_SEAL_SHRINK), or of huge pages.
     #[arg(long)]
@@ -81,10 +88,21 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
         .iter()
         .map(|disk| Socket::bind(&disk.socket))
         .collect::<Result<Vec<_>, _>>()?;
+    let workers = match arguments.workers {
+        Some(workers) => workers.into(),
+        None => default_workers(available_parallelism()?.get()),
+    };
     Builder::new_multi_thread()
+        .worker_threads(workers)
         .enable_all()
         .build()?
         .block_on(serve(arguments, disks, &sockets))
+}
+
+/// Half of the processors: with a worker on each, those that poll take turns with the guests, and pass the tasks
+/// that poll to one another.
+fn default_workers(processors: usize) -> usize {
+    processors.div_ceil(2)
 }
 
 async fn serve(arguments: &Arguments, disks: Vec<Disk>, sockets: &[Socket]) -> Result<(), Failure> {
@@ -185,6 +203,12 @@ fn parse_disk(text: &str) -> Result<Disk, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn workers_leave_processors_to_guests() {
+        let workers = [1, 2, 3, 8].map(default_workers);
+        assert_eq!(workers, [1, 1, 2, 4]);
+    }
 
     #[test]
     fn disks() {
