@@ -32,9 +32,14 @@ pub(super) fn draw(path: &Path, comparisons: &[Comparison]) -> Result<()> {
 }
 
 fn draw_bars(area: &Area<'_>, comparison: &Comparison) -> Result<()> {
-    let group = comparison.ways.len() as f64 + GAP;
+    // None for POSIX, which is the line that bars begin at.
+    let group = (comparison.ways.len() - 1) as f64 + GAP;
     let bars: Vec<(f64, usize, f64)> = bars(comparison, group).collect();
-    let highest = bars.iter().map(|bar| bar.2).fold(1.0, f64::max);
+    let ratios = bars.iter().map(|bar| bar.2);
+    let (lowest, highest) = (
+        ratios.clone().fold(1.0, f64::min),
+        ratios.fold(1.0, f64::max),
+    );
     let width = group * WORKLOADS.len() as f64;
     let mut chart = ChartBuilder::on(area)
         .caption(
@@ -47,26 +52,34 @@ fn draw_bars(area: &Area<'_>, comparison: &Comparison) -> Result<()> {
         .margin(8)
         .x_label_area_size(26)
         .y_label_area_size(46)
-        .build_cartesian_2d(0.0..width, 0.0..highest * 1.08)?;
+        .build_cartesian_2d(0.0..width, (lowest / 1.4..highest * 1.4).log_scale())?;
     chart
         .configure_mesh()
         .disable_x_mesh()
         .disable_x_axis()
         .light_line_style(TRANSPARENT)
+        .y_label_formatter(&|ratio| format!("{ratio}"))
         .label_style(("sans-serif", 12))
         .draw()?;
     let (number, words) = (("sans-serif", 11), ("sans-serif", 14));
     for (x, way, ratio) in bars {
-        let bar = Rectangle::new([(x + 0.06, 0.0), (x + 0.94, ratio)], color(way).filled());
+        let bar = Rectangle::new(
+            [(x + 0.06, 1.0), (x + 0.94, ratio)],
+            color(way, comparison.ways.len()).filled(),
+        );
         chart.draw_series([bar])?;
         let place = chart.backend_coord(&(x + 0.5, ratio));
-        let style = centered(number);
-        area.draw_text(&format!("{ratio:.2}"), &style, local(area, place, -13))?;
+        let down = if ratio < 1.0 { 3 } else { -13 };
+        area.draw_text(
+            &format!("{ratio:.2}"),
+            &centered(number),
+            local(area, place, down),
+        )?;
     }
     chart.draw_series([PathElement::new(vec![(0.0, 1.0), (width, 1.0)], BLACK)])?;
     for (index, workload) in WORKLOADS.iter().enumerate() {
         let middle = (index as f64 + 0.5) * group;
-        let place = chart.backend_coord(&(middle, 0.0));
+        let place = chart.backend_coord(&(middle, lowest / 1.4));
         area.draw_text(
             &workload.to_string(),
             &centered(words),
@@ -76,13 +89,17 @@ fn draw_bars(area: &Area<'_>, comparison: &Comparison) -> Result<()> {
     Ok(())
 }
 
-/// The left edge of each bar, its way and its height.
+/// The left edge of each bar, its way and its ratio.
 fn bars(comparison: &Comparison, group: f64) -> impl Iterator<Item = (f64, usize, f64)> {
     let places = (0..WORKLOADS.len())
-        .flat_map(|workload| (0..comparison.ways.len()).map(move |way| (workload, way)));
+        .flat_map(|workload| (1..comparison.ways.len()).map(move |way| (workload, way)));
     places.filter_map(move |(workload, way)| {
         let ratio = comparison.ratio(workload, way)?;
-        Some((workload as f64 * group + GAP / 2.0 + way as f64, way, ratio))
+        Some((
+            workload as f64 * group + GAP / 2.0 + (way - 1) as f64,
+            way,
+            ratio,
+        ))
     })
 }
 
@@ -99,24 +116,26 @@ fn centered(font: (&'static str, i32)) -> TextStyle<'static> {
 
 fn draw_legend(area: &Area<'_>, ways: &[&str]) -> Result<()> {
     let style = ("sans-serif", 14).into_font();
-    let step = (PANEL.0 as i32 - 60) / ways.len() as i32;
-    for (way, name) in ways.iter().enumerate() {
-        let x = 46 + way as i32 * step;
-        area.draw(&Rectangle::new([(x, 8), (x + 12, 20)], color(way).filled()))?;
+    let step = (PANEL.0 as i32 - 60) / (ways.len() as i32 - 1);
+    for (way, name) in ways.iter().enumerate().skip(1) {
+        let x = 46 + (way as i32 - 1) * step;
+        area.draw(&Rectangle::new(
+            [(x, 8), (x + 12, 20)],
+            color(way, ways.len()).filled(),
+        ))?;
         area.draw(&Text::new((*name).to_owned(), (x + 18, 7), style.clone()))?;
     }
     Ok(())
 }
 
-fn color(way: usize) -> RGBColor {
-    const COLORS: [(u8, u8, u8); 5] = [
-        (127, 127, 127),
-        (107, 174, 214),
-        (189, 189, 189),
-        (33, 113, 181),
-        (214, 39, 40),
-    ];
-    let (red, green, blue) = COLORS[way % COLORS.len()];
+/// Of a way that is not POSIX, of so many; ours, the last one, looks alike everywhere.
+fn color(way: usize, ways: usize) -> RGBColor {
+    const OTHERS: [(u8, u8, u8); 3] = [(107, 174, 214), (158, 158, 158), (33, 113, 181)];
+    const OURS: RGBColor = RGBColor(214, 39, 40);
+    if way + 1 == ways {
+        return OURS;
+    }
+    let (red, green, blue) = OTHERS[(way - 1) % OTHERS.len()];
     RGBColor(red, green, blue)
 }
 
@@ -136,8 +155,8 @@ mod tests {
         };
         comparison.add(1, 0, figures(100.0));
         comparison.add(1, 1, figures(250.0));
-        let found: Vec<_> = bars(&comparison, 3.0).collect();
-        assert_eq!(found, [(3.5, 0, 1.0), (4.5, 1, 2.5)]);
+        let found: Vec<_> = bars(&comparison, 2.0).collect();
+        assert_eq!(found, [(2.5, 1, 2.5)]);
 
         let path = std::env::temp_dir().join(format!("xtask-bars-{}", std::process::id()));
         draw(&path, &[comparison]).unwrap();

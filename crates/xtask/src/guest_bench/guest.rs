@@ -25,7 +25,7 @@ use crate::workspace::Workspace;
 const WAYS: [&str; 4] = [
     "virtio-blk, native",
     "virtio-blk, io_uring",
-    "qemu-s-d",
+    "storage-daemon, direct",
     "ours, cached",
 ];
 const PROCESSORS: u32 = 2;

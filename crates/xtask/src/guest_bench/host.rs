@@ -44,10 +44,18 @@ const fn way(name: &'static str, peer: Peer, is_direct: bool) -> Way {
 
 /// POSIX first. In a round those that are direct go by turns, and then those that are not.
 const WAYS: [Way; 5] = [
-    way("fio", Peer::Fio, true),
-    way("qemu-s-d", Peer::StorageDaemon("native"), true),
+    way("fio, direct", Peer::Fio, true),
+    way(
+        "storage-daemon, direct",
+        Peer::StorageDaemon("native"),
+        true,
+    ),
     way("fio, cached", Peer::Fio, false),
-    way("qemu-s-d, cached", Peer::StorageDaemon("io_uring"), false),
+    way(
+        "storage-daemon, cached",
+        Peer::StorageDaemon("io_uring"),
+        false,
+    ),
     way("ours, cached", Peer::Ours, false),
 ];
 

@@ -1,6 +1,7 @@
 //! A process that serves a file over vhost-user.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -37,8 +38,15 @@ impl Server {
             .arg("--socket")
             .arg(socket)
             .arg(format!("file:{}", image.path.display()))
-            .stdout(Stdio::null());
-        Self::start(command, socket)
+            .stdout(Stdio::piped());
+        let mut server = Self::start(command, socket)?;
+        // The socket is there before the controller is; and a driver that comes up beside something else that is busy
+        // learns the wrong things about how long it takes to sleep.
+        let stdout = server.process.stdout.take().context("its output")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        ensure!(line.starts_with("serving"), "nvme-async does not serve");
+        Ok(server)
     }
 
     pub(super) fn storage_daemon(
