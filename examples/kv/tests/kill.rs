@@ -232,6 +232,10 @@ pub(super) struct Load<'a, 'scope> {
     writers: Vec<ScopedJoinHandle<'scope, ()>>,
 }
 
+#[cfg_attr(
+    not(feature = "vm"),
+    expect(dead_code, reason = "only who kills machines asks")
+)]
 impl Load<'_, '_> {
     /// How many changes were acknowledged by now.
     pub(super) fn acknowledged(&self) -> usize {
