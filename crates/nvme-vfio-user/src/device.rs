@@ -132,10 +132,7 @@ impl Device {
             return Err(StartError::Vectors(count));
         }
         let pages = Arc::new(SharedPages::new().map_err(StartError::Page)?);
-        let maps_doorbells = match options.doorbells {
-            Doorbells::Trapped => false,
-            Doorbells::Mapped => true,
-        };
+        let maps_doorbells = options.doorbells == Doorbells::Mapped;
         config.doorbell_buffers = !maps_doorbells;
         config.polled_doorbells = maps_doorbells.then(|| PolledDoorbells {
             memory: pages.clone(),

@@ -1,5 +1,6 @@
 //! What virtual machines need beyond cargo: QEMU, installed by apt; a kernel and busybox for the
-//! guest, and user-mode Linux, only unpacked from their packages, never installed. And valgrind, and clients of Redis and NBD.
+//! guest, and user-mode Linux, only unpacked from their packages, never installed. And valgrind, and clients
+//! of Redis and NBD.
 
 use std::env;
 use std::ffi::OsStr;

@@ -315,8 +315,8 @@ impl Namespace {
     }
 
     /// Resolves when all commands on the shared queues, or on the one that the handle is
-    /// [pinned](Self::pinned) to, that were submitted before its first poll are done, those whose futures were dropped included. Afterwards no dropped write reaches
-    /// the media any more.
+    /// [pinned](Self::pinned) to, that were submitted before its first poll are done, those whose
+    /// futures were dropped included. Afterwards no dropped write of theirs reaches the media any more.
     ///
     /// # Errors
     ///

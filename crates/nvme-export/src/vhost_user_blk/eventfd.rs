@@ -57,7 +57,7 @@ impl Receiver {
         let one = 1_u64.to_ne_bytes();
         match self {
             Self::Eventfd(eventfd) => rustix::io::write(eventfd, &one),
-            // However the front end has it by now.
+            // Without waiting, whether or not the front end has made the socket one that blocks.
             Self::Socket(socket) => send(socket, &one, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
         }
     }

@@ -37,16 +37,18 @@ impl Host {
     }
 
     pub(crate) fn with(lba_size: u32, change: impl FnOnce(&mut Config)) -> Self {
-        Self::opened(OpenOptions::new(), lba_size, change)
+        Self::opened(2, OpenOptions::new(), lba_size, change)
     }
 
+    /// With so many worker threads, and a controller that is opened so.
     pub(crate) fn opened(
+        workers: usize,
         options: OpenOptions,
         lba_size: u32,
         change: impl FnOnce(&mut Config),
     ) -> Self {
         let runtime = Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads(workers)
             .enable_all()
             .build()
             .expect("a runtime");
