@@ -114,6 +114,8 @@ pub(crate) struct Engine {
     /// When a slow controller becomes ready.
     ready_at: Option<Instant>,
     spin: Spin,
+    /// The same while commands wait for their time, for which the host may be waiting too.
+    spin_deferred: Spin,
     /// In the order in which it is due.
     deferred: VecDeque<Deferred>,
     /// There is none until the host sets some.
@@ -167,6 +169,7 @@ impl Engine {
             nap: Duration::ZERO,
             ready_at: None,
             spin: Spin::new(config.spin),
+            spin_deferred: Spin::new(config.spin),
             deferred: VecDeque::new(),
             coalescing: None,
             faults: None,
@@ -406,7 +409,7 @@ impl Engine {
         let began = Instant::now();
         // Between naps there is one look only.
         let spin = match self.nap.is_zero() {
-            true => self.spin.time(),
+            true => self.spin().time(),
             false => Duration::ZERO,
         };
         // One that cannot be counted to never comes.
@@ -459,9 +462,16 @@ impl Engine {
                 .is_some_and(|due| due <= Instant::now() + TIMER_MARGIN);
             match is_due {
                 _ if !self.nap.is_zero() => {}
-                true => self.spin.has_slept(Duration::MAX),
-                false => self.spin.has_slept(began.elapsed()),
+                true => self.spin().has_slept(Duration::MAX),
+                false => self.spin().has_slept(began.elapsed()),
             }
+        }
+    }
+
+    fn spin(&mut self) -> &mut Spin {
+        match self.deferred.is_empty() {
+            true => &mut self.spin,
+            false => &mut self.spin_deferred,
         }
     }
 
