@@ -129,6 +129,7 @@ impl Host<'_> {
         self.now += SUBMIT;
         self.outcome.cpu += SUBMIT;
         if self.outstanding.is_empty() {
+            self.policy.rested(self.now - self.last_progress);
             self.last_progress = self.now;
         }
         let end = self.work.serve(self.now, kind);

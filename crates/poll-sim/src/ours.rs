@@ -2,7 +2,7 @@
 
 use poll_window::{Costs, End, Plan as Answer, Policy as Learner, Situation as State};
 
-use crate::policy::{Kind, Plan, Policy, Situation, Then, Waited};
+use crate::policy::{Kind, Nanos, Plan, Policy, Situation, Then, Waited};
 
 pub(crate) struct Ours(Learner);
 
@@ -32,6 +32,10 @@ impl Policy for Ours {
                 then: Then::Ask,
             },
         }
+    }
+
+    fn rested(&mut self, time: Nanos) {
+        self.0.rested(time);
     }
 
     fn watched(&mut self, situation: &Situation, waited: &Waited, completions: usize) {

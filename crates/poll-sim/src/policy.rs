@@ -89,6 +89,11 @@ pub(crate) trait Policy {
         let _ = (device, other);
     }
 
+    /// A command is submitted, after no other was outstanding for so long.
+    fn rested(&mut self, time: Nanos) {
+        let _ = time;
+    }
+
     /// A wait is over that began in this situation, with commands outstanding, and so many
     /// completions are there.
     fn watched(&mut self, situation: &Situation, waited: &Waited, completions: usize) {

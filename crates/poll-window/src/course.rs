@@ -12,6 +12,8 @@ const PAUSE_GAIN: f32 = 0.9;
 #[derive(Clone, Debug)]
 pub(crate) struct Course {
     steps: [Step; BINS],
+    /// Whether a wait that has come so far more likely ends with a poll than with a sleep.
+    polled: [bool; BINS],
 }
 
 /// What a wait comes to that has just begun.
@@ -104,7 +106,12 @@ impl Course {
             cost: cheapest[0],
             sleeps: sleeps[0],
         };
-        (Self { steps }, outlook)
+        let polled = std::array::from_fn(|step| 2.0 * sleeps[step] < reached[step]);
+        (Self { steps, polled }, outlook)
+    }
+
+    pub(crate) fn expects_poll(&self, age: u64) -> bool {
+        self.polled[bin(age)]
     }
 
     pub(crate) fn at(&self, age: u64, wake_latency: u64) -> Plan {

@@ -17,6 +17,9 @@
 //! but saves the waits for them, and it counts whether the last completion was found by polling, after
 //! which more may be about to come, or after a sleep, which has gathered them.
 //!
+//! How late a single command is matters by the time that it takes anyway, unless something is outstanding
+//! for most of the time: whoever asks one thing after another is held up by each of them.
+//!
 //! To ask is a look-up. To tell it of a wait is an addition, but after every 64th, and after one that was
 //! like none of late, the course is computed anew, in a pass over 240 steps.
 //!
@@ -42,9 +45,11 @@
 
 mod bins;
 mod course;
+mod duty;
 mod history;
 
 use self::course::Course;
+use self::duty::Duty;
 use self::history::History;
 
 /// What waiting costs, in nanoseconds.
@@ -58,7 +63,8 @@ pub struct Costs {
     pub timer_cpu: u64,
     /// The CPU time that may be spent to notice a completion sooner, in percent of the time gained. For
     /// a single command that takes [`LATENCY_SCALE`] it is half of that, and so on: what matters is how
-    /// late it is measured by the time that it takes anyway.
+    /// late it is measured by the time that it takes anyway. But where somebody waits for half of the time
+    /// or more it is all of that, since each delay then holds up what comes after.
     pub latency_price: u64,
 }
 
@@ -79,13 +85,14 @@ impl Default for Costs {
 
 impl Costs {
     /// What a sleep costs that an interrupt ends, when so many completions are there.
-    fn sleep(&self, crowd: f32, is_alone: bool) -> Sleep {
+    fn sleep(&self, crowd: f32, is_alone: bool, urgency: f32) -> Sleep {
         let latency = self.wake_latency as f32 * self.latency_price as f32 / 100.0;
         // All are as late as the first one: the later they came, the more are taken before them.
         Sleep {
             cpu: self.wake_cpu as f32,
             latency: latency * crowd,
             is_alone,
+            urgency,
         }
     }
 }
@@ -96,6 +103,8 @@ struct Sleep {
     cpu: f32,
     latency: f32,
     is_alone: bool,
+    /// The least part of the price of its latency that counts.
+    urgency: f32,
 }
 
 impl Sleep {
@@ -104,7 +113,7 @@ impl Sleep {
         // Of many, the time since the last completion is not what one of them takes.
         let age = if self.is_alone { age as f32 } else { 0.0 };
         let scale = LATENCY_SCALE as f32;
-        self.cpu + self.latency * scale / (scale + age)
+        self.cpu + self.latency * (scale / (scale + age)).max(self.urgency)
     }
 }
 
@@ -209,6 +218,7 @@ pub struct Policy {
     /// Whether the last wait was a sleep: commands that are completed together were gathered then,
     /// while after one that was found by polling the others are still to come.
     has_slept: bool,
+    duty: Duty,
 }
 
 #[derive(Clone, Debug)]
@@ -246,6 +256,7 @@ impl Policy {
             costs,
             learned: learned.collect(),
             has_slept: false,
+            duty: Duty::default(),
         }
     }
 
@@ -253,6 +264,7 @@ impl Policy {
     /// counted from the last completion, or from the first submission since then. Waits are told in
     /// their order, but not all of them need to be.
     pub fn observe(&mut self, situation: Situation, from: u64, to: u64, end: End) {
+        self.duty.add_wait(to.saturating_sub(from));
         let learned = &mut self.learned[self.place(situation)];
         let mut most = f32::INFINITY;
         let is_new = match end {
@@ -277,16 +289,29 @@ impl Policy {
         // said about it.
         if is_due {
             // What a sleep gathers would have followed a completion found by polling.
-            let each = polled.each;
-            self.learned[self.place(situation)].renew(&self.costs, each, situation.is_alone());
+            let (each, urgency) = (polled.each, self.duty.urgency());
+            let learned = &mut self.learned[self.place(situation)];
+            learned.renew(&self.costs, each, situation.is_alone(), urgency);
         }
         self.has_slept = end != End::Polled;
+    }
+
+    /// Records that nothing was outstanding for so long, and that something is now.
+    pub fn rested(&mut self, time: u64) {
+        self.duty.add_rest(time);
     }
 
     /// How to wait, `age` after the last completion, or after the first submission since then.
     pub fn plan(&self, situation: Situation, age: u64) -> Plan {
         let course = &self.learned[self.place(situation)].course;
         course.at(age, self.costs.wake_latency)
+    }
+
+    /// Whether the wait that [`plan`](Self::plan) is asked about will more likely end with a poll than with
+    /// a sleep.
+    pub fn expects_poll(&self, situation: Situation, age: u64) -> bool {
+        let course = &self.learned[self.place(situation)].course;
+        course.expects_poll(age)
     }
 
     fn place(&self, situation: Situation) -> usize {
@@ -301,7 +326,7 @@ impl Learned {
     fn untaught(crowd: f32, costs: &Costs, is_alone: bool) -> Self {
         let history = History::default();
         let (course, outlook) =
-            Course::through(&history, costs, costs.sleep(crowd, is_alone), is_alone);
+            Course::through(&history, costs, costs.sleep(crowd, is_alone, 0.0), is_alone);
         Self {
             history,
             course,
@@ -312,9 +337,9 @@ impl Learned {
     }
 
     /// Sets the course anew, if every other completion that a sleep gathers would have cost so much.
-    fn renew(&mut self, costs: &Costs, each: f32, is_alone: bool) {
+    fn renew(&mut self, costs: &Costs, each: f32, is_alone: bool, urgency: f32) {
         let others = SAVED * (self.crowd - 1.0);
-        let mut sleep = costs.sleep(self.crowd, is_alone);
+        let mut sleep = costs.sleep(self.crowd, is_alone, urgency);
         let saved = (others * each).min(sleep.price(0));
         sleep.cpu -= saved;
         let (course, outlook) = Course::through(&self.history, costs, sleep, is_alone);

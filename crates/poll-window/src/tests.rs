@@ -209,6 +209,30 @@ fn before_a_very_slow_device_it_sleeps() {
 }
 
 #[test]
+fn a_slow_device_is_polled_in_the_end_if_somebody_does_nothing_but_wait() {
+    let teach = |rest| {
+        let mut policy = Policy::new(COSTS);
+        for index in 0..200 {
+            policy.rested(rest);
+            policy.observe(READ, 0, 80_000 + index % 5 * 200, End::Polled);
+        }
+        policy
+    };
+    let pauses =
+        |policy: &Policy| matches!(policy.plan(READ, 0), Plan::Pause { until } if until > 70_000);
+    let mut policy = teach(5_000);
+    assert!(pauses(&policy));
+    assert!(matches!(policy.plan(READ, 79_500), Plan::Poll { .. }));
+    assert_eq!(teach(2_000_000).plan(READ, 0), Plan::Sleep);
+    // From now on it waits now and then only.
+    for index in 0..400 {
+        policy.rested(2_000_000);
+        policy.observe(READ, 0, 80_000 + index % 5 * 200, End::Polled);
+    }
+    assert_eq!(policy.plan(READ, 0), Plan::Sleep);
+}
+
+#[test]
 fn a_timer_that_costs_more_than_it_saves_is_not_set() {
     let costs = Costs {
         timer_cpu: 4_000,
@@ -219,6 +243,25 @@ fn a_timer_that_costs_more_than_it_saves_is_not_set() {
         policy.observe(READ, 0, 30_000 + index % 5 * 200, End::Polled);
     }
     assert_eq!(policy.plan(READ, 0), Plan::Sleep);
+}
+
+#[test]
+fn it_knows_how_a_wait_will_end() {
+    let new = Policy::new(COSTS);
+    assert!(new.expects_poll(READ, 0));
+    let fast = taught((0..200).map(|index| 5_000 + index % 7 * 100));
+    assert!(fast.expects_poll(READ, 0) && !fast.expects_poll(READ, 40_000));
+    // After a pause.
+    let slow = taught((0..200).map(|index| 30_000 + index % 5 * 200));
+    assert!(slow.expects_poll(READ, 0));
+    assert!(!taught([3_000_000; 100]).expects_poll(READ, 0));
+    // It looks for a moment at what it has never seen, and knows that it will be in vain.
+    let mut late = Policy::new(COSTS);
+    for _ in 0..200 {
+        late.observe(READ, 3_500, 3_000_000, End::Polled);
+    }
+    assert!(matches!(late.plan(READ, 3_300), Plan::Poll { until } if until < 4_000));
+    assert!(!late.expects_poll(READ, 3_300));
 }
 
 #[test]
@@ -278,6 +321,7 @@ fn times_of_any_size_are_fine() {
     ] {
         let mut policy = Policy::new(costs);
         for gap in [0, 1, 255, 256, u64::MAX / 2, u64::MAX] {
+            policy.rested(gap);
             for end in [
                 End::Polled,
                 End::Interrupted { completions: 1 },

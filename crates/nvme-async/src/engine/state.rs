@@ -223,6 +223,10 @@ impl State {
             self.backlog.push_back(key);
         }
         if was_idle {
+            if self.others() == 0 {
+                let rest = now.saturating_duration_since(self.progress());
+                self.window.rested(rest);
+            }
             self.last_progress = now;
         }
         self.tell_of_submission(was_idle, now);

@@ -126,8 +126,9 @@ impl Window {
         let plan = self.policy.plan(situation, age);
         let polled = watch.polled_from;
         let may_go_on = age - polled.unwrap_or(age) < self.max;
+        self.probes &= may_go_on;
         let polls = match (plan, polled) {
-            _ if self.probes => may_go_on,
+            _ if self.probes => true,
             (Plan::Poll { .. }, Some(_)) if may_go_on => true,
             (Plan::Poll { .. }, Some(_)) => {
                 let cuts = &mut self.cuts[situation.index()];
@@ -150,6 +151,11 @@ impl Window {
             },
             Plan::Poll { .. } | Plan::Sleep => Wait::Sleep,
         }
+    }
+
+    /// Records that nothing was outstanding for so long, until now.
+    pub(crate) fn rested(&mut self, time: Duration) {
+        self.policy.rested(nanoseconds(time));
     }
 
     /// Whether somebody who sleeps would better be awake in this situation. Otherwise the wait goes on,
@@ -199,10 +205,10 @@ impl Window {
         self.probes = true;
     }
 
-    /// Whether a wait begins with a poll.
-    pub(crate) fn polls(&self, situation: Situation) -> bool {
-        let plan = self.policy.plan(situation, self.begins[situation.index()]);
-        self.max > 0 && matches!(plan, Plan::Poll { .. })
+    /// Whether a wait that begins now will more likely end with a poll than with an interrupt.
+    pub(crate) fn expects_poll(&self, situation: Situation) -> bool {
+        let began = self.begins[situation.index()];
+        self.max > 0 && self.policy.expects_poll(situation, began)
     }
 
     /// Records that so many completions were found at `now`, the first ones since `progress`.
@@ -332,6 +338,23 @@ mod tests {
     }
 
     #[test]
+    fn it_is_awake_for_the_end_of_a_long_wait_if_one_follows_another() {
+        let taught = |rest: Duration| {
+            let mut window = Window::new(Costs::default(), MAX);
+            for _ in 0..300 {
+                window.rested(rest);
+                wait(&mut window, 200 * ONE);
+            }
+            window
+        };
+        let start = Instant::now();
+        let pauses =
+            |mut window: Window| matches!(window.wait(one(), start, start), Wait::Pause { .. });
+        assert!(pauses(taught(5 * ONE)));
+        assert!(!pauses(taught(2000 * ONE)));
+    }
+
+    #[test]
     fn a_sleeper_is_woken_when_it_pays() {
         let mut window = learned(10 * ONE);
         let start = Instant::now();
@@ -359,6 +382,18 @@ mod tests {
             assert!(waits < 2000, "it sleeps for ever");
         }
         assert_eq!(wait(&mut window, 5 * ONE), 5 * ONE);
+    }
+
+    #[test]
+    fn a_probe_is_polled_for_once() {
+        let mut window = learned(10_000 * ONE);
+        let start = Instant::now();
+        window.probe();
+        assert_eq!(window.wait(one(), start, start), Wait::Poll);
+        assert_eq!(window.wait(one(), start, start + MAX - ONE), Wait::Poll);
+        for late in [MAX, MAX + 30 * ONE, 10 * MAX] {
+            assert_eq!(window.wait(one(), start, start + late), Wait::Sleep);
+        }
     }
 
     /// As when recovery has taken commands back, or the other queue of a pair has completed one.

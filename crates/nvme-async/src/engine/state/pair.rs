@@ -58,9 +58,8 @@ impl State {
     /// Whether a command of this kind would be polled for, if it was submitted now to this queue, which
     /// has no interrupt. Now and then it is to be found out.
     pub(crate) fn expects(&mut self, kind: Kind) -> bool {
-        let others = self.partner.as_ref().map_or(0, Partner::others);
-        let situation = Situation::new(self.in_flight() + others + 1, kind);
-        let polls = self.window.polls(situation);
+        let situation = Situation::new(self.in_flight() + self.others() + 1, kind);
+        let polls = self.window.expects_poll(situation);
         let Some(partner) = &mut self.partner else {
             return polls;
         };
@@ -78,8 +77,12 @@ impl State {
 
     /// What those who wait for completions wait for.
     pub(super) fn situation(&self) -> Situation {
-        let others = self.partner.as_ref().map_or(0, Partner::others);
-        self.core.situation(others)
+        self.core.situation(self.others())
+    }
+
+    /// How many commands the other one has outstanding.
+    pub(super) fn others(&self) -> usize {
+        self.partner.as_ref().map_or(0, Partner::others)
     }
 
     /// When a command was last completed, or submitted while none was outstanding.
