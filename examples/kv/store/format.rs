@@ -1,6 +1,7 @@
-//! What is on the device, as bytes. All numbers are little-endian.
+//! What is on the device, as bytes: numbers are little-endian and of fixed size, and lists start with their length,
+//! as Borsh has them.
 
-use bytes::{Buf, BufMut};
+use borsh::{BorshDeserialize, BorshSerialize};
 
 /// Batches, headers and roots start at multiples of this.
 pub(crate) const BLOCK: usize = 4096;
@@ -10,6 +11,8 @@ pub(super) const DATA_START: u64 = 64 << 10;
 pub(super) const BATCH_HEADER: usize = 32;
 /// Bytes before the key of a record.
 pub(super) const RECORD_HEADER: usize = 24;
+/// Bytes before the batches of a segment that count; they lie in one logical block.
+const SEGMENT_HEADER: usize = 24;
 
 const ROOT_MAGIC: u64 = u64::from_le_bytes(*b"nvme-kv2");
 const SEGMENT_MAGIC: u32 = u32::from_le_bytes(*b"kvSG");
@@ -46,8 +49,19 @@ impl Seed {
     }
 }
 
+const GROWS: &str = "a vector takes everything";
+
+fn encode(what: &impl BorshSerialize) -> Vec<u8> {
+    borsh::to_vec(what).expect(GROWS)
+}
+
+/// What is at the start of `bytes`.
+fn decode<T: BorshDeserialize>(mut bytes: &[u8]) -> Option<T> {
+    T::deserialize(&mut bytes).ok()
+}
+
 /// Where in the log something comes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Position {
     /// Of the segment.
     pub(super) epoch: u64,
@@ -58,7 +72,7 @@ pub(super) struct Position {
 }
 
 /// What recovery starts from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Root {
     pub(super) store: u64,
     pub(super) generation: u64,
@@ -75,66 +89,22 @@ pub(super) struct Root {
 
 impl Root {
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(BLOCK);
-        bytes.put_u32_le(0);
-        bytes.put_u64_le(ROOT_MAGIC);
-        bytes.put_u64_le(self.store);
-        bytes.put_u64_le(self.generation);
-        bytes.put_u32_le(self.segment_size);
-        bytes.put_u32_le(self.segments);
-        bytes.put_u64_le(self.next_epoch);
-        bytes.put_u64_le(self.position.epoch);
-        bytes.put_u32_le(self.position.offset);
-        bytes.put_u64_le(self.position.sequence);
-        bytes.put_u64_le(self.chunks);
-        bytes.put_u32_le(self.checkpoint.len() as u32);
-        for (segment, epoch) in &self.checkpoint {
-            bytes.put_u32_le(*segment);
-            bytes.put_u64_le(*epoch);
-        }
-        bytes.resize(BLOCK, 0);
-        Seed::default().sign(&mut bytes);
-        bytes
+        let mut block = encode(&(0u32, ROOT_MAGIC, self));
+        block.resize(BLOCK, 0);
+        Seed::default().sign(&mut block);
+        block
     }
 
     /// Reads a block; nothing if it holds no root, or a torn one.
     pub(super) fn decode(block: &[u8]) -> Option<Self> {
-        let mut bytes = &block[4..];
-        if !Seed::default().verifies(block) || bytes.get_u64_le() != ROOT_MAGIC {
-            return None;
-        }
-        let mut root = Self {
-            store: bytes.get_u64_le(),
-            generation: bytes.get_u64_le(),
-            segment_size: bytes.get_u32_le(),
-            segments: bytes.get_u32_le(),
-            next_epoch: bytes.get_u64_le(),
-            position: Position {
-                epoch: bytes.get_u64_le(),
-                offset: bytes.get_u32_le(),
-                sequence: bytes.get_u64_le(),
-            },
-            chunks: bytes.get_u64_le(),
-            checkpoint: Vec::new(),
-        };
-        let count = bytes.get_u32_le() as usize;
-        if count > MAX_CHECKPOINT_SEGMENTS {
-            return None;
-        }
-        root.checkpoint = (0..count)
-            .map(|_| (bytes.get_u32_le(), bytes.get_u64_le()))
-            .collect();
-        Some(root)
+        let (magic, root): (u64, Self) = decode(&block[4..])?;
+        (magic == ROOT_MAGIC && Seed::default().verifies(block)).then_some(root)
     }
 }
 
-/// The first block of a segment. What counts lies in one logical block, so that it is never torn.
+/// The first block of a segment.
 pub(super) fn segment_header(store: u64, epoch: u64) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(BLOCK);
-    bytes.put_u32_le(0);
-    bytes.put_u32_le(SEGMENT_MAGIC);
-    bytes.put_u64_le(store);
-    bytes.put_u64_le(epoch);
+    let mut bytes = encode(&(0u32, SEGMENT_MAGIC, store, epoch));
     Seed::default().sign(&mut bytes);
     bytes.resize(BLOCK, 0);
     bytes
@@ -142,32 +112,26 @@ pub(super) fn segment_header(store: u64, epoch: u64) -> Vec<u8> {
 
 /// The epoch in a segment's first block; nothing if this store never used the segment.
 pub(super) fn segment_epoch(store: u64, block: &[u8]) -> Option<u64> {
-    let block = block.get(..24)?;
-    let mut bytes = &block[4..];
-    let is_ours = Seed::default().verifies(block)
-        && bytes.get_u32_le() == SEGMENT_MAGIC
-        && bytes.get_u64_le() == store;
-    is_ours.then(|| bytes.get_u64_le())
+    let header = &block[..SEGMENT_HEADER];
+    let (magic, of, epoch): (u32, u64, u64) = decode(&header[4..])?;
+    let is_ours = (magic, of) == (SEGMENT_MAGIC, store) && Seed::default().verifies(header);
+    is_ours.then_some(epoch)
 }
 
 /// Fills in the header of a batch, whose records are there, and pads it to whole blocks.
 pub(super) fn seal_batch(batch: &mut Vec<u8>, seed: Seed, sequence: u64) {
     let len = batch.len();
-    let mut header = &mut batch[4..BATCH_HEADER];
-    header.put_u32_le(BATCH_MAGIC);
-    header.put_u64_le(sequence);
-    header.put_u32_le(len as u32);
-    header.put_bytes(0, 12);
+    let header = (BATCH_MAGIC, sequence, len as u32);
+    let written = header.serialize(&mut &mut batch[4..BATCH_HEADER]);
+    written.expect("it takes less than a header");
     seed.sign(batch);
     batch.resize(len.next_multiple_of(BLOCK), 0);
 }
 
 /// The sequence number and the length of the batch that starts with `block`, which may be anything.
-pub(super) fn batch_header(mut block: &[u8]) -> Option<(u64, usize)> {
-    block.advance(4);
-    let magic = block.get_u32_le();
-    let (sequence, len) = (block.get_u64_le(), block.get_u32_le() as usize);
-    (magic == BATCH_MAGIC && len >= BATCH_HEADER).then_some((sequence, len))
+pub(super) fn batch_header(block: &[u8]) -> Option<(u64, usize)> {
+    let (magic, sequence, len): (u32, u64, u32) = decode(&block[4..])?;
+    (magic == BATCH_MAGIC && len as usize >= BATCH_HEADER).then_some((sequence, len as usize))
 }
 
 /// Whether a batch is the one that was written.
@@ -188,6 +152,11 @@ pub(super) enum Kind {
     /// In checkpoints: the key's value is where this record's value says.
     Entry = 5,
 }
+
+const KINDS: [Kind; 5] = {
+    use Kind::*;
+    [Set, Delete, Expire, Clear, Entry]
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Record<'a> {
@@ -210,31 +179,20 @@ impl<'a> Record<'a> {
 
     pub(super) fn encode(&self, seed: Seed, out: &mut Vec<u8>) {
         let start = out.len();
-        out.put_u32_le(0);
-        out.put_u32_le(self.kind as u32);
-        out.put_u32_le(self.key.len() as u32);
-        out.put_u32_le(self.value.len() as u32);
-        out.put_u64_le(self.expires);
-        out.put_slice(self.key);
-        out.put_slice(self.value);
+        let lens = (self.key.len() as u32, self.value.len() as u32);
+        let header = (0u32, self.kind as u32, lens, self.expires);
+        header.serialize(out).expect(GROWS);
+        out.extend_from_slice(self.key);
+        out.extend_from_slice(self.value);
         seed.sign(&mut out[start..]);
     }
 
     /// Reads the record at the start of `bytes`, without its checksum.
     pub(super) fn decode(bytes: &'a [u8]) -> Option<Self> {
-        let mut header = bytes.get(4..RECORD_HEADER)?;
-        let kind = match header.get_u32_le() {
-            1 => Kind::Set,
-            2 => Kind::Delete,
-            3 => Kind::Expire,
-            4 => Kind::Clear,
-            5 => Kind::Entry,
-            _ => return None,
-        };
-        let (key, value) = (header.get_u32_le() as usize, header.get_u32_le() as usize);
-        let expires = header.get_u64_le();
-        let body = bytes.get(RECORD_HEADER..record_len(key, value))?;
-        let (key, value) = body.split_at(key);
+        let (kind, (key, value), expires): (u32, (u32, u32), _) = decode(bytes.get(4..)?)?;
+        let kind = KINDS.into_iter().find(|known| *known as u32 == kind)?;
+        let body = bytes.get(RECORD_HEADER..record_len(key as usize, value as usize))?;
+        let (key, value) = body.split_at(key as usize);
         Some(Self {
             kind,
             expires,

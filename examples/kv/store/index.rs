@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
+use borsh::{BorshDeserialize, BorshSerialize};
+
 use super::format::{self, BLOCK, RECORD_HEADER};
 
 /// The index is walked piece by piece, so that walks are short: these are the pieces.
@@ -12,13 +14,14 @@ pub(super) const SHARDS: usize = 1024;
 const PLACE: usize = 12;
 
 /// Where the record of a key is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Entry {
     pub(super) segment: u32,
     /// In the segment.
     pub(super) offset: u32,
     pub(super) value_len: u32,
-    /// In milliseconds since 1970; 0 for never.
+    /// In milliseconds since 1970; 0 for never. A record says it beside the place.
+    #[borsh(skip)]
     pub(super) expires: u64,
 }
 
@@ -37,25 +40,17 @@ impl Entry {
         (self.segment, self.offset) == (other.segment, other.offset)
     }
 
+    /// Its place, as a checkpoint has it.
     pub(super) fn encode(&self) -> [u8; PLACE] {
         let mut place = [0; PLACE];
-        let numbers = [self.segment, self.offset, self.value_len];
-        for (bytes, number) in place.chunks_exact_mut(4).zip(numbers) {
-            bytes.copy_from_slice(&number.to_le_bytes());
-        }
+        let written = self.serialize(&mut &mut place[..]);
+        written.expect("a place is three numbers of four bytes");
         place
     }
 
     pub(super) fn decode(place: &[u8], expires: u64) -> Option<Self> {
-        let place: &[u8; PLACE] = place.try_into().ok()?;
-        let (numbers, _) = place.as_chunks();
-        let [segment, offset, value_len] = [0, 1, 2].map(|i| u32::from_le_bytes(numbers[i]));
-        Some(Self {
-            segment,
-            offset,
-            value_len,
-            expires,
-        })
+        let entry = Self::try_from_slice(place).ok()?;
+        Some(Self { expires, ..entry })
     }
 }
 
