@@ -1,49 +1,129 @@
 //! What the server says of itself.
 
-use std::fmt::Write;
+use std::fmt::{Display, Formatter};
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use hdrhistogram::Histogram;
 
 use super::commands::is_word;
-use super::protocol::{Reply, bulk};
+use super::protocol::Reply;
 use super::{Server, glob};
 
 /// The version whose commands these are like.
 pub(super) const REDIS_VERSION: &str = "7.0.15";
 
-type Section = fn(&Server, &mut String) -> std::fmt::Result;
-
-const SECTIONS: [(&str, Section); 7] = [
-    ("Server", server),
-    ("Clients", clients),
-    ("Stats", stats),
-    ("Store", store),
-    ("Device", device),
-    ("Engine", engine),
-    ("Keyspace", keyspace),
+const SECTIONS: [&str; 7] = [
+    "Server", "Clients", "Stats", "Store", "Device", "Engine", "Keyspace",
 ];
 
 /// The sections that are asked for, all by default.
 pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
-    let is_all = |word: &Bytes| {
-        ["all", "default", "everything"]
-            .iter()
-            .any(|all| is_word(word, all))
+    let Server { store, limits, .. } = server;
+    let uptime = server.started.elapsed().as_secs();
+    let connected = limits.connections - server.places.available_permits();
+    let received = server.connections.load(Ordering::Relaxed);
+    let pending = limits.pending - server.memory.available_permits();
+    let namespace = store.namespace();
+    let controller = namespace.controller();
+    let (identify, counters) = (controller.identify(), controller.counters());
+    let has_cache = u8::from(identify.has_volatile_write_cache());
+    let usage = store.usage();
+    let database = format!("keys={},expires=0,avg_ttl=0", usage.keys);
+    let (latencies, statistics) = (server.latencies(), store.statistics());
+    let commands = latencies.reads.len() + latencies.others.len();
+    let lines: &[(&str, &str, &dyn Display)] = &[
+        ("Server", "redis_version", &REDIS_VERSION),
+        ("Server", "nvme_async_example", &"kv"),
+        ("Server", "process_id", &std::process::id()),
+        ("Server", "uptime_in_seconds", &uptime),
+        ("Server", "used_memory_rss", &resident()),
+        ("Clients", "connected_clients", &connected),
+        ("Clients", "maxclients", &limits.connections),
+        ("Clients", "pending_request_bytes", &pending),
+        ("Clients", "max_pending_request_bytes", &limits.pending),
+        ("Stats", "total_connections_received", &received),
+        ("Stats", "total_commands_processed", &commands),
+        ("Stats", "read_latency_us", &Percentiles(&latencies.reads)),
+        ("Stats", "other_latency_us", &Percentiles(&latencies.others)),
+        ("Store", "used_bytes", &usage.used),
+        ("Store", "used_bytes_limit", &usage.limit),
+        ("Store", "bytes_not_durable", &usage.pending),
+        ("Store", "segments", &usage.segments),
+        ("Store", "segment_bytes", &usage.segment_size),
+        ("Store", "segments_available", &usage.available),
+        ("Store", "checkpoint_generation", &usage.generation),
+        ("Store", "log_bytes_written", &usage.written),
+        ("Store", "batches", &statistics.batches.len()),
+        ("Store", "batch_records", &Percentiles(&statistics.batches)),
+        ("Store", "batch_write_us", &Percentiles(&statistics.writes)),
+        ("Store", "checkpoints", &statistics.checkpoints),
+        ("Store", "segments_compacted", &statistics.compacted),
+        ("Store", "compaction_bytes_moved", &statistics.moved_bytes),
+        ("Store", "expired_keys", &statistics.expired),
+        ("Device", "address", &controller.address()),
+        ("Device", "model", &identify.model_number()),
+        ("Device", "serial", &identify.serial_number()),
+        ("Device", "state", &format!("{:?}", controller.state())),
+        ("Device", "namespace", &namespace.nsid()),
+        ("Device", "capacity", &namespace.capacity()),
+        ("Device", "logical_block_bytes", &namespace.block_size()),
+        ("Device", "volatile_write_cache", &has_cache),
+        ("Device", "io_queue_pairs", &controller.io_queues().len()),
+        ("Engine", "completions", &counters.completions),
+        ("Engine", "polled_completions", &counters.polled_completions),
+        ("Engine", "reaps", &counters.reaps),
+        (
+            "Engine",
+            "submission_doorbells",
+            &counters.submission_doorbells,
+        ),
+        (
+            "Engine",
+            "completion_doorbells",
+            &counters.completion_doorbells,
+        ),
+        ("Engine", "interrupts", &counters.interrupts),
+        ("Engine", "sleeps", &counters.sleeps),
+        ("Engine", "lost_interrupts", &counters.lost_interrupts),
+        ("Engine", "retries", &counters.retries),
+        ("Engine", "polling_us", &counters.polling.as_micros()),
+        ("Engine", "bounced_bytes", &counters.bounced_bytes),
+        ("Keyspace", "db0", &database),
+    ];
+    // Of an empty database nothing is said.
+    let lines = &lines[..lines.len() - usize::from(usage.keys == 0)];
+    let is_wanted = |section: &&&str| {
+        let mut names = ["all", "default", "everything", section].into_iter();
+        wanted.is_empty() || names.any(|name| wanted.iter().any(|word| is_word(word, name)))
     };
-    let mut text = String::new();
-    for (name, section) in SECTIONS {
-        let is_wanted = |word: &Bytes| is_all(word) || is_word(word, name);
-        if wanted.is_empty() || wanted.iter().any(is_wanted) {
-            let separator = if text.is_empty() { "" } else { "\r\n" };
-            let written = write!(text, "{separator}# {name}\r\n");
-            written
-                .and_then(|()| section(server, &mut text))
-                .expect("a string takes everything");
+    let sections = SECTIONS.iter().filter(is_wanted).map(|section| {
+        let lines = lines.iter().filter(|(of, ..)| of == section);
+        let lines = lines.map(|(_, name, value)| format!("{name}:{value}\r\n"));
+        format!("# {section}\r\n{}", lines.collect::<String>())
+    });
+    sections.collect::<Vec<_>>().join("\r\n")
+}
+
+/// Bytes of memory that the process has; 0 if the kernel does not say.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut lines = status.lines();
+    let text = lines.find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix("kB"));
+    text.and_then(|text| text.trim().parse::<usize>().ok())
+        .map_or(0, |kib| kib << 10)
+}
+
+struct Percentiles<'a>(&'a Histogram<u64>);
+
+impl Display for Percentiles<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(f, "mean={:.1}", self.0.mean())?;
+        for (name, percent) in [("p50", 50.0), ("p99", 99.0), ("p99.9", 99.9)] {
+            write!(f, ",{name}={}", self.0.value_at_percentile(percent))?;
         }
+        write!(f, ",max={}", self.0.max())
     }
-    text
 }
 
 /// `CONFIG GET`: what `redis-benchmark` and some clients ask for.
@@ -56,146 +136,11 @@ pub(super) fn config(server: &Server, patterns: &[Bytes]) -> Reply {
         ("maxclients", &connections),
         ("save", ""),
     ];
-    let is_wanted = |name: &str| {
-        let name = name.as_bytes();
-        patterns
-            .iter()
-            .any(|pattern| glob::matches(&pattern.to_ascii_lowercase(), name))
+    let is_wanted = |(name, _): &(&str, &str)| {
+        let mut patterns = patterns.iter().map(|pattern| pattern.to_ascii_lowercase());
+        patterns.any(|pattern| glob::matches(&pattern, name.as_bytes()))
     };
-    let wanted = known.into_iter().filter(|(name, _)| is_wanted(name));
-    Reply::Map {
-        data: wanted
-            .map(|(name, value)| (bulk(name.to_owned()), bulk(value.to_owned())))
-            .collect(),
-        attributes: None,
-    }
-}
-
-fn server(server: &Server, out: &mut String) -> std::fmt::Result {
-    write!(out, "redis_version:{REDIS_VERSION}\r\n")?;
-    write!(out, "nvme_async_example:kv\r\n")?;
-    write!(out, "process_id:{}\r\n", std::process::id())?;
-    write!(
-        out,
-        "uptime_in_seconds:{}\r\n",
-        server.started.elapsed().as_secs()
-    )?;
-    write!(out, "used_memory_rss:{}\r\n", resident())
-}
-
-/// Bytes of memory that the process has; 0 if the kernel does not say.
-fn resident() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mut lines = status.lines();
-    let text = lines.find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix("kB"));
-    text.and_then(|text| text.trim().parse::<usize>().ok())
-        .map_or(0, |kib| kib << 10)
-}
-
-fn clients(server: &Server, out: &mut String) -> std::fmt::Result {
-    let connected = server.limits.connections - server.places.available_permits();
-    write!(out, "connected_clients:{connected}\r\n")?;
-    write!(out, "maxclients:{}\r\n", server.limits.connections)?;
-    let pending = server.limits.pending - server.memory.available_permits();
-    write!(out, "pending_request_bytes:{pending}\r\n")?;
-    write!(
-        out,
-        "max_pending_request_bytes:{}\r\n",
-        server.limits.pending
-    )
-}
-
-fn stats(server: &Server, out: &mut String) -> std::fmt::Result {
-    let connections = server.connections.load(Ordering::Relaxed);
-    write!(out, "total_connections_received:{connections}\r\n")?;
-    let latencies = server.latencies();
-    write!(
-        out,
-        "total_commands_processed:{}\r\n",
-        latencies.reads.len() + latencies.others.len()
-    )?;
-    histogram(out, "read_latency_us", &latencies.reads)?;
-    histogram(out, "other_latency_us", &latencies.others)
-}
-
-fn store(server: &Server, out: &mut String) -> std::fmt::Result {
-    let usage = server.store.usage();
-    write!(out, "used_bytes:{}\r\n", usage.used)?;
-    write!(out, "used_bytes_limit:{}\r\n", usage.limit)?;
-    write!(out, "bytes_not_durable:{}\r\n", usage.pending)?;
-    write!(out, "segments:{}\r\n", usage.segments)?;
-    write!(out, "segment_bytes:{}\r\n", usage.segment_size)?;
-    write!(out, "segments_available:{}\r\n", usage.available)?;
-    write!(out, "checkpoint_generation:{}\r\n", usage.generation)?;
-    write!(out, "log_bytes_written:{}\r\n", usage.written)?;
-    let statistics = server.store.statistics();
-    write!(out, "batches:{}\r\n", statistics.batches.len())?;
-    histogram(out, "batch_records", &statistics.batches)?;
-    histogram(out, "batch_write_us", &statistics.writes)?;
-    write!(out, "checkpoints:{}\r\n", statistics.checkpoints)?;
-    write!(out, "segments_compacted:{}\r\n", statistics.compacted)?;
-    write!(out, "compaction_bytes_moved:{}\r\n", statistics.moved_bytes)?;
-    write!(out, "expired_keys:{}\r\n", statistics.expired)
-}
-
-fn histogram(out: &mut String, name: &str, values: &Histogram<u64>) -> std::fmt::Result {
-    let percentile = |percent| values.value_at_percentile(percent);
-    write!(
-        out,
-        "{name}:mean={:.1},p50={},p99={},p99.9={},max={}\r\n",
-        values.mean(),
-        percentile(50.0),
-        percentile(99.0),
-        percentile(99.9),
-        values.max(),
-    )
-}
-
-fn device(server: &Server, out: &mut String) -> std::fmt::Result {
-    let namespace = server.store.namespace();
-    let controller = namespace.controller();
-    write!(out, "address:{}\r\n", controller.address())?;
-    write!(out, "model:{}\r\n", controller.identify().model_number())?;
-    write!(out, "serial:{}\r\n", controller.identify().serial_number())?;
-    write!(out, "state:{:?}\r\n", controller.state())?;
-    write!(out, "namespace:{}\r\n", namespace.nsid())?;
-    write!(out, "capacity:{}\r\n", namespace.capacity())?;
-    write!(out, "logical_block_bytes:{}\r\n", namespace.block_size())?;
-    let has_cache = controller.identify().has_volatile_write_cache();
-    write!(out, "volatile_write_cache:{}\r\n", u8::from(has_cache))?;
-    write!(out, "io_queue_pairs:{}\r\n", controller.io_queues().len())
-}
-
-fn engine(server: &Server, out: &mut String) -> std::fmt::Result {
-    let counters = server.store.namespace().controller().counters();
-    write!(out, "completions:{}\r\n", counters.completions)?;
-    write!(
-        out,
-        "polled_completions:{}\r\n",
-        counters.polled_completions
-    )?;
-    write!(out, "reaps:{}\r\n", counters.reaps)?;
-    write!(
-        out,
-        "submission_doorbells:{}\r\n",
-        counters.submission_doorbells
-    )?;
-    write!(
-        out,
-        "completion_doorbells:{}\r\n",
-        counters.completion_doorbells
-    )?;
-    write!(out, "interrupts:{}\r\n", counters.interrupts)?;
-    write!(out, "sleeps:{}\r\n", counters.sleeps)?;
-    write!(out, "lost_interrupts:{}\r\n", counters.lost_interrupts)?;
-    write!(out, "retries:{}\r\n", counters.retries)?;
-    write!(out, "polling_us:{}\r\n", counters.polling.as_micros())?;
-    write!(out, "bounced_bytes:{}\r\n", counters.bounced_bytes)
-}
-
-fn keyspace(server: &Server, out: &mut String) -> std::fmt::Result {
-    match server.store.usage().keys {
-        0 => Ok(()),
-        keys => write!(out, "db0:keys={keys},expires=0,avg_ttl=0\r\n"),
-    }
+    let wanted = known.into_iter().filter(is_wanted);
+    let pairs = wanted.map(|(name, value)| (name, Reply::bulk(value.to_owned())));
+    Reply::Map(pairs.collect())
 }

@@ -251,11 +251,7 @@ impl Connection<'_> {
         let Some(complaint) = complaint else {
             return Ok(false);
         };
-        protocol::encode(
-            protocol::error(complaint),
-            self.session.version,
-            &mut self.output,
-        );
+        Reply::Error(complaint).encode(self.session.version, &mut self.output);
         stream.write_all(&self.output).await?;
         Ok(true)
     }
@@ -280,7 +276,7 @@ impl Connection<'_> {
             times.push((begun.is_read, begun.start));
             // What waits for a batch waits for one that is under way.
             let reply = begun.answer.reply().await;
-            protocol::encode(reply, begun.version, &mut self.output);
+            reply.encode(begun.version, &mut self.output);
         }
         let now = Instant::now();
         let mut latencies = self.server.latencies();

@@ -1,11 +1,11 @@
 //! Requests from bytes, and replies to bytes.
 
-use bytes::{Buf, Bytes, BytesMut};
-use redis_protocol::{resp2, resp3};
+use std::fmt::{Display, Write};
+use std::ops::Range;
+
+use bytes::{Bytes, BytesMut};
 
 use crate::store::{MAX_KEY, MAX_VALUE};
-
-pub(super) use resp3::types::BytesFrame as Reply;
 
 /// Most arguments of a request.
 const MAX_ARGUMENTS: usize = 64 << 10;
@@ -15,11 +15,13 @@ pub(super) const MAX_REQUEST: usize = 2 * MAX_VALUE + MAX_KEY;
 const MAX_LINE: usize = 64 << 10;
 
 /// Takes requests from what a client sent. The sizes of a request are checked as they come, before anything
-/// is kept, and before the codec, which knows no limits, looks at it.
+/// is kept.
 #[derive(Debug, Default)]
 pub(super) struct Parser {
-    /// What of the buffer belongs to arguments that are known.
-    checked: usize,
+    /// Where in the buffer those arguments are whose sizes are known.
+    known: Vec<Range<usize>>,
+    /// Where the last of them ends.
+    end: usize,
     /// Arguments whose sizes are not known yet.
     left: usize,
 }
@@ -31,24 +33,21 @@ impl Parser {
     ///
     /// Redis's words for what breaks the protocol, after which nothing makes sense any more.
     pub(super) fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Vec<Bytes>>, String> {
-        if self.checked == 0 && buffer.first().is_some_and(|byte| *byte != b'*') {
-            return inline(buffer);
-        }
-        if self.checked == 0 {
+        if self.end == 0 {
+            if buffer.first().is_some_and(|byte| *byte != b'*') {
+                return inline(buffer);
+            }
             let Some((count, end)) = number(buffer, 0, "multibulk")? else {
                 return Ok(None);
             };
-            if count <= 0 {
-                buffer.advance(end);
-                return Ok(Some(Vec::new()));
+            if count > MAX_ARGUMENTS as i64 {
+                return Err("Protocol error: invalid multibulk length".to_owned());
             }
-            (self.checked, self.left) = (end, count as usize);
+            (self.end, self.left) = (end, count.max(0) as usize);
         }
-        if self.left > MAX_ARGUMENTS {
-            return Err("Protocol error: invalid multibulk length".to_owned());
-        }
+        let broken = || "Protocol error: invalid bulk length".to_owned();
         while self.left > 0 {
-            match buffer.get(self.checked) {
+            match buffer.get(self.end) {
                 None => return Ok(None),
                 Some(b'$') => {}
                 Some(byte) => {
@@ -56,40 +55,36 @@ impl Parser {
                     return Err(format!("Protocol error: expected '$', got '{found}'"));
                 }
             }
-            let Some((len, end)) = number(buffer, self.checked, "bulk")? else {
+            let Some((len, start)) = number(buffer, self.end, "bulk")? else {
                 return Ok(None);
             };
             if !(0..=MAX_VALUE as i64).contains(&len) {
-                return Err("Protocol error: invalid bulk length".to_owned());
+                return Err(broken());
             }
-            self.checked = end + len as usize + 2;
+            let argument = start..start + len as usize;
+            self.end = argument.end + 2;
             self.left -= 1;
-            if self.checked > MAX_REQUEST {
+            self.known.push(argument);
+            if self.end > MAX_REQUEST {
                 return Err(format!(
                     "Protocol error: a request has more than {MAX_REQUEST} bytes"
                 ));
             }
         }
-        if buffer.len() < self.checked {
+        if buffer.len() < self.end {
             return Ok(None);
         }
-        self.checked = 0;
-        let frame = resp2::decode::decode_bytes_mut(buffer);
-        let broken = || "Protocol error: invalid bulk length".to_owned();
-        let (frame, ..) = frame.ok().flatten().ok_or_else(broken)?;
-        let resp2::types::BytesFrame::Array(frames) = frame else {
-            return Err(broken());
-        };
-        let arguments = frames.into_iter().map(|frame| match frame {
-            resp2::types::BytesFrame::BulkString(bytes) => Ok(bytes),
-            _ => Err(broken()),
+        let bytes = buffer.split_to(std::mem::take(&mut self.end)).freeze();
+        let arguments = std::mem::take(&mut self.known).into_iter().map(|known| {
+            let is_whole = bytes[known.end..].starts_with(b"\r\n");
+            is_whole.then(|| bytes.slice(known)).ok_or_else(broken)
         });
         arguments.collect::<Result<_, _>>().map(Some)
     }
 
     /// How many bytes of the request that is coming have to be kept, as far as is known.
     pub(super) fn wanted(&self) -> usize {
-        self.checked
+        self.end
     }
 }
 
@@ -127,89 +122,87 @@ fn number(buffer: &[u8], start: usize, what: &str) -> Result<Option<(i64, usize)
     }
 }
 
-/// Appends a reply in version 2 or 3 of the protocol.
-pub(super) fn encode(reply: Reply, version: u8, out: &mut BytesMut) {
-    let encoded = match version {
-        3 => resp3::encode::complete::extend_encode(out, &reply, false),
-        _ => resp2::encode::extend_encode(out, &older(reply), false),
-    };
-    encoded.expect("the codec makes room, and replies are of kinds that it has");
+/// What a client is told.
+#[derive(Debug)]
+pub(super) enum Reply {
+    Simple(&'static str),
+    /// Without a code it is a mere `ERR`.
+    Error(String),
+    Number(i64),
+    Bulk(Bytes),
+    Null,
+    Array(Vec<Self>),
+    Map(Vec<(&'static str, Self)>),
 }
 
-/// The same in version 2.
-fn older(reply: Reply) -> resp2::types::BytesFrame {
-    use resp2::types::BytesFrame as Older;
-    match reply {
-        Reply::SimpleString { data, .. } => Older::SimpleString(data),
-        Reply::SimpleError { data, .. } => Older::Error(data),
-        Reply::Number { data, .. } => Older::Integer(data),
-        Reply::BlobString { data, .. } => Older::BulkString(data),
-        Reply::Array { data, .. } => Older::Array(data.into_iter().map(older).collect()),
-        Reply::Map { data, .. } => {
-            let pairs = data
-                .into_iter()
-                .flat_map(|(key, value)| [older(key), older(value)]);
-            Older::Array(pairs.collect())
-        }
-        _ => Older::Null,
-    }
-}
-
-pub(super) fn simple(text: &'static str) -> Reply {
-    Reply::SimpleString {
-        data: Bytes::from_static(text.as_bytes()),
-        attributes: None,
-    }
-}
+pub(super) const OK: Reply = Reply::Simple("OK");
 
 /// The codes of errors that are no mere `ERR`.
 const CODES: [&str; 2] = ["NOPROTO ", "OOM "];
 
-/// An error.
-pub(super) fn error(text: impl Into<String>) -> Reply {
-    let text = text.into().replace(['\r', '\n'], " ");
-    let text = match CODES.iter().any(|code| text.starts_with(code)) {
-        true => text,
-        false => format!("ERR {text}"),
-    };
-    Reply::SimpleError {
-        data: text.into(),
-        attributes: None,
+impl Reply {
+    pub(super) fn bulk(bytes: impl Into<Bytes>) -> Self {
+        Self::Bulk(bytes.into())
+    }
+
+    /// Bytes that it holds.
+    pub(super) fn size(&self) -> usize {
+        match self {
+            Self::Bulk(bytes) => bytes.len(),
+            Self::Array(items) => items.iter().map(Self::size).sum(),
+            _ => 0,
+        }
+    }
+
+    /// Appends it in version 2 or 3 of the protocol.
+    pub(super) fn encode(&self, version: u8, out: &mut BytesMut) {
+        match self {
+            Self::Simple(text) => line(out, '+', text),
+            Self::Error(text) => {
+                let has_code = CODES.iter().any(|code| text.starts_with(code));
+                let code = if has_code { "" } else { "ERR " };
+                let text = text.replace(['\r', '\n'], " ");
+                line(out, '-', format_args!("{code}{text}"));
+            }
+            Self::Number(number) => line(out, ':', number),
+            Self::Bulk(bytes) => {
+                line(out, '$', bytes.len());
+                out.extend_from_slice(bytes);
+                out.extend_from_slice(b"\r\n");
+            }
+            Self::Null if version == 3 => line(out, '_', ""),
+            Self::Null => line(out, '$', -1),
+            Self::Array(items) => {
+                line(out, '*', items.len());
+                items.iter().for_each(|item| item.encode(version, out));
+            }
+            Self::Map(pairs) => {
+                match version {
+                    3 => line(out, '%', pairs.len()),
+                    _ => line(out, '*', 2 * pairs.len()),
+                }
+                for (name, value) in pairs {
+                    Self::bulk(*name).encode(version, out);
+                    value.encode(version, out);
+                }
+            }
+        }
     }
 }
 
-pub(super) fn number_reply(data: i64) -> Reply {
-    Reply::Number {
-        data,
-        attributes: None,
+fn line(out: &mut BytesMut, kind: char, what: impl Display) {
+    write!(out, "{kind}{what}\r\n").expect("a buffer grows");
+}
+
+impl From<i64> for Reply {
+    fn from(number: i64) -> Self {
+        Self::Number(number)
     }
 }
 
-pub(super) fn bulk(bytes: impl Into<Bytes>) -> Reply {
-    Reply::BlobString {
-        data: bytes.into(),
-        attributes: None,
-    }
-}
-
-pub(super) fn bulk_or_null(bytes: Option<Bytes>) -> Reply {
-    bytes.map_or(Reply::Null, bulk)
-}
-
-pub(super) fn array(data: Vec<Reply>) -> Reply {
-    Reply::Array {
-        data,
-        attributes: None,
-    }
-}
-
-pub(super) fn map(pairs: impl IntoIterator<Item = (&'static str, Reply)>) -> Reply {
-    Reply::Map {
-        data: pairs
-            .into_iter()
-            .map(|(key, value)| (bulk(key), value))
-            .collect(),
-        attributes: None,
+impl From<Option<Bytes>> for Reply {
+    fn from(value: Option<Bytes>) -> Self {
+        value.map_or(Self::Null, Self::Bulk)
     }
 }
 
@@ -279,19 +272,16 @@ mod tests {
 
     #[test]
     fn replies_in_both_versions() {
-        let reply = || {
-            let inner = map([("a", Reply::Null)]);
-            array(vec![
-                simple("OK"),
-                number_reply(1),
-                bulk("b"),
-                error("no"),
-                inner,
-            ])
-        };
+        let reply = Reply::Array(vec![
+            OK,
+            Reply::Number(1),
+            Reply::bulk("b"),
+            Reply::Error("no".to_owned()),
+            Reply::Map(vec![("a", Reply::Null)]),
+        ]);
         let encoded = |version| {
             let mut out = BytesMut::new();
-            encode(reply(), version, &mut out);
+            reply.encode(version, &mut out);
             String::from_utf8(out.to_vec()).expect("is text")
         };
         let start = "*5\r\n+OK\r\n:1\r\n$1\r\nb\r\n-ERR no\r\n";
