@@ -60,6 +60,30 @@ fn decode<T: BorshDeserialize>(mut bytes: &[u8]) -> Option<T> {
     T::deserialize(&mut bytes).ok()
 }
 
+/// Where something is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
+pub(super) struct Place {
+    pub(super) segment: u32,
+    /// In the segment.
+    pub(super) offset: u32,
+}
+
+impl Place {
+    /// Where in the namespace, with segments of this size.
+    pub(super) fn in_namespace(self, segment_size: u32) -> u64 {
+        let segment = u64::from(self.segment) * u64::from(segment_size);
+        DATA_START + segment + u64::from(self.offset)
+    }
+
+    /// So many bytes later.
+    pub(super) fn after(self, len: usize) -> Self {
+        Self {
+            offset: self.offset + len as u32,
+            ..self
+        }
+    }
+}
+
 /// Where in the log something comes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Position {

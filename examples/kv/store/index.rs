@@ -5,22 +5,20 @@ use std::hash::{BuildHasher, RandomState};
 
 use borsh::{BorshDeserialize, BorshSerialize};
 
-use super::format::{self, BLOCK, RECORD_HEADER};
+use super::format::{BLOCK, Place, RECORD_HEADER, record_len};
 
 /// The index is walked piece by piece, so that walks are short: these are the pieces.
 pub(super) const SHARDS: usize = 1024;
 
-/// Bytes of an entry's place in a checkpoint.
-const PLACE: usize = 12;
+/// Bytes of what a checkpoint has of an entry.
+const ENTRY: usize = 12;
 
 /// Where the record of a key is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Entry {
-    pub(super) segment: u32,
-    /// In the segment.
-    pub(super) offset: u32,
+    pub(super) place: Place,
     pub(super) value_len: u32,
-    /// In milliseconds since 1970; 0 for never. A record says it beside the place.
+    /// In milliseconds since 1970; 0 for never. A checkpoint has it in the head of its record.
     #[borsh(skip)]
     pub(super) expires: u64,
 }
@@ -28,28 +26,22 @@ pub(super) struct Entry {
 impl Entry {
     /// Bytes of its record.
     pub(super) fn record_len(&self, key: &[u8]) -> usize {
-        format::record_len(key.len(), self.value_len as usize)
+        record_len(key.len(), self.value_len as usize)
     }
 
     pub(super) fn is_expired(&self, now: u64) -> bool {
         self.expires != 0 && self.expires <= now
     }
 
-    /// Whether both are of the same record.
-    pub(super) fn is_same_record(&self, other: &Self) -> bool {
-        (self.segment, self.offset) == (other.segment, other.offset)
+    pub(super) fn encode(&self) -> [u8; ENTRY] {
+        let mut bytes = [0; ENTRY];
+        let written = self.serialize(&mut &mut bytes[..]);
+        written.expect("it is three numbers of four bytes");
+        bytes
     }
 
-    /// Its place, as a checkpoint has it.
-    pub(super) fn encode(&self) -> [u8; PLACE] {
-        let mut place = [0; PLACE];
-        let written = self.serialize(&mut &mut place[..]);
-        written.expect("a place is three numbers of four bytes");
-        place
-    }
-
-    pub(super) fn decode(place: &[u8], expires: u64) -> Option<Self> {
-        let entry = Self::try_from_slice(place).ok()?;
+    pub(super) fn decode(bytes: &[u8], expires: u64) -> Option<Self> {
+        let entry = Self::try_from_slice(bytes).ok()?;
         Some(Self { expires, ..entry })
     }
 }
@@ -64,8 +56,8 @@ pub(super) struct Index {
     longest_key: usize,
 }
 
-impl Index {
-    pub(super) fn new() -> Self {
+impl Default for Index {
+    fn default() -> Self {
         let hasher = RandomState::new();
         Self {
             shards: vec![HashMap::with_hasher(hasher.clone()); SHARDS],
@@ -75,7 +67,9 @@ impl Index {
             longest_key: 0,
         }
     }
+}
 
+impl Index {
     fn shard(&self, key: &[u8]) -> usize {
         // The maps use the low bits and the highest seven.
         (self.hasher.hash_one(key) >> 32) as usize % SHARDS
@@ -110,10 +104,6 @@ impl Index {
         Some(entry)
     }
 
-    pub(super) fn clear(&mut self) {
-        *self = Self::new();
-    }
-
     pub(super) fn len(&self) -> usize {
         self.len
     }
@@ -127,8 +117,8 @@ impl Index {
     /// What a checkpoint takes.
     pub(super) fn extent(&self) -> Extent {
         Extent {
-            bytes: self.len * (RECORD_HEADER + PLACE) + self.key_bytes,
-            longest: RECORD_HEADER + PLACE + self.longest_key,
+            bytes: self.len * (RECORD_HEADER + ENTRY) + self.key_bytes,
+            longest: RECORD_HEADER + ENTRY + self.longest_key,
         }
     }
 }
@@ -143,7 +133,7 @@ pub(super) struct Extent {
 impl Extent {
     /// With one more key.
     pub(super) fn add(&mut self, key: &[u8]) {
-        let len = RECORD_HEADER + PLACE + key.len();
+        let len = RECORD_HEADER + ENTRY + key.len();
         self.bytes += len;
         self.longest = self.longest.max(len);
     }

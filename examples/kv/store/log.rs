@@ -1,14 +1,16 @@
 //! The log: where records go, what of them is durable, and how much room there is.
 
 use std::collections::VecDeque;
+use std::mem::take;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesOrdered;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
-use super::format::{BATCH_HEADER, BLOCK, Kind, Position, Record, Root, Seed, seal_batch};
+use super::format::{BATCH_HEADER, BLOCK, Kind, Place, Position, Record, Root, Seed, seal_batch};
 use super::index::{Entry, Extent, Index};
 use super::{Durability, Error, Inner};
 
@@ -16,6 +18,8 @@ use super::{Durability, Error, Inner};
 const MAX_PENDING: usize = 64 << 20;
 /// Records are added to a batch up to this size.
 const MAX_BATCH: usize = 1 << 20;
+/// Most batches on their way.
+const MAX_FLYING: usize = 8;
 
 /// What a segment is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +38,7 @@ pub(super) enum Use {
     Damaged,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Segment {
     pub(super) used_for: Use,
     pub(super) epoch: u64,
@@ -45,30 +49,17 @@ pub(super) struct Segment {
 }
 
 /// Consecutive records that go to the device in one write.
-pub(super) struct Batch {
-    pub(super) segment: u32,
-    /// In the segment.
-    pub(super) offset: u32,
-    pub(super) bytes: Bytes,
+struct Batch {
+    place: Place,
+    bytes: Bytes,
     records: u32,
-    /// Whether keys may be absent because of it.
-    hides: bool,
-    /// Whether keys may be there still because of it.
-    keeps: bool,
-    progress: watch::Sender<Progress>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
-    Pending,
-    Durable,
-    Failed,
+    is_durable: watch::Sender<bool>,
 }
 
 /// Resolves when something, and all before it, is durable.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 #[must_use = "nothing is durable before it has resolved"]
-pub(crate) struct Commit(Option<watch::Receiver<Progress>>);
+pub(crate) struct Commit(Option<watch::Receiver<bool>>);
 
 impl Commit {
     /// # Errors
@@ -78,26 +69,28 @@ impl Commit {
         let Some(mut progress) = self.0 else {
             return Ok(());
         };
-        let reached = progress.wait_for(|progress| *progress != Progress::Pending);
-        match reached.await.as_deref() {
-            Ok(Progress::Durable) => Ok(()),
-            _ => Err(Error::Failed("the write of a batch failed".to_owned())),
-        }
+        let reached = progress.wait_for(|is_durable| *is_durable).await;
+        let failed = |_| Error::Failed("the write of a batch failed".to_owned());
+        reached.map(|_| ()).map_err(failed)
+    }
+
+    /// The same as long as it is outstanding.
+    fn outstanding(&mut self) -> Self {
+        self.0.take_if(|progress| *progress.borrow());
+        self.clone()
     }
 }
 
 /// Who wants to append. Later ones may use room that is kept from the ones before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
     Set,
     Delete,
     Move,
 }
 
-/// There is no room at present. There will be.
-pub(super) struct NoRoom;
-
 /// Everything that changes, behind one lock that is never held during I/O.
+#[derive(Default)]
 pub(super) struct State {
     pub(super) index: Index,
     pub(super) segments: Vec<Segment>,
@@ -108,53 +101,46 @@ pub(super) struct State {
     /// The valid root. The log before its position is not replayed.
     pub(super) root: Root,
     pub(super) failed: Option<String>,
-    pub(super) closing: bool,
+    pub(super) is_closing: bool,
+    /// Who waits for the last checkpoint.
+    pub(super) closer: Option<oneshot::Sender<Result<(), Error>>>,
     /// Bytes of batches since the log was opened.
     pub(super) written: u64,
     /// What `written` was at the last checkpoint.
     pub(super) checkpointed: u64,
     /// The shard of the index that is searched next for what has expired.
     pub(super) swept: usize,
-    pub(super) current: Option<u32>,
-    /// Where the open batch starts in the current segment.
-    head: u32,
+    pub(super) next_sequence: u64,
+    /// Where the open batch starts; nothing before there is a segment for it.
+    head: Option<Place>,
     /// The batch that takes records; empty if it has none.
     open: Vec<u8>,
     open_records: u32,
-    open_hides: bool,
-    open_keeps: bool,
-    open_progress: watch::Sender<Progress>,
-    pub(super) next_sequence: u64,
-    /// Complete, and not yet on their way.
-    sealed: VecDeque<Arc<Batch>>,
-    /// On their way.
-    flying: VecDeque<Arc<Batch>>,
+    open_is_durable: watch::Sender<bool>,
+    /// Complete, and not durable yet.
+    batches: VecDeque<Batch>,
+    /// The first so many of them are on their way.
+    flying: usize,
+    /// When all is durable that was appended so far.
+    all: Commit,
+    /// When that is durable because of which keys may be absent.
+    absences: Commit,
+    /// When that is durable because of which keys may be there still.
+    presences: Commit,
 }
 
 impl State {
-    pub(super) fn new(root: Root, index: Index, segments: Vec<Segment>, sequence: u64) -> Self {
+    pub(super) fn new(root: Root, segments: Vec<Segment>) -> Self {
         Self {
-            used: 0,
-            index,
-            segments,
-            ready: VecDeque::new(),
+            next_sequence: root.position.sequence,
             root,
-            failed: None,
-            closing: false,
-            written: 0,
-            checkpointed: 0,
-            swept: 0,
-            current: None,
-            head: 0,
-            open: Vec::new(),
-            open_records: 0,
-            open_hides: false,
-            open_keeps: false,
-            open_progress: watch::Sender::new(Progress::Pending),
-            next_sequence: sequence,
-            sealed: VecDeque::new(),
-            flying: VecDeque::new(),
+            segments,
+            ..Self::default()
         }
+    }
+
+    pub(super) fn segment(&mut self, number: u32) -> &mut Segment {
+        &mut self.segments[number as usize]
     }
 
     pub(super) fn seed(&self, segment: u32) -> Seed {
@@ -162,7 +148,7 @@ impl State {
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
-        match self.closing {
+        match self.is_closing {
             true => Err(Error::Closed),
             false => self.check_failed(),
         }
@@ -177,8 +163,8 @@ impl State {
 
     /// Where the next record that is appended comes, or one before it.
     pub(super) fn position(&self) -> Position {
-        let (epoch, offset) = match self.current {
-            Some(segment) => (self.segments[segment as usize].epoch, self.head),
+        let (epoch, offset) = match self.head {
+            Some(head) => (self.segments[head.segment as usize].epoch, head.offset),
             None => {
                 // The first that will be ready; it may be written just now.
                 let is_ready = |segment: &&Segment| segment.used_for == Use::Ready;
@@ -231,70 +217,68 @@ impl State {
     }
 
     /// Makes room for `len` bytes of records in one batch, after which a checkpoint needs so many segments.
-    pub(super) fn reserve(&mut self, len: usize, class: Class, need: usize) -> Result<(), NoRoom> {
+    /// Nothing, if there is none at present; there will be.
+    pub(super) fn reserve(&mut self, len: usize, class: Class, need: usize) -> Option<()> {
         // Compaction gets along with one segment for each that it frees, as long as nobody else uses that.
         let spare = match class {
-            Class::Set => self.available(need).checked_sub(3),
-            Class::Delete => self.available(need).checked_sub(2),
-            Class::Move => Some(1),
+            Class::Set => self.available(need).checked_sub(3)?,
+            Class::Delete => self.available(need).checked_sub(2)?,
+            Class::Move => 1,
         };
-        let spare = spare.ok_or(NoRoom)?;
         if self.pending_bytes() > MAX_PENDING {
-            return Err(NoRoom);
+            return None;
         }
-        let size = self.root.segment_size as usize;
-        if self.open.len() + len > MAX_BATCH.max(BATCH_HEADER + len) {
+        let is_too_long = self.open.len() + len > MAX_BATCH.max(BATCH_HEADER + len);
+        if is_too_long || !self.fits(len) {
             self.seal();
         }
-        let fits = |state: &Self| {
-            let open = state.open.len().max(BATCH_HEADER) + len;
-            let end = state.head as usize + open.next_multiple_of(BLOCK);
-            state.current.is_some() && end <= size
-        };
-        if fits(self) {
-            return Ok(());
+        if !self.fits(len) {
+            let segment = (spare > 0).then(|| self.ready.pop_front())??;
+            self.segment(segment).used_for = Use::Log;
+            let offset = BLOCK as u32;
+            self.head = Some(Place { segment, offset });
         }
-        self.seal();
-        if fits(self) {
-            return Ok(());
-        }
-        if spare == 0 {
-            return Err(NoRoom);
-        }
-        let segment = self.ready.pop_front().ok_or(NoRoom)?;
-        self.segments[segment as usize].used_for = Use::Log;
-        self.current = Some(segment);
-        self.head = BLOCK as u32;
-        Ok(())
+        Some(())
+    }
+
+    /// Whether so much more goes into the open batch where it is.
+    fn fits(&self, len: usize) -> bool {
+        let open = self.open.len().max(BATCH_HEADER) + len;
+        self.head.is_some_and(|head| {
+            let end = head.offset as usize + open.next_multiple_of(BLOCK);
+            end <= self.root.segment_size as usize
+        })
     }
 
     /// Appends a record, for which room was made, and lets the index follow.
-    pub(super) fn append(&mut self, record: Record<'_>) {
-        let segment = self.current.unwrap_or_default();
-        let seed = self.seed(segment);
+    pub(super) fn append(&mut self, record: &Record<'_>) {
+        let head = self.head.expect("room was made");
         if self.open.is_empty() {
             self.open.resize(BATCH_HEADER, 0);
+            self.all = Commit(Some(self.open_is_durable.subscribe()));
         }
-        let offset = self.head + self.open.len() as u32;
+        if record.kind != Kind::Set || record.expires != 0 {
+            self.absences = self.all.clone();
+        }
+        if record.kind == Kind::Expire {
+            self.presences = self.all.clone();
+        }
+        let place = head.after(self.open.len());
         self.open_records += 1;
-        self.open_hides |= record.kind != Kind::Set || record.expires != 0;
-        self.open_keeps |= record.kind == Kind::Expire;
-
-        record.encode(seed, &mut self.open);
-        self.apply(&record, segment, offset);
+        record.encode(self.seed(head.segment), &mut self.open);
+        self.apply(record, place);
     }
 
     /// What a record of the log does to the index.
-    pub(super) fn apply(&mut self, record: &Record<'_>, segment: u32, offset: u32) {
+    pub(super) fn apply(&mut self, record: &Record<'_>, place: Place) {
         match record.kind {
             Kind::Set => {
                 let entry = Entry {
-                    segment,
-                    offset,
+                    place,
                     value_len: record.value.len() as u32,
                     expires: record.expires,
                 };
-                self.place(record.key, entry);
+                self.insert(record.key, entry);
             }
             Kind::Delete => self.forget(record.key),
             Kind::Expire => {
@@ -303,7 +287,7 @@ impl State {
                 }
             }
             Kind::Clear => {
-                self.index.clear();
+                self.index = Index::default();
                 self.used = 0;
                 self.segments
                     .iter_mut()
@@ -315,10 +299,10 @@ impl State {
     }
 
     /// Puts a key into the index.
-    pub(super) fn place(&mut self, key: &[u8], entry: Entry) {
+    pub(super) fn insert(&mut self, key: &[u8], entry: Entry) {
         let len = entry.record_len(key);
         self.used += self.cost(len);
-        self.segments[entry.segment as usize].live += len as u64;
+        self.segment(entry.place.segment).live += len as u64;
         if let Some(old) = self.index.insert(key, entry) {
             self.uncount(key, &old);
         }
@@ -334,166 +318,143 @@ impl State {
     fn uncount(&mut self, key: &[u8], entry: &Entry) {
         let len = entry.record_len(key);
         self.used -= self.cost(len);
-        self.segments[entry.segment as usize].live -= len as u64;
+        self.segment(entry.place.segment).live -= len as u64;
     }
 
     /// Ends the open batch.
     fn seal(&mut self) {
-        let Some(segment) = self.current.filter(|_| !self.open.is_empty()) else {
+        let Some(place) = self.head.filter(|_| !self.open.is_empty()) else {
             return;
         };
-        let seed = self.seed(segment);
-        let mut bytes = std::mem::take(&mut self.open);
-        seal_batch(&mut bytes, seed, self.next_sequence);
+        let mut bytes = take(&mut self.open);
+        seal_batch(&mut bytes, self.seed(place.segment), self.next_sequence);
         self.next_sequence += 1;
         self.written += bytes.len() as u64;
-        let offset = self.head;
-        self.head += bytes.len() as u32;
-        self.sealed.push_back(Arc::new(Batch {
-            segment,
-            offset,
+        self.head = Some(place.after(bytes.len()));
+        self.batches.push_back(Batch {
+            place,
             bytes: bytes.into(),
-            records: std::mem::take(&mut self.open_records),
-            hides: std::mem::take(&mut self.open_hides),
-            keeps: std::mem::take(&mut self.open_keeps),
-            progress: std::mem::replace(
-                &mut self.open_progress,
-                watch::Sender::new(Progress::Pending),
-            ),
-        }));
+            records: take(&mut self.open_records),
+            is_durable: take(&mut self.open_is_durable),
+        });
     }
 
     /// The next batch to write. While one is on its way, others follow it only when they are large.
-    fn take(&mut self, least: usize, most_flying: usize) -> Option<Arc<Batch>> {
-        if self.flying.len() >= most_flying || self.failed.is_some() {
+    fn next_to_write(&mut self, least: usize) -> Option<(Place, Bytes, u32)> {
+        if self.flying >= MAX_FLYING {
             return None;
         }
-        let is_due = self.flying.is_empty() || self.open.len() >= least;
-        if self.sealed.is_empty() && is_due {
+        let is_due = self.flying == 0 || self.open.len() >= least;
+        if self.flying == self.batches.len() && is_due {
             self.seal();
         }
-        let batch = self.sealed.pop_front()?;
-        self.flying.push_back(batch.clone());
-        Some(batch)
-    }
-
-    fn batches(&self) -> impl DoubleEndedIterator<Item = &Arc<Batch>> {
-        self.flying.iter().chain(&self.sealed)
+        let batch = self.batches.get(self.flying)?;
+        self.flying += 1;
+        Some((batch.place, batch.bytes.clone(), batch.records))
     }
 
     /// Bytes that are not durable.
     pub(super) fn pending_bytes(&self) -> usize {
-        let batches = self.batches().map(|batch| batch.bytes.len());
+        let batches = self.batches.iter().map(|batch| batch.bytes.len());
         self.open.len() + batches.sum::<usize>()
     }
 
     /// When everything is durable that was appended so far.
-    pub(super) fn commit(&self) -> Commit {
-        if !self.open.is_empty() {
-            return Commit(Some(self.open_progress.subscribe()));
-        }
-        let last = self.batches().next_back();
-        Commit(last.map(|batch| batch.progress.subscribe()))
+    pub(super) fn commit(&mut self) -> Commit {
+        self.all.outstanding()
     }
 
     /// When that is durable because of which a key is absent.
-    pub(super) fn commit_of_absence(&self) -> Commit {
-        self.commit_of(self.open_hides, |batch| batch.hides)
+    pub(super) fn commit_of_absence(&mut self) -> Commit {
+        self.absences.outstanding()
     }
 
     /// When that is durable because of which a key, whose record is, has not expired.
-    pub(super) fn commit_of_presence(&self) -> Commit {
-        self.commit_of(self.open_keeps, |batch| batch.keeps)
-    }
-
-    fn commit_of(&self, is_open: bool, is_wanted: impl Fn(&Batch) -> bool) -> Commit {
-        if is_open {
-            return Commit(Some(self.open_progress.subscribe()));
-        }
-        let last = self.batches().rev().find(|batch| is_wanted(batch));
-        Commit(last.map(|batch| batch.progress.subscribe()))
+    pub(super) fn commit_of_presence(&mut self) -> Commit {
+        self.presences.outstanding()
     }
 
     /// The record of an entry while it is not durable, and when it is.
     pub(super) fn pending(&self, entry: &Entry, len: usize) -> Option<(Bytes, Commit)> {
-        let within = |start: u32, bytes: usize| {
-            (start as usize..start as usize + bytes).contains(&(entry.offset as usize))
+        let at = |start: Place, bytes: usize| {
+            let offset = entry.place.offset.checked_sub(start.offset)? as usize;
+            (start.segment == entry.place.segment && offset < bytes).then_some(offset..offset + len)
         };
-        if self.current == Some(entry.segment) && within(self.head, self.open.len()) {
-            let start = (entry.offset - self.head) as usize;
-            let bytes = Bytes::copy_from_slice(&self.open[start..start + len]);
-            return Some((bytes, Commit(Some(self.open_progress.subscribe()))));
+        if let Some(range) = self.head.and_then(|head| at(head, self.open.len())) {
+            let bytes = Bytes::copy_from_slice(&self.open[range]);
+            return Some((bytes, self.all.clone()));
         }
-        let batch = self.batches().find(|batch| {
-            batch.segment == entry.segment && within(batch.offset, batch.bytes.len())
-        })?;
-        let start = (entry.offset - batch.offset) as usize;
-        let bytes = batch.bytes.slice(start..start + len);
-        Some((bytes, Commit(Some(batch.progress.subscribe()))))
+        self.batches.iter().find_map(|batch| {
+            let range = at(batch.place, batch.bytes.len())?;
+            let commit = Commit(Some(batch.is_durable.subscribe()));
+            Some((batch.bytes.slice(range), commit))
+        })
     }
 
     /// Nothing is written any more, since the log has a gap or may have one.
-    pub(super) fn fail(&mut self, reason: String) {
-        tracing::error!(%reason, "the store has failed");
-        self.failed.get_or_insert(reason);
-        for batch in self.batches() {
-            batch.progress.send_replace(Progress::Failed);
-        }
-        self.open_progress.send_replace(Progress::Failed);
+    pub(super) fn fail(&mut self, error: &Error) {
+        tracing::error!(reason = %error, "the store has failed");
+        self.failed.get_or_insert_with(|| error.to_string());
+        // Who waits for any of these, or for the last checkpoint, waits no longer.
+        self.batches.clear();
+        self.open.clear();
+        self.open_is_durable = watch::Sender::default();
+        self.closer = None;
     }
 }
 
 /// Writes batches, several at a time, and says in their order that they are durable.
 pub(super) async fn write(inner: Arc<Inner>) {
-    let options = &inner.options;
     let mut flying = FuturesOrdered::new();
     loop {
-        while let Some(batch) = inner.lock().take(options.batch_bytes, options.in_flight) {
-            flying.push_back(write_batch(&inner, batch));
+        while let Some(next) = inner.lock().next_to_write(inner.options.batch_bytes) {
+            flying.push_back(write_batch(&inner, next));
         }
         tokio::select! {
             () = inner.appended.notified() => {}
-            Some((batch, result)) = flying.next() => {
+            Some(written) = flying.next() => {
                 let mut state = inner.lock();
-                if let Err(error) = result {
-                    state.fail(error.to_string());
+                state.flying -= 1;
+                if let Err(error) = written {
+                    state.fail(&error);
                 }
-                if state.failed.is_none() {
-                    state.flying.pop_front();
-                    batch.progress.send_replace(Progress::Durable);
-                }
+                let durable = state.batches.pop_front();
                 drop(state);
+                if let Some(batch) = durable {
+                    batch.is_durable.send_replace(true);
+                }
                 inner.room.notify_waiters();
             }
         }
     }
 }
 
-async fn write_batch(inner: &Inner, batch: Arc<Batch>) -> (Arc<Batch>, Result<(), Error>) {
-    let start = std::time::Instant::now();
-    let offset = inner.offset(batch.segment, batch.offset);
-    let result = inner.write_durably(offset, batch.bytes.clone()).await;
+async fn write_batch(
+    inner: &Inner,
+    (place, bytes, records): (Place, Bytes, u32),
+) -> Result<(), Error> {
+    let start = Instant::now();
+    inner.write_durably(inner.offset(place), bytes).await?;
     let mut statistics = inner.statistics();
-    statistics.batches.saturating_record(batch.records.into());
-    statistics
-        .writes
-        .saturating_record(start.elapsed().as_micros() as u64);
-    (batch, result)
+    statistics.batches.saturating_record(records.into());
+    let time = start.elapsed().as_micros() as u64;
+    statistics.writes.saturating_record(time);
+    Ok(())
 }
 
 impl Inner {
     /// Writes so that a loss of power does not matter any more.
     pub(super) async fn write_durably(&self, offset: u64, bytes: Bytes) -> Result<(), Error> {
         let write = self.namespace.write(offset, bytes);
-        match self.options.durability {
+        let written = match self.options.durability {
             // A plain write where there is no volatile cache.
-            Durability::Fua => write.fua().await.map_err(nvme_async::Error::from)?,
-            Durability::Flush => {
-                let bytes = write.await.map_err(nvme_async::Error::from)?;
-                self.namespace.flush().await?;
-                bytes
-            }
+            Durability::Fua => write.fua().await,
+            Durability::Flush => write.await,
         };
+        written.map_err(nvme_async::Error::from)?;
+        if self.options.durability == Durability::Flush {
+            self.namespace.flush().await?;
+        }
         Ok(())
     }
 }

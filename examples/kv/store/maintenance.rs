@@ -1,20 +1,16 @@
-//! What goes on in the background: segments are made ready, checkpoints taken, space reclaimed.
+//! What goes on in the background: segments are made ready, space is reclaimed.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::sleep;
 
-use super::format::{
-    BATCH_HEADER, BLOCK, Kind, MAX_CHECKPOINT_SEGMENTS, OF_CHECKPOINT, Record, records, seal_batch,
-    segment_header,
-};
+use super::format::{BLOCK, Place, Record, segment_header};
 use super::index::SHARDS;
 use super::log::{Class, Segment, State, Use};
-use super::recovery::Scanner;
-use super::{Error, Inner};
+use super::recovery::{Batch, Scanner};
+use super::{Error, Inner, checkpoint};
 
 /// Segments that are ready for the log, if possible.
 pub(super) const READY: usize = 3;
@@ -23,7 +19,7 @@ const WARM: usize = 4;
 /// Keys of which those are searched that have expired, each time; more only where one shard has more.
 const SWEEP: usize = 16 << 10;
 /// Bytes that are overwritten, read or written at a time.
-const PIECE: usize = 256 << 10;
+pub(super) const PIECE: usize = 256 << 10;
 
 /// Makes segments ready, one after the other, in the order of their epochs.
 pub(super) async fn prepare(inner: Arc<Inner>) {
@@ -37,32 +33,37 @@ pub(super) async fn prepare(inner: Arc<Inner>) {
 }
 
 async fn prepare_one(inner: &Inner) -> Result<bool, Error> {
-    let Some((segment, epoch, is_cold, store)) = ({
+    let taken = {
         let mut state = inner.lock();
         // Compaction has one of those that are kept for a checkpoint, and gives it back.
         let is_kept = !state.ready.is_empty() && state.free() <= state.checkpoint_need();
         let is_wanted = state.ready.len() < READY && !is_kept;
-        let taken = is_wanted.then(|| state.take_free(Use::Ready)).flatten();
-        taken.map(|(segment, epoch, is_cold)| (segment, epoch, is_cold, state.root.store))
-    }) else {
+        is_wanted.then(|| state.take_free(Use::Ready)).flatten()
+    };
+    let Some((segment, epoch, is_cold)) = taken else {
         return Ok(false);
     };
     if is_cold {
         // In pieces, each durable by itself: one flush of all would keep the log waiting.
         let zeroes = Bytes::from(vec![0; PIECE]);
-        let size = inner.segment_size as usize;
-        for offset in (0..size).step_by(PIECE) {
-            let piece = zeroes.slice(..PIECE.min(size - offset));
-            let at = inner.offset(segment, offset as u32);
+        for offset in (0..inner.segment_size).step_by(PIECE) {
+            let piece = zeroes.slice(..PIECE.min((inner.segment_size - offset) as usize));
+            let at = inner.offset(Place { segment, offset });
             inner.write_durably(at, piece).await?;
         }
     }
-    let header = segment_header(store, epoch).into();
-    inner
-        .write_durably(inner.offset(segment, 0), header)
-        .await?;
+    inner.write_header(segment, epoch).await?;
     inner.lock().ready.push_back(segment);
     Ok(true)
+}
+
+impl Inner {
+    /// Makes an epoch of a segment count.
+    pub(super) async fn write_header(&self, segment: u32, epoch: u64) -> Result<(), Error> {
+        let header = segment_header(self.number, epoch).into();
+        let start = self.offset(Place { segment, offset: 0 });
+        self.write_durably(start, header).await
+    }
 }
 
 /// Does everything else, a step at a time.
@@ -91,10 +92,10 @@ enum Step {
 async fn step(inner: &Inner) -> Result<Step, Error> {
     sweep(inner);
     let has_freed = free(inner).await?;
-    let is_closing = inner.closing().is_some();
-    let (is_due, is_low, is_short, victim) = {
+    let (is_closing, is_due, is_low, is_short, victim) = {
         let state = inner.lock();
-        if state.closing && !is_closing || state.failed.is_some() {
+        let is_closing = state.closer.is_some();
+        if state.is_closing && !is_closing || state.failed.is_some() {
             return Ok(Step::Wait);
         }
         let since = state.written - state.checkpointed;
@@ -111,18 +112,17 @@ async fn step(inner: &Inner) -> Result<Step, Error> {
             // What is freed next is for the copies, or the checkpoint.
             return Ok(Step::Wait);
         }
-        (is_due, is_low && has_gone_on, is_short, victim)
+        (is_closing, is_due, is_low && has_gone_on, is_short, victim)
     };
     let is_possible = !is_short || victim.is_none();
     if is_closing && is_possible {
-        let end = checkpoint(inner).await;
-        if let Some(closing) = inner.closing().take() {
-            let _ = closing.send(end);
-        }
+        let end = checkpoint::write(inner).await;
+        let closer = inner.lock().closer.take();
+        closer.map(|closer| closer.send(end));
         return Ok(Step::End);
     }
     if is_due && is_possible || is_low && victim.is_none() {
-        checkpoint(inner).await?;
+        checkpoint::write(inner).await?;
         return Ok(Step::More);
     }
     if let Some(victim) = victim {
@@ -145,8 +145,8 @@ impl State {
         expired.len()
     }
 
-    /// Takes a free segment into use under a new epoch, a warm one if there is any.
-    fn take_free(&mut self, used_for: Use) -> Option<(u32, u64, bool)> {
+    /// Takes a free segment into use under a new epoch, a warm one if there is any, and says whether it is cold.
+    pub(super) fn take_free(&mut self, used_for: Use) -> Option<(u32, u64, bool)> {
         let find = |wanted| self.segments.iter().position(|s| s.used_for == wanted);
         let number = find(Use::Warm).or_else(|| find(Use::Cold))?;
         let epoch = self.root.next_epoch;
@@ -155,6 +155,19 @@ impl State {
         let is_cold = segment.used_for == Use::Cold;
         (segment.used_for, segment.epoch) = (used_for, epoch);
         Some((number as u32, epoch, is_cold))
+    }
+
+    /// Appends a record, if the index refers to it where it is; returns how many bytes, nothing if there is no room.
+    fn move_record(&mut self, place: Place, mut record: Record<'_>) -> Option<u64> {
+        let entry = self.index.get(record.key);
+        let Some(entry) = entry.filter(|entry| entry.place == place) else {
+            return Some(0);
+        };
+        // What was said of it later.
+        record.expires = entry.expires;
+        self.reserve(record.len(), Class::Move, 0)?;
+        self.append(&record);
+        Some(record.len() as u64)
     }
 
     /// The segment whose compaction pays most, if one's does: of those that need no replay.
@@ -212,14 +225,14 @@ async fn free(inner: &Inner) -> Result<bool, Error> {
         }
     }
     for segment in discard {
-        let start = inner.offset(segment, 0);
+        let start = inner.offset(Place { segment, offset: 0 });
         let range = start..start + u64::from(inner.segment_size);
         match inner.namespace.discard(std::slice::from_ref(&range)).await {
             Ok(()) | Err(nvme_async::Error::Unsupported { .. }) => {}
             // It was advice.
             Err(error) => tracing::warn!(segment, %error, "a segment can't be discarded"),
         }
-        inner.lock().segments[segment as usize].used_for = Use::Cold;
+        inner.lock().segment(segment).used_for = Use::Cold;
     }
     if has_freed {
         inner.wanted.notify_one();
@@ -228,177 +241,28 @@ async fn free(inner: &Inner) -> Result<bool, Error> {
     Ok(has_freed)
 }
 
-/// Writes the index, then a root that makes it count.
-async fn checkpoint(inner: &Inner) -> Result<(), Error> {
-    let (position, written) = {
-        let state = inner.lock();
-        state.check_failed()?;
-        (state.position(), state.written)
-    };
-    let mut chunks = Chunks::new(inner);
-    for shard in 0..SHARDS {
-        let mut records: Vec<u8> = Vec::new();
-        let mut ends = Vec::new();
-        {
-            let state = inner.lock();
-            for (key, entry) in state.index.entries(shard) {
-                let record = Record {
-                    kind: Kind::Entry,
-                    expires: entry.expires,
-                    key,
-                    value: &entry.encode(),
-                };
-                // The checksum of the batch is enough.
-                record.encode(Default::default(), &mut records);
-                ends.push(records.len());
-            }
-        }
-        let mut start = 0;
-        for end in ends {
-            chunks.add(&records[start..end]).await?;
-            start = end;
-        }
-    }
-    chunks.end().await?;
-    let (segments, count) = (chunks.segments, chunks.count);
-    let commit = inner.lock().commit();
-    commit.durable().await?;
-
-    let mut root = inner.lock().root.clone();
-    root.generation += 1;
-    root.position = position;
-    root.chunks = count;
-    let old = std::mem::replace(&mut root.checkpoint, segments);
-    let block = root.generation % 2 * BLOCK as u64;
-    inner.write_durably(block, root.encode().into()).await?;
-
-    let mut state = inner.lock();
-    // Epochs were given out meanwhile.
-    root.next_epoch = state.root.next_epoch;
-    state.root = root;
-    state.checkpointed = written;
-    for (segment, _) in old {
-        state.segments[segment as usize].used_for = Use::Draining;
-    }
-    drop(state);
-    inner.statistics().checkpoints += 1;
-    Ok(())
-}
-
-/// Writes the batches of a checkpoint.
-struct Chunks<'a> {
-    inner: &'a Inner,
-    segments: Vec<(u32, u64)>,
-    /// In the last segment.
-    offset: usize,
-    open: Vec<u8>,
-    count: u64,
-}
-
-impl<'a> Chunks<'a> {
-    fn new(inner: &'a Inner) -> Self {
-        Self {
-            inner,
-            segments: Vec::new(),
-            offset: inner.segment_size as usize,
-            open: vec![0; BATCH_HEADER],
-            count: 0,
-        }
-    }
-
-    async fn add(&mut self, record: &[u8]) -> Result<(), Error> {
-        let room = self.inner.segment_size as usize - self.offset;
-        let len = self.open.len() + record.len();
-        if len > room || len > PIECE && self.open.len() > BATCH_HEADER {
-            self.end().await?;
-        }
-        let room = self.inner.segment_size as usize - self.offset;
-        if self.open.len() + record.len() > room {
-            self.next_segment().await?;
-        }
-        self.open.extend_from_slice(record);
-        Ok(())
-    }
-
-    async fn next_segment(&mut self) -> Result<(), Error> {
-        let (segment, epoch, store) = {
-            let mut state = self.inner.lock();
-            let taken = state.take_free(Use::Checkpoint).or_else(|| {
-                let ready = state.ready.pop_back()?;
-                let segment = &mut state.segments[ready as usize];
-                segment.used_for = Use::Checkpoint;
-                Some((ready, segment.epoch, false))
-            });
-            let no_room = || Error::Damaged("there is no segment for a checkpoint".to_owned());
-            let (segment, epoch, _) = taken
-                .filter(|_| self.segments.len() < MAX_CHECKPOINT_SEGMENTS)
-                .ok_or_else(no_room)?;
-            (segment, epoch, state.root.store)
-        };
-        self.segments.push((segment, epoch));
-        self.offset = BLOCK;
-        let header = segment_header(store, epoch).into();
-        self.inner
-            .write_durably(self.inner.offset(segment, 0), header)
-            .await
-    }
-
-    /// Writes the records that there are.
-    async fn end(&mut self) -> Result<(), Error> {
-        let Some((segment, _)) = self.segments.last().copied() else {
-            return Ok(());
-        };
-        if self.open.len() == BATCH_HEADER {
-            return Ok(());
-        }
-        let mut batch = std::mem::replace(&mut self.open, vec![0; BATCH_HEADER]);
-        let seed = self.inner.lock().seed(segment);
-        seal_batch(&mut batch, seed, OF_CHECKPOINT | self.count);
-        let at = self.inner.offset(segment, self.offset as u32);
-        self.offset += batch.len();
-        self.count += 1;
-        self.inner.write_durably(at, batch.into()).await
-    }
-}
-
 /// Copies what lives in a segment to the log's end, and frees the segment.
 async fn compact(inner: &Inner, victim: u32) -> Result<(), Error> {
-    let mut scanner = Scanner::new(&inner.lock(), victim, BLOCK as u32);
-    let (mut bytes, mut moved) = (0, 0);
-    let mut records_read = VecDeque::new();
+    let mut scanner = Scanner::new(&inner.namespace, &inner.lock(), victim, BLOCK as u32);
+    let mut moved = 0;
     loop {
-        let is_dead = inner.lock().segments[victim as usize].live == 0;
-        let batch = match is_dead {
-            true => None,
-            false => match scanner.next(&inner.namespace).await {
-                Ok(batch) => batch,
-                // It stays as it is: each key in it may be readable nonetheless.
-                Err(error) => {
-                    tracing::error!(segment = victim, %error, "a segment can't be read");
-                    None
-                }
-            },
-        };
-        if let Some(batch) = &batch {
+        let (mut bytes, mut batches) = (0, Vec::new());
+        while bytes < PIECE
+            && let Some(batch) = next_batch(inner, &mut scanner, victim).await
+        {
             bytes += batch.bytes.len().next_multiple_of(BLOCK);
-            records_read.extend(records(&batch.bytes).map(|(offset, record)| {
-                let bytes = batch.bytes.slice(offset..offset + record.len());
-                (batch.offset + offset as u32, bytes)
-            }));
-            if bytes < PIECE {
-                continue;
-            }
+            batches.push(batch);
         }
-        moved += move_records(inner, victim, &mut records_read).await?;
-        if batch.is_none() {
+        if batches.is_empty() {
             break;
         }
-        throttle(inner, std::mem::take(&mut bytes)).await;
+        moved += move_records(inner, &batches).await?;
+        throttle(inner, bytes).await;
     }
     let commit = inner.lock().commit();
     commit.durable().await?;
     let mut state = inner.lock();
-    let segment = &mut state.segments[victim as usize];
+    let segment = state.segment(victim);
     segment.used_for = match segment.live {
         0 => Use::Draining,
         live => {
@@ -413,43 +277,39 @@ async fn compact(inner: &Inner, victim: u32) -> Result<(), Error> {
     Ok(())
 }
 
+/// The next batch of a segment in which there is something that the index refers to.
+async fn next_batch(inner: &Inner, scanner: &mut Scanner<'_>, victim: u32) -> Option<Batch> {
+    if inner.lock().segment(victim).live == 0 {
+        return None;
+    }
+    // A segment that can't be read stays as it is: each key in it may be readable nonetheless.
+    scanner.next().await.unwrap_or_else(|error| {
+        tracing::error!(segment = victim, %error, "a segment can't be read");
+        None
+    })
+}
+
 /// Appends those records that the index refers to; returns how many bytes. Many at once, so that what
 /// was spread over many batches comes to lie in few.
-async fn move_records(
-    inner: &Inner,
-    victim: u32,
-    records: &mut VecDeque<(u32, Bytes)>,
-) -> Result<u64, Error> {
+async fn move_records(inner: &Inner, batches: &[Batch]) -> Result<u64, Error> {
     let mut moved = 0;
+    let records: Vec<_> = batches.iter().flat_map(Batch::records).collect();
+    let mut left = &records[..];
     loop {
         let mut room = std::pin::pin!(inner.room.notified());
         room.as_mut().enable();
-        let is_done = {
+        {
             let mut state = inner.lock();
             state.check_failed()?;
-            let is_done = loop {
-                let Some((offset, bytes)) = records.front() else {
-                    break true;
-                };
-                let record = Record::decode(bytes).filter(|record| record.kind == Kind::Set);
-                if let Some(mut record) = record
-                    && let Some(entry) = state.index.get(record.key)
-                    && (entry.segment, entry.offset) == (victim, *offset)
-                {
-                    // What was said of it later.
-                    record.expires = entry.expires;
-                    if state.reserve(record.len(), Class::Move, 0).is_err() {
-                        break false;
-                    }
-                    state.append(record);
-                    moved += record.len() as u64;
-                }
-                records.pop_front();
-            };
-            inner.appended.notify_one();
-            is_done
-        };
-        if is_done {
+            while let [(place, record), rest @ ..] = left
+                && let Some(bytes) = state.move_record(*place, *record)
+            {
+                moved += bytes;
+                left = rest;
+            }
+        }
+        inner.appended.notify_one();
+        if left.is_empty() {
             return Ok(moved);
         }
         inner.wanted.notify_one();

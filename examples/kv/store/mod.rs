@@ -64,26 +64,28 @@
 //!
 //! Nobody sees what may be lost: a reader of a record that is not durable yet gets it when it is.
 
-pub(crate) mod format;
+mod change;
+mod checkpoint;
+mod format;
 mod index;
 mod log;
 mod maintenance;
+mod read;
 mod recovery;
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use hdrhistogram::Histogram;
 use nvme_async::Namespace;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 
-use self::format::{BATCH_HEADER, BLOCK, DATA_START, Kind, RECORD_HEADER, Record, record_len};
-use self::index::{Entry, SHARDS};
+pub(crate) use self::change::Change;
+use self::format::{Place, Root};
 pub(crate) use self::log::Commit;
-use self::log::{Class, NoRoom, State};
+use self::log::State;
+pub(crate) use self::read::{Facts, Found, View};
 
 /// Most bytes of a key.
 pub(crate) const MAX_KEY: usize = 64 << 10;
@@ -108,8 +110,6 @@ pub(crate) struct Options {
     pub(crate) format: bool,
     /// A batch that has grown to this is written although others are on their way.
     pub(crate) batch_bytes: usize,
-    /// Most batches on their way.
-    pub(crate) in_flight: usize,
     /// Bytes in a second that compaction reads, unless writers wait for room.
     pub(crate) compaction_rate: u64,
     /// Bytes of the log after which a checkpoint is taken; at least four times the checkpoint's.
@@ -124,12 +124,17 @@ impl Default for Options {
             durability: Durability::Fua,
             format: false,
             batch_bytes: 64 << 10,
-            in_flight: 8,
             compaction_rate: 64 << 20,
             checkpoint_bytes: 64 << 20,
             clock: now,
         }
     }
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or(Duration::ZERO).as_millis() as u64
 }
 
 /// What can go wrong.
@@ -153,66 +158,6 @@ pub(crate) enum Error {
     Closed,
     #[error(transparent)]
     Device(#[from] nvme_async::Error),
-}
-
-/// What a write does.
-#[derive(Clone, Debug)]
-pub(crate) enum Change {
-    /// Expires in milliseconds since 1970; 0 is never.
-    Set {
-        key: Bytes,
-        value: Bytes,
-        expires: u64,
-    },
-    Delete {
-        key: Bytes,
-    },
-    Expire {
-        key: Bytes,
-        expires: u64,
-    },
-    Clear,
-}
-
-/// What is known of a key without a look at the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Facts {
-    pub(crate) len: usize,
-    /// In milliseconds since 1970; 0 is never.
-    pub(crate) expires: u64,
-}
-
-/// All keys, at one moment.
-pub(crate) struct View<'a>(&'a State, u64);
-
-impl View<'_> {
-    pub(crate) fn get(&self, key: &[u8]) -> Option<Facts> {
-        let entry = self.0.index.get(key)?;
-        (!entry.is_expired(self.1)).then_some(Facts {
-            len: entry.value_len as usize,
-            expires: entry.expires,
-        })
-    }
-
-    /// How many there are, with those that have expired lately.
-    pub(crate) fn count(&self) -> usize {
-        self.0.index.len()
-    }
-
-    /// Up to about `count` keys, and where to go on, 0 at the end. Keys that are there all the time are
-    /// returned at least once.
-    pub(crate) fn scan(&self, cursor: usize, count: usize) -> (usize, Vec<Bytes>) {
-        let mut keys = Vec::new();
-        for shard in cursor..SHARDS {
-            if keys.len() >= count {
-                return (shard, keys);
-            }
-            let entries = self.0.index.entries(shard);
-            let alive = entries.filter(|(_, entry)| !entry.is_expired(self.1));
-            keys.extend(alive.map(|(key, _)| Bytes::copy_from_slice(key)));
-        }
-        (0, keys)
-    }
 }
 
 /// Numbers of a store, since it was opened and of now.
@@ -245,6 +190,8 @@ pub(crate) struct Usage {
 struct Inner {
     namespace: Namespace,
     options: Options,
+    /// The store's random number.
+    number: u64,
     segment_size: u32,
     state: Mutex<State>,
     statistics: Mutex<Statistics>,
@@ -256,8 +203,6 @@ struct Inner {
     wanted: Notify,
     /// Something is to be freed.
     tidy: Notify,
-    /// A checkpoint, then the end.
-    closing: Mutex<Option<oneshot::Sender<Result<(), Error>>>>,
 }
 
 impl Inner {
@@ -269,24 +214,18 @@ impl Inner {
         self.statistics.lock().expect("no one panics with it")
     }
 
-    fn closing(&self) -> MutexGuard<'_, Option<oneshot::Sender<Result<(), Error>>>> {
-        self.closing.lock().expect("no one panics with it")
-    }
-
     fn fail(&self, error: &Error) {
-        self.lock().fail(error.to_string());
+        self.lock().fail(error);
         self.room.notify_waiters();
-        // Who waits for the last checkpoint, waits no longer.
-        self.closing().take();
     }
 
     fn now(&self) -> u64 {
         (self.options.clock)()
     }
 
-    /// Where in the namespace something in a segment is.
-    fn offset(&self, segment: u32, offset: u32) -> u64 {
-        segment_start(segment, self.segment_size) + u64::from(offset)
+    /// Where in the namespace something is.
+    fn offset(&self, place: Place) -> u64 {
+        place.in_namespace(self.segment_size)
     }
 }
 
@@ -305,11 +244,16 @@ impl Store {
     /// [`Error::Foreign`], [`Error::Damaged`] and those of the device.
     pub(crate) async fn open(namespace: Namespace, options: Options) -> Result<Self, Error> {
         let state = recovery::open(&namespace, &options).await?;
-        let histogram = || Histogram::new_with_max(60_000_000, 3).expect("the digits are 0 to 5");
+        let Root {
+            store,
+            segment_size,
+            ..
+        } = state.root;
         let inner = Arc::new(Inner {
             namespace,
             options,
-            segment_size: state.root.segment_size,
+            number: store,
+            segment_size,
             state: Mutex::new(state),
             statistics: Mutex::new(Statistics {
                 batches: histogram(),
@@ -323,7 +267,6 @@ impl Store {
             room: Notify::new(),
             wanted: Notify::new(),
             tidy: Notify::new(),
-            closing: Mutex::new(None),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(log::write(inner.clone()));
@@ -335,161 +278,6 @@ impl Store {
         })
     }
 
-    /// Looks for a key. It is decided now what is found; resolving the result gets it.
-    pub(crate) fn get(&self, key: &[u8]) -> Result<Found, Error> {
-        let state = self.inner.lock();
-        state.check()?;
-        let entry = state
-            .index
-            .get(key)
-            .filter(|entry| !entry.is_expired(self.inner.now()));
-        let Some(entry) = entry.copied() else {
-            return Ok(Found {
-                place: Place::Absent,
-                cause: state.commit_of_absence(),
-                _pin: None,
-            });
-        };
-        let place = match state.pending(&entry, entry.record_len(key)) {
-            Some((record, commit)) => {
-                let value = record.slice(RECORD_HEADER + key.len()..);
-                Place::Pending(entry, value, commit)
-            }
-            None => Place::Stored(Stored {
-                store: self.clone(),
-                seed: state.seed(entry.segment),
-                key: Bytes::copy_from_slice(key),
-                entry,
-            }),
-        };
-        Ok(Found {
-            place,
-            cause: state.commit_of_presence(),
-            _pin: Some(state.segments[entry.segment as usize].pin.clone()),
-        })
-    }
-
-    /// What is known of keys, and when that is durable.
-    pub(crate) fn look<R>(&self, look: impl FnOnce(&View<'_>) -> R) -> Result<(R, Commit), Error> {
-        let state = self.inner.lock();
-        state.check()?;
-        Ok((look(&View(&state, self.inner.now())), state.commit()))
-    }
-
-    /// Decides by the keys that there are what to change, and changes that. Resolves when the order of it
-    /// among all changes is fixed, which may take until there is room. The changes are durable
-    /// together. `decide` may be called again.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Full`], when something is set and there is no space for it; [`Error::TooLarge`].
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropped before it resolves, it has done nothing.
-    pub(crate) async fn change<R>(
-        &self,
-        mut decide: impl FnMut(&View<'_>) -> (Vec<Change>, R),
-    ) -> Result<(R, Commit), Error> {
-        self.change_if(|_| true, &mut decide)
-            .await
-            .map(|result| result.expect("it is changed in any state"))
-    }
-
-    /// As [`change`](Self::change), for one key and by its value. What `decide` returns as an error,
-    /// changes nothing.
-    pub(crate) async fn modify<R>(
-        &self,
-        key: &[u8],
-        mut decide: impl FnMut(Option<(Facts, Bytes)>) -> (Vec<Change>, R),
-    ) -> Result<(R, Commit), Error> {
-        loop {
-            let found = self.get(key)?;
-            let seen = found.entry();
-            let value = found.peek().await?;
-            let mut decide = |view: &View<'_>| {
-                let facts = seen.and_then(|_| view.get(key));
-                decide(facts.zip(value.clone()))
-            };
-            let is_same = |state: &State| match (state.index.get(key), seen) {
-                (Some(entry), Some(seen)) => entry.is_same_record(&seen),
-                (entry, None) => entry.is_none_or(|entry| entry.is_expired(self.inner.now())),
-                (None, Some(_)) => false,
-            };
-            // No other record comes to be in the place of the one that was found: `found` lives.
-            if let Some(result) = self.change_if(is_same, &mut decide).await? {
-                return Ok(result);
-            }
-        }
-    }
-
-    async fn change_if<R>(
-        &self,
-        is_wanted: impl Fn(&State) -> bool,
-        decide: &mut impl FnMut(&View<'_>) -> (Vec<Change>, R),
-    ) -> Result<Option<(R, Commit)>, Error> {
-        loop {
-            let mut room = std::pin::pin!(self.inner.room.notified());
-            room.as_mut().enable();
-            {
-                let mut state = self.inner.lock();
-                state.check()?;
-                if !is_wanted(&state) {
-                    return Ok(None);
-                }
-                let (changes, result) = decide(&View(&state, self.inner.now()));
-                if self.append(&mut state, &changes)?.is_ok() {
-                    return Ok(Some((result, state.commit())));
-                }
-            }
-            self.inner.wanted.notify_one();
-            self.inner.tidy.notify_one();
-            room.await;
-        }
-    }
-
-    fn append(&self, state: &mut State, changes: &[Change]) -> Result<Result<(), NoRoom>, Error> {
-        if changes.is_empty() {
-            return Ok(Ok(()));
-        }
-        let records = changes.iter().map(Change::record);
-        let len: usize = records.clone().map(|record| record.len()).sum();
-        let most = state.root.segment_size as usize - BLOCK - BATCH_HEADER;
-        if len > most {
-            return Err(Error::TooLarge(len, most));
-        }
-        let mut class = Class::Delete;
-        let mut more = 0;
-        let mut checkpoint = state.index.extent();
-        let mut keys = HashSet::new();
-        for record in records.clone().filter(|record| record.kind == Kind::Set) {
-            class = Class::Set;
-            more += state.cost(record.len()) as i64;
-            // What is set twice, takes the place of what was there once.
-            if changes.len() > 1 && !keys.insert(record.key) {
-                continue;
-            }
-            match state.index.get(record.key) {
-                Some(old) => more -= state.cost(old.record_len(record.key)) as i64,
-                None => checkpoint.add(record.key),
-            }
-        }
-        let need = state.need(&checkpoint);
-        let (used, limit) = (state.used, state.limit(need));
-        if class == Class::Set && more > 0 && used.saturating_add_signed(more) > limit {
-            return Err(Error::Full { used, limit });
-        }
-        let room = state.reserve(len, class, need);
-        if room.is_ok() {
-            records.for_each(|record| state.append(record));
-            self.inner.appended.notify_one();
-            if state.ready.len() < maintenance::READY {
-                self.inner.wanted.notify_one();
-            }
-        }
-        Ok(room)
-    }
-
     /// Finishes what was begun, takes a checkpoint, and stops: all operations fail from now on.
     ///
     /// # Errors
@@ -499,15 +287,18 @@ impl Store {
         let commit = {
             let mut state = self.inner.lock();
             state.check()?;
-            state.closing = true;
+            state.is_closing = true;
             state.commit()
         };
         self.inner.room.notify_waiters();
         commit.durable().await?;
         let (sender, receiver) = oneshot::channel();
-        *self.inner.closing() = Some(sender);
-        // It may have failed before there was someone to be told.
-        self.inner.lock().check_failed()?;
+        {
+            let mut state = self.inner.lock();
+            // It may have failed before there was someone to be told.
+            state.check_failed()?;
+            state.closer = Some(sender);
+        }
         self.inner.tidy.notify_one();
         receiver.await.unwrap_or(Err(Error::Closed))
     }
@@ -538,118 +329,7 @@ impl Store {
     }
 }
 
-impl Change {
-    fn record(&self) -> Record<'_> {
-        let record = |kind, key, value, expires| Record {
-            kind,
-            expires,
-            key,
-            value,
-        };
-        match self {
-            Self::Set {
-                key,
-                value,
-                expires,
-            } => record(Kind::Set, &**key, &**value, *expires),
-            Self::Delete { key } => record(Kind::Delete, key, &[], 0),
-            Self::Expire { key, expires } => record(Kind::Expire, key, &[], *expires),
-            Self::Clear => record(Kind::Clear, &[], &[], 0),
-        }
-    }
-}
-
-/// What was found of a key. Where its record is, no other one comes to be as long as this lives.
-pub(crate) struct Found {
-    place: Place,
-    /// Of what it is there or not there for, beside the record.
-    cause: Commit,
-    _pin: Option<Arc<()>>,
-}
-
-enum Place {
-    Absent,
-    /// Not durable yet.
-    Pending(Entry, Bytes, Commit),
-    /// It is to be read.
-    Stored(Stored),
-}
-
-/// A value on the device.
-struct Stored {
-    store: Store,
-    seed: format::Seed,
-    key: Bytes,
-    entry: Entry,
-}
-
-impl Found {
-    fn entry(&self) -> Option<Entry> {
-        match &self.place {
-            Place::Absent => None,
-            Place::Pending(entry, ..) => Some(*entry),
-            Place::Stored(stored) => Some(stored.entry),
-        }
-    }
-
-    /// Bytes of the value.
-    pub(crate) fn size(&self) -> usize {
-        self.entry().map_or(0, |entry| entry.value_len as usize)
-    }
-
-    /// The value, once it is durable; nothing if there is no such key.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Damaged`] if the device does not have what was written, and those of the device.
-    pub(crate) async fn value(self) -> Result<Option<Bytes>, Error> {
-        self.cause.durable().await?;
-        match self.place {
-            Place::Absent => Ok(None),
-            Place::Pending(_, value, commit) => commit.durable().await.map(|()| Some(value)),
-            Place::Stored(stored) => stored.read().await.map(Some),
-        }
-    }
-
-    /// The value, durable or not.
-    async fn peek(&self) -> Result<Option<Bytes>, Error> {
-        match &self.place {
-            Place::Absent => Ok(None),
-            Place::Pending(_, value, ..) => Ok(Some(value.clone())),
-            Place::Stored(stored) => stored.read().await.map(Some),
-        }
-    }
-}
-
-impl Stored {
-    async fn read(&self) -> Result<Bytes, Error> {
-        let (entry, len) = (&self.entry, self.entry.record_len(&self.key));
-        let inner = &self.store.inner;
-        let at = inner.offset(entry.segment, entry.offset);
-        let block = u64::from(inner.namespace.block_size());
-        let start = at / block * block;
-        let end = (at + len as u64).next_multiple_of(block);
-        let bytes = inner.namespace.read(start, (end - start) as usize).await?;
-        let skip = (at - start) as usize;
-        let record = bytes.slice(skip..skip + len);
-        match Record::verify(&record, self.seed) {
-            Some(found) if found.key == self.key => {
-                Ok(record.slice(record_len(self.key.len(), 0)..))
-            }
-            _ => Err(Error::Damaged(format!(
-                "the record at byte {at} is not the one that was written"
-            ))),
-        }
-    }
-}
-
-/// Where in the namespace a segment starts.
-fn segment_start(segment: u32, size: u32) -> u64 {
-    DATA_START + u64::from(segment) * u64::from(size)
-}
-
-/// Milliseconds since 1970.
-pub(crate) fn now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.unwrap_or(Duration::ZERO).as_millis() as u64
+/// Of microseconds, or other numbers up to 60 million.
+pub(crate) fn histogram() -> Histogram<u64> {
+    Histogram::new_with_max(60_000_000, 3).expect("the digits are 0 to 5")
 }

@@ -8,12 +8,12 @@ use futures::{StreamExt, TryStreamExt, stream};
 use nvme_async::Namespace;
 
 use super::format::{
-    BLOCK, DATA_START, OF_CHECKPOINT, Position, Root, Seed, batch_header, batch_is_whole, records,
-    segment_epoch,
+    BLOCK, DATA_START, OF_CHECKPOINT, Place, Position, Record, Root, Seed, batch_header,
+    batch_is_whole, records, segment_epoch,
 };
-use super::index::{Entry, Index, SHARDS};
+use super::index::{Entry, SHARDS};
 use super::log::{Segment, State, Use};
-use super::{Error, MAX_KEY, MAX_VALUE, Options, segment_start};
+use super::{Error, MAX_KEY, MAX_VALUE, Options};
 
 /// Bytes that are read at a time.
 const WINDOW: usize = 1 << 20;
@@ -51,7 +51,11 @@ pub(super) async fn open(namespace: &Namespace, options: &Options) -> Result<Sta
         }
         _ => format(namespace, capacity).await?,
     };
-    let end = segment_start(root.segments, root.segment_size);
+    let end = Place {
+        segment: root.segments,
+        offset: 0,
+    };
+    let end = end.in_namespace(root.segment_size);
     if end > capacity || u64::from(root.segment_size) < segment_size(0) {
         return Err(Error::Damaged(format!(
             "the store has {end} bytes and the device {capacity}"
@@ -101,8 +105,8 @@ async fn format(namespace: &Namespace, capacity: u64) -> Result<Root, Error> {
 async fn recover(namespace: &Namespace, root: Root, now: u64) -> Result<State, Error> {
     let start = Instant::now();
     let headers = stream::iter(0..root.segments).map(|segment| {
-        let offset = segment_start(segment, root.segment_size);
-        async move { namespace.read(offset, BLOCK).await }
+        let start = Place { segment, offset: 0 }.in_namespace(root.segment_size);
+        async move { namespace.read(start, BLOCK).await }
     });
     let headers: Vec<Bytes> = headers.buffered(READS).try_collect().await?;
     let segments = headers.iter().map(|header| {
@@ -114,16 +118,21 @@ async fn recover(namespace: &Namespace, root: Root, now: u64) -> Result<State, E
             pin: Arc::new(()),
         }
     });
-    let segments = segments.collect();
-    let position = root.position;
-    let mut state = State::new(root, Index::new(), segments, position.sequence);
+    let mut state = State::new(root.clone(), segments.collect());
     let epochs = state.segments.iter().map(|segment| segment.epoch + 1);
-    let next_epoch = epochs.max().unwrap_or(0);
-    state.root.next_epoch = state.root.next_epoch.max(next_epoch);
+    state.root.next_epoch = epochs.fold(root.next_epoch, u64::max);
 
-    let mut progress = Progress::new();
-    load_checkpoint(namespace, &mut state, &mut progress).await?;
-    replay(namespace, &mut state, &mut progress).await?;
+    let mut recovery = Recovery {
+        namespace,
+        state,
+        bytes: 0,
+        said: start,
+    };
+    recovery.load_checkpoint().await?;
+    recovery.replay().await?;
+    let Recovery {
+        mut state, bytes, ..
+    } = recovery;
     for shard in 0..SHARDS {
         state.forget_expired(shard, now);
     }
@@ -135,8 +144,102 @@ async fn recover(namespace: &Namespace, root: Root, now: u64) -> Result<State, E
             segment.used_for = Use::Log;
         }
     }
-    tracing::info!(keys = state.index.len(), bytes = progress.bytes, time = ?start.elapsed(), "recovered");
+    tracing::info!(keys = state.index.len(), bytes, time = ?start.elapsed(), "recovered");
     Ok(state)
+}
+
+struct Recovery<'a> {
+    namespace: &'a Namespace,
+    state: State,
+    /// That were read.
+    bytes: usize,
+    /// When it was said how far it is.
+    said: Instant,
+}
+
+impl Recovery<'_> {
+    async fn load_checkpoint(&mut self) -> Result<(), Error> {
+        let mut chunks = 0;
+        for (segment, epoch) in self.state.root.checkpoint.clone() {
+            let known = self.state.segments.get_mut(segment as usize);
+            let Some(known) = known.filter(|known| known.epoch == epoch) else {
+                break;
+            };
+            known.used_for = Use::Checkpoint;
+            let mut scanner = Scanner::new(self.namespace, &self.state, segment, BLOCK as u32);
+            while let Some(batch) = scanner.next().await? {
+                if batch.sequence != OF_CHECKPOINT | chunks {
+                    break;
+                }
+                for (_, record) in batch.records() {
+                    if let Some(entry) = Entry::decode(record.value, record.expires)
+                        && self.state.is_before_position(entry.place.segment)
+                    {
+                        self.state.insert(record.key, entry);
+                    }
+                }
+                chunks += 1;
+                self.note(&batch, "loading the checkpoint");
+            }
+        }
+        let expected = self.state.root.chunks;
+        if chunks != expected {
+            return Err(Error::Damaged(format!(
+                "of the checkpoint's {expected} batches only {chunks} can be read"
+            )));
+        }
+        Ok(())
+    }
+
+    async fn replay(&mut self) -> Result<(), Error> {
+        let position = self.state.root.position;
+        let numbered = (0..).zip(&self.state.segments);
+        let mut log: Vec<(u64, u32)> = numbered
+            .filter(|(_, segment)| segment.used_for == Use::Warm && segment.epoch >= position.epoch)
+            .map(|(number, segment)| (segment.epoch, number))
+            .collect();
+        log.sort_unstable();
+        for (epoch, segment) in log {
+            let is_at_start = epoch != position.epoch;
+            let offset = if is_at_start {
+                BLOCK as u32
+            } else {
+                position.offset
+            };
+            let mut scanner = Scanner::new(self.namespace, &self.state, segment, offset);
+            let mut is_first = true;
+            while let Some(batch) = scanner.next().await? {
+                let (found, expected) = (batch.sequence, self.state.next_sequence);
+                if found != expected {
+                    let is_of_log = found & OF_CHECKPOINT == 0;
+                    if is_first && is_of_log && found > expected + MOST_IN_FLIGHT {
+                        return Err(Error::Damaged(format!(
+                            "the log has batch {found} and lacks {expected}"
+                        )));
+                    }
+                    break;
+                }
+                is_first = false;
+                self.state.segment(segment).used_for = Use::Log;
+                for (place, record) in batch.records() {
+                    self.state.apply(&record, place);
+                }
+                self.state.next_sequence += 1;
+                self.note(&batch, "replaying the log");
+            }
+        }
+        Ok(())
+    }
+
+    /// Says how far a long recovery is.
+    fn note(&mut self, batch: &Batch, what: &str) {
+        self.bytes += batch.bytes.len();
+        if self.said.elapsed() > Duration::from_secs(2) {
+            self.said = Instant::now();
+            let keys = self.state.index.len();
+            tracing::info!(mib = self.bytes >> 20, keys, "{what}");
+        }
+    }
 }
 
 impl State {
@@ -148,178 +251,81 @@ impl State {
     }
 }
 
-async fn load_checkpoint(
-    namespace: &Namespace,
-    state: &mut State,
-    progress: &mut Progress,
-) -> Result<(), Error> {
-    let mut chunks = 0;
-    for (segment, epoch) in state.root.checkpoint.clone() {
-        let known = state.segments.get_mut(segment as usize);
-        let Some(known) = known.filter(|known| known.epoch == epoch) else {
-            break;
-        };
-        known.used_for = Use::Checkpoint;
-        let mut scanner = Scanner::new(state, segment, BLOCK as u32);
-        while let Some(batch) = scanner.next(namespace).await? {
-            if batch.sequence != OF_CHECKPOINT | chunks {
-                break;
-            }
-            for (_, record) in records(&batch.bytes) {
-                if let Some(entry) = Entry::decode(record.value, record.expires)
-                    && state.is_before_position(entry.segment)
-                {
-                    state.place(record.key, entry);
-                }
-            }
-            chunks += 1;
-            progress.note(
-                batch.bytes.len(),
-                state.index.len(),
-                "loading the checkpoint",
-            );
-        }
-    }
-    if chunks != state.root.chunks {
-        return Err(Error::Damaged(format!(
-            "of the checkpoint's {} batches only {chunks} can be read",
-            state.root.chunks
-        )));
-    }
-    Ok(())
-}
-
-async fn replay(
-    namespace: &Namespace,
-    state: &mut State,
-    progress: &mut Progress,
-) -> Result<(), Error> {
-    let position = state.root.position;
-    let numbered = (0..).zip(&state.segments);
-    let mut log: Vec<(u64, u32)> = numbered
-        .filter(|(_, segment)| segment.used_for == Use::Warm && segment.epoch >= position.epoch)
-        .map(|(number, segment)| (segment.epoch, number))
-        .collect();
-    log.sort_unstable();
-    for (epoch, segment) in log {
-        let offset = match epoch == position.epoch {
-            true => position.offset,
-            false => BLOCK as u32,
-        };
-        let mut scanner = Scanner::new(state, segment, offset);
-        let mut is_first = true;
-        while let Some(batch) = scanner.next(namespace).await? {
-            let expected = state.next_sequence;
-            if batch.sequence != expected {
-                let is_of_log = batch.sequence & OF_CHECKPOINT == 0;
-                if is_first && is_of_log && batch.sequence > expected + MOST_IN_FLIGHT {
-                    return Err(Error::Damaged(format!(
-                        "the log has batch {} and lacks {expected}",
-                        batch.sequence
-                    )));
-                }
-                break;
-            }
-            is_first = false;
-            state.segments[segment as usize].used_for = Use::Log;
-            for (offset, record) in records(&batch.bytes) {
-                state.apply(&record, segment, batch.offset + offset as u32);
-            }
-            state.next_sequence += 1;
-            progress.note(batch.bytes.len(), state.index.len(), "replaying the log");
-        }
-    }
-    Ok(())
-}
-
 /// Reads the batches of a segment, one after the other.
-pub(super) struct Scanner {
-    start: u64,
-    size: usize,
+pub(super) struct Scanner<'a> {
+    namespace: &'a Namespace,
+    segment_size: u32,
     seed: Seed,
-    offset: usize,
+    /// Of the next batch.
+    place: Place,
     window: Bytes,
     /// Where in the segment it was read.
     window_offset: usize,
 }
 
 /// A whole batch.
-pub(super) struct Scanned {
-    pub(super) sequence: u64,
-    /// In the segment.
-    pub(super) offset: u32,
+pub(super) struct Batch {
+    sequence: u64,
+    place: Place,
     /// Without padding.
     pub(super) bytes: Bytes,
 }
 
-impl Scanner {
-    pub(super) fn new(state: &State, segment: u32, offset: u32) -> Self {
+impl Batch {
+    /// With where they are.
+    pub(super) fn records(&self) -> impl Iterator<Item = (Place, Record<'_>)> {
+        records(&self.bytes).map(|(offset, record)| (self.place.after(offset), record))
+    }
+}
+
+impl<'a> Scanner<'a> {
+    pub(super) fn new(namespace: &'a Namespace, state: &State, segment: u32, offset: u32) -> Self {
         Self {
-            start: segment_start(segment, state.root.segment_size),
-            size: state.root.segment_size as usize,
+            namespace,
+            segment_size: state.root.segment_size,
             seed: state.seed(segment),
-            offset: offset as usize,
+            place: Place { segment, offset },
             window: Bytes::new(),
             window_offset: 0,
         }
     }
 
     /// The next batch; nothing if there is no whole one.
-    pub(super) async fn next(&mut self, namespace: &Namespace) -> Result<Option<Scanned>, Error> {
-        let offset = self.offset;
-        if offset + BLOCK > self.size {
+    pub(super) async fn next(&mut self) -> Result<Option<Batch>, Error> {
+        let place = self.place;
+        let left = self.segment_size.saturating_sub(place.offset) as usize;
+        if left < BLOCK {
             return Ok(None);
         }
-        let block = self.read(namespace, offset, BLOCK).await?;
-        let Some((sequence, len)) = batch_header(&block) else {
+        let block = self.read(BLOCK).await?;
+        let header = batch_header(&block).filter(|(_, len)| *len <= left);
+        let Some((sequence, len)) = header else {
             return Ok(None);
         };
-        if len > self.size - offset {
-            return Ok(None);
-        }
-        let bytes = self.read(namespace, offset, len).await?;
+        let bytes = self.read(len).await?;
         if !batch_is_whole(&bytes, self.seed) {
             return Ok(None);
         }
-        self.offset += len.next_multiple_of(BLOCK);
-        Ok(Some(Scanned {
+        self.place = place.after(len.next_multiple_of(BLOCK));
+        Ok(Some(Batch {
             sequence,
-            offset: offset as u32,
+            place,
             bytes,
         }))
     }
 
-    async fn read(&mut self, namespace: &Namespace, at: usize, len: usize) -> Result<Bytes, Error> {
+    /// So many bytes at the place of the next batch.
+    async fn read(&mut self, len: usize) -> Result<Bytes, Error> {
+        let at = self.place.offset as usize;
         let window = self.window_offset..self.window_offset + self.window.len();
         if at < window.start || at + len > window.end {
-            let read = len.next_multiple_of(BLOCK).max(WINDOW).min(self.size - at);
-            self.window = namespace.read(self.start + at as u64, read).await?;
+            let left = self.segment_size as usize - at;
+            let read = len.next_multiple_of(BLOCK).max(WINDOW).min(left);
+            let start = self.place.in_namespace(self.segment_size);
+            self.window = self.namespace.read(start, read).await?;
             self.window_offset = at;
         }
         let start = at - self.window_offset;
         Ok(self.window.slice(start..start + len))
-    }
-}
-
-/// Says how far a long recovery is.
-struct Progress {
-    bytes: usize,
-    said: Instant,
-}
-
-impl Progress {
-    fn new() -> Self {
-        Self {
-            bytes: 0,
-            said: Instant::now(),
-        }
-    }
-
-    fn note(&mut self, bytes: usize, keys: usize, what: &str) {
-        self.bytes += bytes;
-        if self.said.elapsed() > Duration::from_secs(2) {
-            self.said = Instant::now();
-            tracing::info!(mib = self.bytes >> 20, keys, "{what}");
-        }
     }
 }
