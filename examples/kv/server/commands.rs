@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
 
 use super::protocol::{MAX_REQUEST, OK, Reply};
 use super::{Server, Session, glob, info};
@@ -22,7 +23,10 @@ impl Answer {
             Self::Now(reply) => Ok(reply),
             Self::After(commit, reply) => commit.durable().await.map(|()| reply),
             Self::Value(found) => found.value().await.map(Reply::from),
-            Self::Values(all) => values(all).await,
+            Self::Values(all) => {
+                let values = stream::iter(all).then(Found::value).map_ok(Reply::from);
+                values.try_collect().await.map(Reply::Array)
+            }
         };
         reply.unwrap_or_else(|failure| Reply::Error(failure.into()))
     }
@@ -40,14 +44,6 @@ impl Answer {
             Self::Now(reply) | Self::After(_, reply) => reply.size(),
         }
     }
-}
-
-async fn values(all: Vec<Found>) -> Result<Reply, Error> {
-    let mut replies = Vec::with_capacity(all.len());
-    for found in all {
-        replies.push(found.value().await?.into());
-    }
-    Ok(Reply::Array(replies))
 }
 
 /// What a request is answered with, or the text of an error.

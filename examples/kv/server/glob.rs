@@ -1,65 +1,56 @@
 //! Redis's patterns: `*`, `?`, `[a-c]`, `[^a]`, and `\` before what is meant as it is.
 
 /// Whether all of `text` matches. It takes no more than the product of the lengths.
-pub(super) fn matches(pattern: &[u8], text: &[u8]) -> bool {
-    let (mut pattern_at, mut text_at) = (0, 0);
-    // After the last star, and where the text was tried from there.
-    let mut retry = None;
+pub(super) fn matches(mut pattern: &[u8], mut text: &[u8]) -> bool {
+    // What comes after the last star, and the text that was tried with it.
+    let mut last_star = None;
     loop {
-        if pattern.get(pattern_at) == Some(&b'*') {
-            pattern_at += 1;
-            retry = Some((pattern_at, text_at));
-            continue;
-        }
-        match (element(&pattern[pattern_at..], text.get(text_at)), retry) {
-            (Some(0), _) => return true,
-            (Some(len), _) => {
-                pattern_at += len;
-                text_at += 1;
+        let next = match (pattern, text) {
+            ([], []) => return true,
+            ([b'*', after @ ..], _) => {
+                last_star = Some((after, text));
+                last_star
             }
-            (None, Some((after_star, from))) if from < text.len() => {
-                (pattern_at, text_at) = (after_star, from + 1);
-                retry = Some((after_star, from + 1));
+            (_, [byte, rest @ ..]) => element(pattern, *byte).map(|after| (after, rest)),
+            (_, []) => None,
+        };
+        (pattern, text) = match (next, last_star) {
+            (Some(next), _) => next,
+            // The star takes one byte more.
+            (None, Some((after, [_, tried @ ..]))) => {
+                last_star = Some((after, tried));
+                (after, tried)
             }
             (None, _) => return false,
-        }
+        };
     }
 }
 
-/// The length of the pattern's first element if it matches the byte; 0 at the end of both.
-fn element(pattern: &[u8], byte: Option<&u8>) -> Option<usize> {
-    let (Some(first), Some(byte)) = (pattern.first(), byte) else {
-        return (pattern.is_empty() && byte.is_none()).then_some(0);
-    };
-    match first {
-        b'?' => Some(1),
-        b'\\' if pattern.len() > 1 => (pattern[1] == *byte).then_some(2),
-        b'[' => set(&pattern[1..], *byte).map(|len| len + 1),
-        _ => (first == byte).then_some(1),
+/// What follows the pattern's first element, if that matches the byte.
+fn element(pattern: &[u8], byte: u8) -> Option<&[u8]> {
+    match pattern {
+        [b'?', after @ ..] => Some(after),
+        [b'[', set @ ..] => after_set(set, byte),
+        [b'\\', meant, after @ ..] | [meant, after @ ..] => (*meant == byte).then_some(after),
+        [] => None,
     }
 }
 
-/// The length of a set, with its bracket, if it has the byte.
-fn set(pattern: &[u8], byte: u8) -> Option<usize> {
-    let is_inverse = pattern.first() == Some(&b'^');
-    let (mut at, mut has) = (usize::from(is_inverse), false);
-    while at < pattern.len() && pattern[at] != b']' {
-        match &pattern[at..] {
-            [b'\\', meant, ..] => {
-                has |= *meant == byte;
-                at += 2;
-            }
-            [from, b'-', to, ..] => {
-                has |= (*from.min(to)..=*from.max(to)).contains(&byte);
-                at += 3;
-            }
-            rest => {
-                has |= rest[0] == byte;
-                at += 1;
-            }
-        }
+/// What follows a set and its bracket, if the set has the byte.
+fn after_set(pattern: &[u8], byte: u8) -> Option<&[u8]> {
+    let inverse = pattern.strip_prefix(b"^");
+    let (mut rest, mut has) = (inverse.unwrap_or(pattern), false);
+    loop {
+        let (from, to);
+        (from, to, rest) = match rest {
+            [] | [b']', ..] => break,
+            [b'\\', meant, after @ ..] => (meant, meant, after),
+            [from, b'-', to, after @ ..] => (from.min(to), from.max(to), after),
+            [meant, after @ ..] => (meant, meant, after),
+        };
+        has |= (from..=to).contains(&&byte);
     }
-    (has != is_inverse).then_some((at + 1).min(pattern.len()))
+    (has != inverse.is_some()).then(|| rest.get(1..).unwrap_or_default())
 }
 
 #[cfg(test)]

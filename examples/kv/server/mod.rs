@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 
 use self::commands::Answer;
 use self::protocol::{Parser, Reply};
-use crate::store::{MAX_VALUE, Store};
+use crate::store::{MAX_VALUE, Store, histogram};
 
 /// What is read of a connection at a time, and kept for it without being asked.
 const CHUNK: usize = 64 << 10;
@@ -30,6 +30,8 @@ const CHUNK: usize = 64 << 10;
 const MAX_TOGETHER: usize = 1024;
 /// How long clients have to take their last replies.
 const FAREWELL: Duration = Duration::from_secs(10);
+
+const TOO_MUCH_MEMORY: &str = "OOM too much memory is used by pending requests, try again later";
 
 /// What clients may use.
 #[derive(Clone, Copy, Debug)]
@@ -59,8 +61,8 @@ struct Server {
     latencies: Mutex<Latencies>,
 }
 
-/// Microseconds from when requests were begun until they, and those that were answered together with
-/// them, were finished.
+/// Microseconds from when the first of those requests was begun that were answered together, until all were
+/// finished; of each request.
 struct Latencies {
     reads: Histogram<u64>,
     others: Histogram<u64>,
@@ -91,7 +93,6 @@ pub(crate) async fn serve(
     limits: Limits,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let histogram = || Histogram::new_with_max(60_000_000, 3).expect("the digits are 0 to 5");
     let server = Arc::new(Server {
         store,
         limits,
@@ -132,10 +133,8 @@ pub(crate) async fn serve(
     stopping.send_replace(true);
     let all = async { while connections.join_next().await.is_some() {} };
     if timeout(FAREWELL, all).await.is_err() {
-        tracing::warn!(
-            left = connections.len(),
-            "clients do not take their replies"
-        );
+        let left = connections.len();
+        tracing::warn!(left, "clients do not take their replies");
     }
     Ok(())
 }
@@ -148,9 +147,8 @@ async fn connect(
     stream.set_nodelay(true)?;
     let id = server.connections.fetch_add(1, Ordering::Relaxed) + 1;
     let Ok(_place) = server.places.clone().try_acquire_owned() else {
-        return stream
-            .write_all(b"-ERR max number of clients reached\r\n")
-            .await;
+        let refusal = b"-ERR max number of clients reached\r\n";
+        return stream.write_all(refusal).await;
     };
     let mut connection = Connection {
         server,
@@ -189,12 +187,9 @@ struct Connection<'a> {
     memory: Option<OwnedSemaphorePermit>,
 }
 
-/// A request that was begun.
+/// A request that was begun, in a version of the protocol.
 struct Begun {
-    start: Instant,
-    /// Of the protocol.
     version: u8,
-    is_read: bool,
     answer: Answer,
 }
 
@@ -209,51 +204,69 @@ async fn read(begun: &mut [Begun]) {
 }
 
 impl Connection<'_> {
-    /// Answers all requests that have arrived, in their order. They are begun one after the other, and
-    /// then finished together: so what a pipeline writes becomes durable in one batch. Returns whether
-    /// the client does not keep to the protocol.
+    /// Answers all requests that have arrived, in their order. Returns whether the client does not keep to the
+    /// protocol.
     async fn answer(&mut self, stream: &mut TcpStream) -> io::Result<bool> {
-        let mut complaint = None;
-        let mut is_empty = false;
-        while !is_empty && complaint.is_none() && !self.session.quits {
-            let (mut begun, mut bytes) = (Vec::new(), 0);
-            while begun.len() < MAX_TOGETHER && bytes < MAX_VALUE && !self.session.quits {
-                match self.parser.next(&mut self.input) {
-                    Ok(Some(request)) if request.is_empty() => {}
-                    Ok(Some(request)) => {
-                        let start = Instant::now();
-                        let answer = self.begin(&request, &mut begun).await;
-                        bytes += answer.size();
-                        begun.push(Begun {
-                            start,
-                            version: self.session.version,
-                            is_read: answer.is_read(),
-                            answer,
-                        });
-                    }
-                    Ok(None) => {
-                        is_empty = true;
-                        break;
-                    }
-                    Err(error) => {
-                        complaint = Some(error);
-                        break;
-                    }
-                }
-            }
-            self.reply(begun).await;
+        let mut left = Ok(true);
+        while left == Ok(true) && !self.session.quits {
+            left = self.answer_some().await;
             stream.write_all(&self.output).await?;
             self.output.clear();
         }
-        if complaint.is_none() {
-            complaint = self.keep().err();
+        let kept = left.and_then(|_| self.keep());
+        let is_broken = kept.is_err();
+        if let Err(complaint) = kept {
+            Reply::Error(complaint).encode(self.session.version, &mut self.output);
+            stream.write_all(&self.output).await?;
         }
-        let Some(complaint) = complaint else {
-            return Ok(false);
-        };
-        Reply::Error(complaint).encode(self.session.version, &mut self.output);
-        stream.write_all(&self.output).await?;
-        Ok(true)
+        Ok(is_broken)
+    }
+
+    /// Answers requests that are begun one after the other, and then finished together: so what a pipeline
+    /// writes becomes durable in one batch. Returns whether more may be left.
+    ///
+    /// # Errors
+    ///
+    /// What broke the protocol after them.
+    async fn answer_some(&mut self) -> Result<bool, String> {
+        let start = Instant::now();
+        let mut left = Ok(true);
+        let (mut begun, mut reads, mut bytes) = (Vec::new(), 0, 0);
+        while begun.len() < MAX_TOGETHER && bytes < MAX_VALUE && !self.session.quits {
+            match self.parser.next(&mut self.input) {
+                Ok(Some(request)) if request.is_empty() => {}
+                Ok(Some(request)) => {
+                    let answer = self.begin(&request, &mut begun).await;
+                    reads += u64::from(answer.is_read());
+                    bytes += answer.size();
+                    let version = self.session.version;
+                    begun.push(Begun { version, answer });
+                }
+                end => {
+                    left = end.map(|_| false);
+                    break;
+                }
+            }
+        }
+        let others = begun.len() as u64 - reads;
+        read(&mut begun).await;
+        for Begun { version, answer } in begun {
+            // What waits for a batch waits for one that is under way.
+            let reply = answer.reply().await;
+            reply.encode(version, &mut self.output);
+        }
+        let time = start.elapsed().as_micros() as u64;
+        let Latencies {
+            reads: of_reads,
+            others: of_others,
+        } = &mut *self.server.latencies();
+        for (histogram, count) in [(of_reads, reads), (of_others, others)] {
+            // Not even a zero: it would count for the maximum.
+            if count > 0 {
+                histogram.saturating_record_n(time, count);
+            }
+        }
+        left
     }
 
     /// Begins a request after others.
@@ -268,42 +281,17 @@ impl Connection<'_> {
         answer.await
     }
 
-    /// Finishes requests, and encodes the replies in their order.
-    async fn reply(&mut self, mut begun: Vec<Begun>) {
-        read(&mut begun).await;
-        let mut times = Vec::with_capacity(begun.len());
-        for begun in begun {
-            times.push((begun.is_read, begun.start));
-            // What waits for a batch waits for one that is under way.
-            let reply = begun.answer.reply().await;
-            reply.encode(begun.version, &mut self.output);
-        }
-        let now = Instant::now();
-        let mut latencies = self.server.latencies();
-        for (is_read, start) in times {
-            let histogram = match is_read {
-                true => &mut latencies.reads,
-                false => &mut latencies.others,
-            };
-            histogram.saturating_record((now - start).as_micros() as u64);
-        }
-    }
-
     /// Sees to it that there is memory for the request of which a part has arrived.
     fn keep(&mut self) -> Result<(), String> {
         let wanted = self.parser.wanted().max(self.input.len());
-        let held = self
-            .memory
-            .as_ref()
-            .map_or(0, OwnedSemaphorePermit::num_permits);
+        let held = self.memory.as_ref();
+        let held = held.map_or(0, OwnedSemaphorePermit::num_permits);
         if wanted <= CHUNK {
             self.memory = None;
         } else if wanted > held {
             let memory = self.server.memory.clone();
             let more = memory.try_acquire_many_owned((wanted - held) as u32);
-            let more = more.map_err(|_| {
-                "OOM too much memory is used by pending requests, try again later".to_owned()
-            })?;
+            let more = more.map_err(|_| TOO_MUCH_MEMORY)?;
             match &mut self.memory {
                 Some(memory) => memory.merge(more),
                 memory => *memory = Some(more),

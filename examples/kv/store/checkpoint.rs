@@ -43,8 +43,7 @@ pub(super) async fn write(inner: &Inner) -> Result<(), Error> {
     for (segment, _) in old {
         state.segment(segment).used_for = Use::Draining;
     }
-    drop(state);
-    inner.statistics().checkpoints += 1;
+    state.statistics.checkpoints += 1;
     Ok(())
 }
 

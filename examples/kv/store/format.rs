@@ -69,6 +69,12 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// Where the first batch of a segment is.
+    pub(super) fn first(segment: u32) -> Self {
+        let offset = BLOCK as u32;
+        Self { segment, offset }
+    }
+
     /// Where in the namespace, with segments of this size.
     pub(super) fn in_namespace(self, segment_size: u32) -> u64 {
         let segment = u64::from(self.segment) * u64::from(segment_size);

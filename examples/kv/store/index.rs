@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 
 use borsh::{BorshDeserialize, BorshSerialize};
 
-use super::format::{BLOCK, Place, RECORD_HEADER, record_len};
+use super::format::{BLOCK, Place, record_len};
 
 /// The index is walked piece by piece, so that walks are short: these are the pieces.
 pub(super) const SHARDS: usize = 1024;
@@ -51,9 +51,7 @@ pub(super) struct Index {
     hasher: RandomState,
     shards: Vec<HashMap<Box<[u8]>, Entry, RandomState>>,
     len: usize,
-    /// Of all keys.
-    key_bytes: usize,
-    longest_key: usize,
+    extent: Extent,
 }
 
 impl Default for Index {
@@ -63,8 +61,7 @@ impl Default for Index {
             shards: vec![HashMap::with_hasher(hasher.clone()); SHARDS],
             hasher,
             len: 0,
-            key_bytes: 0,
-            longest_key: 0,
+            extent: Extent::default(),
         }
     }
 }
@@ -91,8 +88,7 @@ impl Index {
             return Some(std::mem::replace(old, entry));
         }
         self.len += 1;
-        self.key_bytes += key.len();
-        self.longest_key = self.longest_key.max(key.len());
+        self.extent.add(key);
         self.shards[shard].insert(key.into(), entry)
     }
 
@@ -100,7 +96,7 @@ impl Index {
         let shard = self.shard(key);
         let entry = self.shards[shard].remove(key)?;
         self.len -= 1;
-        self.key_bytes -= key.len();
+        self.extent.bytes -= Extent::of(key);
         Some(entry)
     }
 
@@ -109,33 +105,33 @@ impl Index {
     }
 
     pub(super) fn entries(&self, shard: usize) -> impl Iterator<Item = (&[u8], &Entry)> {
-        self.shards[shard]
-            .iter()
-            .map(|(key, entry)| (&**key, entry))
+        let entries = self.shards[shard].iter();
+        entries.map(|(key, entry)| (&**key, entry))
     }
 
     /// What a checkpoint takes.
     pub(super) fn extent(&self) -> Extent {
-        Extent {
-            bytes: self.len * (RECORD_HEADER + ENTRY) + self.key_bytes,
-            longest: RECORD_HEADER + ENTRY + self.longest_key,
-        }
+        self.extent
     }
 }
 
 /// How large the records of a checkpoint are.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Extent {
     pub(super) bytes: usize,
+    /// Of the longest that there was.
     longest: usize,
 }
 
 impl Extent {
+    fn of(key: &[u8]) -> usize {
+        record_len(key.len(), ENTRY)
+    }
+
     /// With one more key.
     pub(super) fn add(&mut self, key: &[u8]) {
-        let len = RECORD_HEADER + ENTRY + key.len();
-        self.bytes += len;
-        self.longest = self.longest.max(len);
+        self.bytes += Self::of(key);
+        self.longest = self.longest.max(Self::of(key));
     }
 
     /// Segments that this takes, if so many bytes of each can be used.

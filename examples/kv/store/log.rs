@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::mem::take;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -12,7 +12,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::format::{BATCH_HEADER, BLOCK, Kind, Place, Position, Record, Root, Seed, seal_batch};
 use super::index::{Entry, Extent, Index};
-use super::{Durability, Error, Inner};
+use super::{Durability, Error, Inner, Statistics};
 
 /// Most bytes that wait to become durable.
 const MAX_PENDING: usize = 64 << 20;
@@ -75,7 +75,7 @@ impl Commit {
     }
 
     /// The same as long as it is outstanding.
-    fn outstanding(&mut self) -> Self {
+    pub(super) fn outstanding(&mut self) -> Self {
         self.0.take_if(|progress| *progress.borrow());
         self.clone()
     }
@@ -100,6 +100,7 @@ pub(super) struct State {
     pub(super) ready: VecDeque<u32>,
     /// The valid root. The log before its position is not replayed.
     pub(super) root: Root,
+    pub(super) statistics: Statistics,
     pub(super) failed: Option<String>,
     pub(super) is_closing: bool,
     /// Who waits for the last checkpoint.
@@ -124,9 +125,9 @@ pub(super) struct State {
     /// When all is durable that was appended so far.
     all: Commit,
     /// When that is durable because of which keys may be absent.
-    absences: Commit,
-    /// When that is durable because of which keys may be there still.
-    presences: Commit,
+    pub(super) absences: Commit,
+    /// When that is durable because of which keys, whose records are, may not have expired.
+    pub(super) presences: Commit,
 }
 
 impl State {
@@ -163,19 +164,16 @@ impl State {
 
     /// Where the next record that is appended comes, or one before it.
     pub(super) fn position(&self) -> Position {
-        let (epoch, offset) = match self.head {
-            Some(head) => (self.segments[head.segment as usize].epoch, head.offset),
-            None => {
-                // The first that will be ready; it may be written just now.
-                let is_ready = |segment: &&Segment| segment.used_for == Use::Ready;
-                let ready = self.segments.iter().filter(is_ready);
-                let first = ready.map(|segment| segment.epoch).min();
-                (first.unwrap_or(self.root.next_epoch), BLOCK as u32)
-            }
-        };
+        let epoch = self
+            .head
+            .map(|head| self.segments[head.segment as usize].epoch);
+        // The first that will be ready; it may be written just now.
+        let is_ready = |segment: &&Segment| segment.used_for == Use::Ready;
+        let ready = self.segments.iter().filter(is_ready);
+        let ready = ready.map(|segment| segment.epoch).min();
         Position {
-            epoch,
-            offset,
+            epoch: epoch.or(ready).unwrap_or(self.root.next_epoch),
+            offset: self.head.map_or(BLOCK as u32, |head| head.offset),
             sequence: self.next_sequence,
         }
     }
@@ -202,10 +200,8 @@ impl State {
     /// What a record costs of the space: a large one twice its bytes, since as many may stay unused
     /// before it, at the end of a segment into which it does not go.
     pub(super) fn cost(&self, len: usize) -> u64 {
-        match len > self.root.segment_size as usize / 8 {
-            true => 2 * len as u64,
-            false => len as u64,
-        }
+        let is_large = len > self.root.segment_size as usize / 8;
+        len as u64 * if is_large { 2 } else { 1 }
     }
 
     /// What the records may cost that the index refers to: the rest is what compaction, which copies
@@ -235,19 +231,16 @@ impl State {
         if !self.fits(len) {
             let segment = (spare > 0).then(|| self.ready.pop_front())??;
             self.segment(segment).used_for = Use::Log;
-            let offset = BLOCK as u32;
-            self.head = Some(Place { segment, offset });
+            self.head = Some(Place::first(segment));
         }
         Some(())
     }
 
     /// Whether so much more goes into the open batch where it is.
     fn fits(&self, len: usize) -> bool {
-        let open = self.open.len().max(BATCH_HEADER) + len;
-        self.head.is_some_and(|head| {
-            let end = head.offset as usize + open.next_multiple_of(BLOCK);
-            end <= self.root.segment_size as usize
-        })
+        let batch = (self.open.len().max(BATCH_HEADER) + len).next_multiple_of(BLOCK);
+        let end = self.head.map(|head| head.offset as usize + batch);
+        end.is_some_and(|end| end <= self.root.segment_size as usize)
     }
 
     /// Appends a record, for which room was made, and lets the index follow.
@@ -289,9 +282,9 @@ impl State {
             Kind::Clear => {
                 self.index = Index::default();
                 self.used = 0;
-                self.segments
-                    .iter_mut()
-                    .for_each(|segment| segment.live = 0);
+                for segment in &mut self.segments {
+                    segment.live = 0;
+                }
             }
             // The log has none.
             Kind::Entry => {}
@@ -340,7 +333,7 @@ impl State {
     }
 
     /// The next batch to write. While one is on its way, others follow it only when they are large.
-    fn next_to_write(&mut self, least: usize) -> Option<(Place, Bytes, u32)> {
+    fn next_to_write(&mut self, least: usize) -> Option<(Place, Bytes)> {
         if self.flying >= MAX_FLYING {
             return None;
         }
@@ -350,7 +343,23 @@ impl State {
         }
         let batch = self.batches.get(self.flying)?;
         self.flying += 1;
-        Some((batch.place, batch.bytes.clone(), batch.records))
+        Some((batch.place, batch.bytes.clone()))
+    }
+
+    /// The first batch on its way, if its write has made it durable.
+    fn landed(&mut self, written: Result<Duration, Error>) -> Option<Batch> {
+        self.flying -= 1;
+        match written {
+            Err(error) => self.fail(&error),
+            Ok(time) => {
+                let time = time.as_micros() as u64;
+                self.statistics.writes.saturating_record(time);
+            }
+        }
+        let batch = self.batches.pop_front()?;
+        let records = batch.records.into();
+        self.statistics.batches.saturating_record(records);
+        Some(batch)
     }
 
     /// Bytes that are not durable.
@@ -362,16 +371,6 @@ impl State {
     /// When everything is durable that was appended so far.
     pub(super) fn commit(&mut self) -> Commit {
         self.all.outstanding()
-    }
-
-    /// When that is durable because of which a key is absent.
-    pub(super) fn commit_of_absence(&mut self) -> Commit {
-        self.absences.outstanding()
-    }
-
-    /// When that is durable because of which a key, whose record is, has not expired.
-    pub(super) fn commit_of_presence(&mut self) -> Commit {
-        self.presences.outstanding()
     }
 
     /// The record of an entry while it is not durable, and when it is.
@@ -407,20 +406,13 @@ impl State {
 pub(super) async fn write(inner: Arc<Inner>) {
     let mut flying = FuturesOrdered::new();
     loop {
-        while let Some(next) = inner.lock().next_to_write(inner.options.batch_bytes) {
-            flying.push_back(write_batch(&inner, next));
+        while let Some(batch) = inner.lock().next_to_write(inner.options.batch_bytes) {
+            flying.push_back(write_batch(&inner, batch));
         }
         tokio::select! {
             () = inner.appended.notified() => {}
             Some(written) = flying.next() => {
-                let mut state = inner.lock();
-                state.flying -= 1;
-                if let Err(error) = written {
-                    state.fail(&error);
-                }
-                let durable = state.batches.pop_front();
-                drop(state);
-                if let Some(batch) = durable {
+                if let Some(batch) = inner.lock().landed(written) {
                     batch.is_durable.send_replace(true);
                 }
                 inner.room.notify_waiters();
@@ -429,17 +421,10 @@ pub(super) async fn write(inner: Arc<Inner>) {
     }
 }
 
-async fn write_batch(
-    inner: &Inner,
-    (place, bytes, records): (Place, Bytes, u32),
-) -> Result<(), Error> {
+async fn write_batch(inner: &Inner, (place, bytes): (Place, Bytes)) -> Result<Duration, Error> {
     let start = Instant::now();
     inner.write_durably(inner.offset(place), bytes).await?;
-    let mut statistics = inner.statistics();
-    statistics.batches.saturating_record(records.into());
-    let time = start.elapsed().as_micros() as u64;
-    statistics.writes.saturating_record(time);
-    Ok(())
+    Ok(start.elapsed())
 }
 
 impl Inner {

@@ -129,10 +129,7 @@ async fn step(inner: &Inner) -> Result<Step, Error> {
         compact(inner, victim).await?;
         return Ok(Step::More);
     }
-    Ok(match has_freed {
-        true => Step::More,
-        false => Step::Wait,
-    })
+    Ok(if has_freed { Step::More } else { Step::Wait })
 }
 
 impl State {
@@ -196,9 +193,9 @@ fn sweep(inner: &Inner) {
             break;
         }
     }
+    state.statistics.expired += expired as u64;
     drop(state);
     if expired > 0 {
-        inner.statistics().expired += expired as u64;
         // Who waits for room, and holds the place of one of them, looks again.
         inner.room.notify_waiters();
     }
@@ -243,7 +240,7 @@ async fn free(inner: &Inner) -> Result<bool, Error> {
 
 /// Copies what lives in a segment to the log's end, and frees the segment.
 async fn compact(inner: &Inner, victim: u32) -> Result<(), Error> {
-    let mut scanner = Scanner::new(&inner.namespace, &inner.lock(), victim, BLOCK as u32);
+    let mut scanner = Scanner::new(&inner.namespace, &inner.lock(), Place::first(victim));
     let mut moved = 0;
     loop {
         let (mut bytes, mut batches) = (0, Vec::new());
@@ -270,10 +267,8 @@ async fn compact(inner: &Inner, victim: u32) -> Result<(), Error> {
             Use::Damaged
         }
     };
-    drop(state);
-    let mut statistics = inner.statistics();
-    statistics.compacted += 1;
-    statistics.moved_bytes += moved;
+    state.statistics.compacted += 1;
+    state.statistics.moved_bytes += moved;
     Ok(())
 }
 

@@ -82,7 +82,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 
 pub(crate) use self::change::Change;
-use self::format::{Place, Root};
+use self::format::Place;
 pub(crate) use self::log::Commit;
 use self::log::State;
 pub(crate) use self::read::{Facts, Found, View};
@@ -160,7 +160,8 @@ pub(crate) enum Error {
     Device(#[from] nvme_async::Error),
 }
 
-/// Numbers of a store, since it was opened and of now.
+/// What was counted since a store was opened.
+#[derive(Clone)]
 pub(crate) struct Statistics {
     /// Records of each batch.
     pub(crate) batches: Histogram<u64>,
@@ -170,6 +171,19 @@ pub(crate) struct Statistics {
     pub(crate) compacted: u64,
     pub(crate) moved_bytes: u64,
     pub(crate) expired: u64,
+}
+
+impl Default for Statistics {
+    fn default() -> Self {
+        Self {
+            batches: histogram(),
+            writes: histogram(),
+            checkpoints: 0,
+            compacted: 0,
+            moved_bytes: 0,
+            expired: 0,
+        }
+    }
 }
 
 /// How much there is.
@@ -194,7 +208,6 @@ struct Inner {
     number: u64,
     segment_size: u32,
     state: Mutex<State>,
-    statistics: Mutex<Statistics>,
     /// There is something to write.
     appended: Notify,
     /// There may be room, or more is durable.
@@ -208,10 +221,6 @@ struct Inner {
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no one panics with it")
-    }
-
-    fn statistics(&self) -> MutexGuard<'_, Statistics> {
-        self.statistics.lock().expect("no one panics with it")
     }
 
     fn fail(&self, error: &Error) {
@@ -244,25 +253,12 @@ impl Store {
     /// [`Error::Foreign`], [`Error::Damaged`] and those of the device.
     pub(crate) async fn open(namespace: Namespace, options: Options) -> Result<Self, Error> {
         let state = recovery::open(&namespace, &options).await?;
-        let Root {
-            store,
-            segment_size,
-            ..
-        } = state.root;
         let inner = Arc::new(Inner {
             namespace,
             options,
-            number: store,
-            segment_size,
+            number: state.root.store,
+            segment_size: state.root.segment_size,
             state: Mutex::new(state),
-            statistics: Mutex::new(Statistics {
-                batches: histogram(),
-                writes: histogram(),
-                checkpoints: 0,
-                compacted: 0,
-                moved_bytes: 0,
-                expired: 0,
-            }),
             appended: Notify::new(),
             room: Notify::new(),
             wanted: Notify::new(),
@@ -303,9 +299,8 @@ impl Store {
         receiver.await.unwrap_or(Err(Error::Closed))
     }
 
-    /// What was counted.
-    pub(crate) fn statistics(&self) -> MutexGuard<'_, Statistics> {
-        self.inner.statistics()
+    pub(crate) fn statistics(&self) -> Statistics {
+        self.inner.lock().statistics.clone()
     }
 
     pub(crate) fn usage(&self) -> Usage {

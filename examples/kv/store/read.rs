@@ -62,15 +62,8 @@ pub(crate) struct Found {
 enum Source {
     /// There is no value, or it is not on the device yet.
     Memory(Option<Bytes>),
-    Device(Stored),
-}
-
-/// A record on the device.
-struct Stored {
-    inner: Arc<Inner>,
-    seed: Seed,
-    key: Bytes,
-    entry: Entry,
+    /// It is in the record of this key.
+    Device(Arc<Inner>, Seed, Bytes, Entry),
 }
 
 impl Store {
@@ -83,7 +76,7 @@ impl Store {
             return Ok(Found {
                 entry: None,
                 source: Source::Memory(None),
-                causes: [state.commit_of_absence(), Commit::default()],
+                causes: [state.absences.outstanding(), Commit::default()],
                 _pin: None,
             });
         };
@@ -94,19 +87,15 @@ impl Store {
                 (Source::Memory(Some(value)), commit)
             }
             None => {
-                let stored = Stored {
-                    inner: self.inner.clone(),
-                    seed: state.seed(segment),
-                    key: Bytes::copy_from_slice(key),
-                    entry,
-                };
-                (Source::Device(stored), Commit::default())
+                let (seed, key) = (state.seed(segment), Bytes::copy_from_slice(key));
+                let source = Source::Device(self.inner.clone(), seed, key, entry);
+                (source, Commit::default())
             }
         };
         Ok(Found {
             entry: Some(entry),
             source,
-            causes: [state.commit_of_presence(), commit],
+            causes: [state.presences.outstanding(), commit],
             _pin: Some(state.segment(segment).pin.clone()),
         })
     }
@@ -139,28 +128,19 @@ impl Found {
 
     /// The value, durable or not.
     pub(super) async fn peek(&self) -> Result<Option<Bytes>, Error> {
-        match &self.source {
-            Source::Memory(value) => Ok(value.clone()),
-            Source::Device(stored) => stored.read().await.map(Some),
-        }
-    }
-}
-
-impl Stored {
-    async fn read(&self) -> Result<Bytes, Error> {
-        let Self {
-            inner, key, entry, ..
-        } = self;
-        let len = entry.record_len(key);
+        let (inner, seed, key, entry) = match &self.source {
+            Source::Memory(value) => return Ok(value.clone()),
+            Source::Device(inner, seed, key, entry) => (inner, *seed, key, entry),
+        };
         let at = inner.offset(entry.place);
+        let len = entry.record_len(key);
         let block = u64::from(inner.namespace.block_size());
         let start = at / block * block;
         let end = (at + len as u64).next_multiple_of(block);
         let bytes = inner.namespace.read(start, (end - start) as usize).await?;
-        let skip = (at - start) as usize;
-        let record = bytes.slice(skip..skip + len);
-        match Record::verify(&record, self.seed) {
-            Some(found) if found.key == key => Ok(record.slice(RECORD_HEADER + key.len()..)),
+        let record = bytes.slice((at - start) as usize..).slice(..len);
+        match Record::verify(&record, seed) {
+            Some(found) if found.key == key => Ok(Some(record.slice(RECORD_HEADER + key.len()..))),
             _ => Err(Error::Damaged(format!(
                 "the record at byte {at} is not the one that was written"
             ))),

@@ -166,7 +166,7 @@ impl Recovery<'_> {
                 break;
             };
             known.used_for = Use::Checkpoint;
-            let mut scanner = Scanner::new(self.namespace, &self.state, segment, BLOCK as u32);
+            let mut scanner = Scanner::new(self.namespace, &self.state, Place::first(segment));
             while let Some(batch) = scanner.next().await? {
                 if batch.sequence != OF_CHECKPOINT | chunks {
                     break;
@@ -200,13 +200,11 @@ impl Recovery<'_> {
             .collect();
         log.sort_unstable();
         for (epoch, segment) in log {
-            let is_at_start = epoch != position.epoch;
-            let offset = if is_at_start {
-                BLOCK as u32
-            } else {
-                position.offset
-            };
-            let mut scanner = Scanner::new(self.namespace, &self.state, segment, offset);
+            let mut start = Place::first(segment);
+            if epoch == position.epoch {
+                start.offset = position.offset;
+            }
+            let mut scanner = Scanner::new(self.namespace, &self.state, start);
             let mut is_first = true;
             while let Some(batch) = scanner.next().await? {
                 let (found, expected) = (batch.sequence, self.state.next_sequence);
@@ -279,12 +277,12 @@ impl Batch {
 }
 
 impl<'a> Scanner<'a> {
-    pub(super) fn new(namespace: &'a Namespace, state: &State, segment: u32, offset: u32) -> Self {
+    pub(super) fn new(namespace: &'a Namespace, state: &State, place: Place) -> Self {
         Self {
             namespace,
             segment_size: state.root.segment_size,
-            seed: state.seed(segment),
-            place: Place { segment, offset },
+            seed: state.seed(place.segment),
+            place,
             window: Bytes::new(),
             window_offset: 0,
         }
