@@ -1,6 +1,7 @@
 //! Requests from bytes, and replies to bytes.
 
 use std::fmt::{Display, Write};
+use std::mem::take;
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
@@ -26,6 +27,9 @@ pub(super) struct Parser {
     left: usize,
 }
 
+/// An error is what breaks the protocol, or nothing if more has to come first.
+type Parsed<T> = Result<T, Option<String>>;
+
 impl Parser {
     /// The next request: a command and its arguments. An empty one is to be passed over.
     ///
@@ -33,53 +37,51 @@ impl Parser {
     ///
     /// Redis's words for what breaks the protocol, after which nothing makes sense any more.
     pub(super) fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Vec<Bytes>>, String> {
+        match self.parse(buffer) {
+            Ok(request) => Ok(Some(request)),
+            Err(None) => Ok(None),
+            Err(Some(what)) => Err(format!("Protocol error: {what}")),
+        }
+    }
+
+    fn parse(&mut self, buffer: &mut BytesMut) -> Parsed<Vec<Bytes>> {
         if self.end == 0 {
             if buffer.first().is_some_and(|byte| *byte != b'*') {
                 return inline(buffer);
             }
-            let Some((count, end)) = number(buffer, 0, "multibulk")? else {
-                return Ok(None);
-            };
+            let (count, end) = number(buffer, 0, "multibulk")?;
             if count > MAX_ARGUMENTS as i64 {
-                return Err("Protocol error: invalid multibulk length".to_owned());
+                return Err(Some("invalid multibulk length".to_owned()));
             }
             (self.end, self.left) = (end, count.max(0) as usize);
         }
-        let broken = || "Protocol error: invalid bulk length".to_owned();
+        let invalid = || Some("invalid bulk length".to_owned());
         while self.left > 0 {
-            match buffer.get(self.end) {
-                None => return Ok(None),
-                Some(b'$') => {}
-                Some(byte) => {
-                    let found = char::from(*byte);
-                    return Err(format!("Protocol error: expected '$', got '{found}'"));
-                }
+            let first = char::from(*buffer.get(self.end).ok_or(None)?);
+            if first != '$' {
+                return Err(Some(format!("expected '$', got '{first}'")));
             }
-            let Some((len, start)) = number(buffer, self.end, "bulk")? else {
-                return Ok(None);
-            };
+            let (len, start) = number(buffer, self.end, "bulk")?;
             if !(0..=MAX_VALUE as i64).contains(&len) {
-                return Err(broken());
+                return Err(invalid());
             }
             let argument = start..start + len as usize;
             self.end = argument.end + 2;
             self.left -= 1;
             self.known.push(argument);
             if self.end > MAX_REQUEST {
-                return Err(format!(
-                    "Protocol error: a request has more than {MAX_REQUEST} bytes"
-                ));
+                return Err(Some(format!("a request has more than {MAX_REQUEST} bytes")));
             }
         }
         if buffer.len() < self.end {
-            return Ok(None);
+            return Err(None);
         }
-        let bytes = buffer.split_to(std::mem::take(&mut self.end)).freeze();
-        let arguments = std::mem::take(&mut self.known).into_iter().map(|known| {
+        let bytes = buffer.split_to(take(&mut self.end)).freeze();
+        let arguments = take(&mut self.known).into_iter().map(|known| {
             let is_whole = bytes[known.end..].starts_with(b"\r\n");
-            is_whole.then(|| bytes.slice(known)).ok_or_else(broken)
+            is_whole.then(|| bytes.slice(known)).ok_or_else(invalid)
         });
-        arguments.collect::<Result<_, _>>().map(Some)
+        arguments.collect()
     }
 
     /// How many bytes of the request that is coming have to be kept, as far as is known.
@@ -89,36 +91,30 @@ impl Parser {
 }
 
 /// A request as a person types it.
-fn inline(buffer: &mut BytesMut) -> Result<Option<Vec<Bytes>>, String> {
+fn inline(buffer: &mut BytesMut) -> Parsed<Vec<Bytes>> {
     let Some(end) = buffer.iter().position(|byte| *byte == b'\n') else {
-        return match buffer.len() > MAX_LINE {
-            true => Err("Protocol error: too big inline request".to_owned()),
-            false => Ok(None),
-        };
+        let is_too_long = buffer.len() > MAX_LINE;
+        return Err(is_too_long.then(|| "too big inline request".to_owned()));
     };
     let line = buffer.split_to(end + 1).freeze();
     let words = line.split(u8::is_ascii_whitespace);
     let words = words.filter(|word| !word.is_empty());
-    Ok(Some(words.map(|word| line.slice_ref(word)).collect()))
+    Ok(words.map(|word| line.slice_ref(word)).collect())
 }
 
 /// The number in the line at `start`, after its first byte, and where the line ends.
-fn number(buffer: &[u8], start: usize, what: &str) -> Result<Option<(i64, usize)>, String> {
+fn number(buffer: &[u8], start: usize, what: &str) -> Parsed<(i64, usize)> {
     let line = buffer.get(start + 1..).unwrap_or_default();
     let Some(end) = line.iter().take(32).position(|byte| *byte == b'\r') else {
-        return match line.len() >= 32 {
-            true => Err(format!("Protocol error: too big {what} count string")),
-            false => Ok(None),
-        };
+        let is_too_long = line.len() >= 32;
+        return Err(is_too_long.then(|| format!("too big {what} count string")));
     };
-    if line.len() < end + 2 {
-        return Ok(None);
-    }
-    let number = std::str::from_utf8(&line[..end]).ok();
-    let number = number.and_then(|text| text.parse().ok());
-    match number.filter(|_| line[end + 1] == b'\n') {
-        Some(number) => Ok(Some((number, start + 1 + end + 2))),
-        None => Err(format!("Protocol error: invalid {what} length")),
+    let last = *line.get(end + 1).ok_or(None)?;
+    let text = std::str::from_utf8(&line[..end]).ok();
+    let number = text.and_then(|text| text.parse().ok());
+    match number.filter(|_| last == b'\n') {
+        Some(number) => Ok((number, start + 1 + end + 2)),
+        None => Err(Some(format!("invalid {what} length"))),
     }
 }
 
