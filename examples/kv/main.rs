@@ -24,7 +24,7 @@ use tokio::net::TcpListener;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::store::{Durability, Options, Store};
+use crate::store::{Options, Store};
 
 /// Serves keys and values from an NVMe namespace, durably, to clients of Redis.
 #[derive(Debug, Parser)]
@@ -36,21 +36,13 @@ struct Arguments {
     /// Where to listen
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:6380")]
     listen: SocketAddr,
-    /// How writes become durable where there is a volatile write cache
-    #[arg(long, value_enum, default_value_t)]
-    durability: Durability,
-    /// Makes a new store on the device. EVERYTHING ON IT IS LOST
-    #[arg(long)]
-    format: bool,
-    /// Most bytes in a second that compaction reads, such as 64M, unless writers wait for it
-    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = nvme_async::parse_size)]
-    compaction_rate: u64,
+    #[command(flatten)]
+    store: Options,
     /// Threads that serve; one polls the device when it has nothing else to do
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     threads: u16,
-    /// Most connections
-    #[arg(long, default_value_t = server::Limits::default().connections)]
-    max_clients: usize,
+    #[command(flatten)]
+    limits: server::Limits,
 }
 
 fn main() -> ExitCode {
@@ -98,15 +90,9 @@ async fn run(arguments: Arguments) -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind(arguments.listen)
         .await
         .map_err(|error| format!("{}: {error}", arguments.listen))?;
-    let options = Options {
-        durability: arguments.durability,
-        format: arguments.format,
-        compaction_rate: arguments.compaction_rate,
-        ..Options::default()
-    };
     let open = async {
         let namespace = OpenOptions::new().url(&arguments.device).open().await?;
-        Store::open(namespace, options).await
+        Store::open(namespace, arguments.store).await
     };
     let store = tokio::select! {
         store = open => store.map_err(|error| format!("{}: {error}", arguments.device))?,
@@ -119,11 +105,7 @@ async fn run(arguments: Arguments) -> Result<(), Box<dyn Error>> {
         "ready to accept connections on {address}"
     );
 
-    let limits = server::Limits {
-        connections: arguments.max_clients,
-        ..server::Limits::default()
-    };
-    server::serve(store.clone(), listener, limits, stop).await?;
+    server::serve(store.clone(), listener, arguments.limits, stop).await?;
     store.close().await?;
     store.namespace().controller().shutdown().await?;
     tracing::info!("closed");

@@ -7,21 +7,31 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use super::protocol::{MAX_REQUEST, OK, Reply};
 use super::{Server, Session, glob, info};
-use crate::store::{Change, Commit, Error, Facts, Found, MAX_KEY, MAX_VALUE, Store, View, now};
+use crate::store::{Change, Commit, Entry, Error, Found, MAX_KEY, MAX_VALUE, Store, View, now};
 
 /// What becomes a reply once all that it depends on is durable.
 pub(super) enum Answer {
-    Now(Reply),
-    After(Commit, Reply),
+    Reply(Reply, Commit),
     Value(Found),
     Values(Vec<Found>),
+}
+
+impl<R: Into<Reply>> From<(R, Commit)> for Answer {
+    fn from((reply, commit): (R, Commit)) -> Self {
+        Self::Reply(reply.into(), commit)
+    }
+}
+
+impl From<Reply> for Answer {
+    fn from(reply: Reply) -> Self {
+        Self::Reply(reply, Commit::default())
+    }
 }
 
 impl Answer {
     pub(super) async fn reply(self) -> Reply {
         let reply = match self {
-            Self::Now(reply) => Ok(reply),
-            Self::After(commit, reply) => commit.durable().await.map(|()| reply),
+            Self::Reply(reply, commit) => commit.durable().await.map(|()| reply),
             Self::Value(found) => found.value().await.map(Reply::from),
             Self::Values(all) => {
                 let values = stream::iter(all).then(Found::value).map_ok(Reply::from);
@@ -41,7 +51,7 @@ impl Answer {
         match self {
             Self::Value(found) => found.size(),
             Self::Values(all) => all.iter().map(Found::size).sum(),
-            Self::Now(reply) | Self::After(_, reply) => reply.size(),
+            Self::Reply(reply, _) => reply.size(),
         }
     }
 }
@@ -61,46 +71,32 @@ impl From<Error> for String {
 const SYNTAX: &str = "syntax error";
 const NOT_AN_INTEGER: &str = "value is not an integer or out of range";
 
-/// Name, number of words (if negative, at least that many), first and last key, and distance of keys.
-const COMMANDS: [(&str, i64, [i64; 3]); 26] = [
-    ("append", 3, [1, 1, 1]),
-    ("client", -2, [0, 0, 0]),
-    ("command", -1, [0, 0, 0]),
-    ("config", -2, [0, 0, 0]),
-    ("dbsize", 1, [0, 0, 0]),
-    ("del", -2, [1, -1, 1]),
-    ("echo", 2, [0, 0, 0]),
-    ("exists", -2, [1, -1, 1]),
-    ("expire", 3, [1, 1, 1]),
-    ("flushall", -1, [0, 0, 0]),
-    ("get", 2, [1, 1, 1]),
-    ("getdel", 2, [1, 1, 1]),
-    ("hello", -1, [0, 0, 0]),
-    ("incr", 2, [1, 1, 1]),
-    ("incrby", 3, [1, 1, 1]),
-    ("info", -1, [0, 0, 0]),
-    ("mget", -2, [1, -1, 1]),
-    ("mset", -3, [1, -1, 2]),
-    ("persist", 2, [1, 1, 1]),
-    ("ping", -1, [0, 0, 0]),
-    ("quit", -1, [0, 0, 0]),
-    ("scan", -2, [0, 0, 0]),
-    ("select", 2, [0, 0, 0]),
+/// Names, number of words (if negative, at least that many), and first and last key and distance of keys.
+const COMMANDS: [(&str, i64, [i64; 3]); 9] = [
     ("set", -3, [1, 1, 1]),
-    ("strlen", 2, [1, 1, 1]),
-    ("ttl", 2, [1, 1, 1]),
+    ("get getdel incr persist strlen ttl", 2, [1, 1, 1]),
+    ("append expire incrby", 3, [1, 1, 1]),
+    ("del exists mget", -2, [1, -1, 1]),
+    ("mset", -3, [1, -1, 2]),
+    ("client config scan", -2, [0, 0, 0]),
+    ("command flushall hello info ping quit", -1, [0, 0, 0]),
+    ("echo select", 2, [0, 0, 0]),
+    ("dbsize", 1, [0, 0, 0]),
 ];
 
 /// Begins a request. What it changes has its place in the order of all changes when this resolves.
 pub(super) async fn execute(server: &Server, session: &mut Session, request: &[Bytes]) -> Answer {
     let outcome = dispatch(server, session, request).await;
-    outcome.unwrap_or_else(|text| Answer::Now(Reply::Error(text)))
+    outcome.unwrap_or_else(|text| Reply::Error(text).into())
 }
 
 async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> Outcome {
     let (name, arguments) = request.split_first().ok_or("empty request")?;
-    let known = COMMANDS.iter().find(|(known, ..)| is_word(name, known));
-    let (name, words, [first, last, distance]) = *known.ok_or_else(|| unknown(request))?;
+    let known = COMMANDS.iter().find_map(|(names, words, keys)| {
+        let name = names.split(' ').find(|known| is_word(name, known))?;
+        Some((name, *words, *keys))
+    });
+    let (name, words, [first, last, distance]) = known.ok_or_else(|| unknown(request))?;
     let wrong_number = || Err(format!("wrong number of arguments for '{name}' command"));
     let count = request.len() as i64;
     if count != words && (words > 0 || count < -words) {
@@ -131,10 +127,8 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
         ("config", [what, patterns @ ..]) if is_word(what, "get") && !patterns.is_empty() => {
             now_reply(info::config(server, patterns))
         }
-        ("command", []) => now_reply(Reply::Array(COMMANDS.iter().map(described).collect())),
-        ("command", [what]) if is_word(what, "count") => {
-            now_reply(Reply::Number(COMMANDS.len() as i64))
-        }
+        ("command", []) => now_reply(Reply::Array(described())),
+        ("command", [what]) if is_word(what, "count") => now_reply(described().len().into()),
         // It is for people's eyes, and clients get on without.
         ("command", [what, ..]) if is_word(what, "docs") => now_reply(Reply::Map(Vec::new())),
         ("client" | "config" | "command", [what, ..]) => {
@@ -158,21 +152,21 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
         ("exists", keys) => look(store, |view| {
             keys.iter().filter(|key| view.get(key).is_some()).count()
         }),
-        ("strlen", [key]) => look(store, |view| view.get(key).map_or(0, |facts| facts.len)),
-        ("ttl", [key]) => {
-            let (facts, commit) = store.look(|view| view.get(key))?;
-            let seconds = match facts.map(|facts| facts.expires) {
-                None => -2,
-                Some(0) => -1,
-                Some(expires) => (expires.saturating_sub(now()) as i64 + 500) / 1000,
-            };
-            Ok(Answer::After(commit, Reply::Number(seconds)))
-        }
+        ("strlen", [key]) => look(store, |view| {
+            view.get(key).map_or(0, |entry| entry.value_len as usize)
+        }),
+        ("ttl", [key]) => look(store, |view| match view.get(key) {
+            None => -2,
+            Some(Entry { expires: 0, .. }) => -1,
+            Some(Entry { expires, .. }) => (expires.saturating_sub(now()) as i64 + 500) / 1000,
+        }),
         ("scan", [cursor, options @ ..]) => scan(store, cursor, options),
 
         ("set", [key, value, options @ ..]) => set(store, key, value, options).await,
         ("mset", pairs) if pairs.len() % 2 == 0 => {
-            let changes = pairs.chunks(2).map(|pair| put(&pair[0], &pair[1], 0));
+            let changes = pairs
+                .chunks(2)
+                .map(|pair| Change::set(&pair[0], &pair[1], 0));
             let changes: Vec<_> = changes.collect();
             change(store, |_| (changes.clone(), OK)).await
         }
@@ -183,15 +177,15 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
             keys.dedup();
             change(store, |view| {
                 let present = keys.iter().filter(|key| view.get(key).is_some());
-                let changes: Vec<_> = present.map(delete).collect();
-                let count = changes.len() as i64;
-                (changes, Reply::Number(count))
+                let changes: Vec<_> = present.map(Change::delete).collect();
+                let count = changes.len().into();
+                (changes, count)
             })
             .await
         }
         ("getdel", [key]) => {
             modify(store, key, |old, _| {
-                Ok((old.is_some().then(|| delete(key)), old.into()))
+                Ok((old.is_some().then(|| Change::delete(key)), old.into()))
             })
             .await
         }
@@ -205,12 +199,12 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
                     return Err("string exceeds maximum allowed size (16777216 bytes)");
                 }
                 let value = Bytes::from([old, more.clone()].concat());
-                Ok((Some(put(key, &value, expires)), Reply::Number(len as i64)))
+                Ok((Some(Change::set(key, &value, expires)), len.into()))
             })
             .await
         }
         ("expire", [key, seconds]) => {
-            let expires = deadline(integer(seconds)?, 1000, name)?;
+            let expires = deadline(integer(seconds)?, i64::MIN, 1000, name)?;
             expire(store, key, expires.max(1)).await
         }
         ("persist", [key]) => expire(store, key, 0).await,
@@ -219,52 +213,37 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
             if !arguments.iter().all(is_mode) {
                 return Err(SYNTAX.to_owned());
             }
-            change(store, |_| (vec![Change::Clear], OK)).await
+            change(store, |_| (vec![Change::clear()], OK)).await
         }
         _ => Err(SYNTAX.to_owned()),
     }
 }
 
 fn now_reply(reply: Reply) -> Outcome {
-    Ok(Answer::Now(reply))
+    Ok(reply.into())
 }
 
-fn look(store: &Store, count: impl FnOnce(&View<'_>) -> usize) -> Outcome {
-    let (count, commit) = store.look(count)?;
-    Ok(Answer::After(commit, Reply::Number(count as i64)))
+fn look<R: Into<Reply>>(store: &Store, look: impl FnOnce(&View<'_>) -> R) -> Outcome {
+    Ok(store.look(look)?.into())
 }
 
 async fn change(store: &Store, decide: impl FnMut(&View<'_>) -> (Vec<Change>, Reply)) -> Outcome {
-    let (reply, commit) = store.change(decide).await?;
-    Ok(Answer::After(commit, reply))
+    Ok(store.change(decide).await?.into())
 }
 
 /// Decides by a key's value and when that expires. An error changes nothing.
 async fn modify(
     store: &Store,
-    key: &[u8],
+    key: &Bytes,
     mut decide: impl FnMut(Option<Bytes>, u64) -> Result<(Option<Change>, Reply), &'static str>,
 ) -> Outcome {
-    let decide = |found: Option<(Facts, Bytes)>| {
-        let (facts, old) = found.unzip();
-        let decision = decide(old, facts.map_or(0, |facts| facts.expires));
+    let decide = |found: Option<(Entry, Bytes)>| {
+        let (entry, old) = found.unzip();
+        let decision = decide(old, entry.map_or(0, |entry| entry.expires));
         let (change, reply) = decision.unwrap_or_else(|text| (None, Reply::Error(text.to_owned())));
         (Vec::from_iter(change), reply)
     };
-    let (reply, commit) = store.modify(key, decide).await?;
-    Ok(Answer::After(commit, reply))
-}
-
-fn put(key: &Bytes, value: &Bytes, expires: u64) -> Change {
-    Change::Set {
-        key: key.clone(),
-        value: value.clone(),
-        expires,
-    }
-}
-
-fn delete(key: &Bytes) -> Change {
-    Change::Delete { key: key.clone() }
+    Ok(store.modify(key, decide).await?.into())
 }
 
 async fn set(store: &Store, key: &Bytes, value: &Bytes, options: &[Bytes]) -> Outcome {
@@ -278,18 +257,15 @@ async fn set(store: &Store, key: &Bytes, value: &Bytes, options: &[Bytes]) -> Ou
             "get" => wants_old = true,
             "ex" | "px" if expires == 0 => {
                 let time = integer(options.next().ok_or(SYNTAX)?)?;
-                if time <= 0 {
-                    return Err(invalid_time("set"));
-                }
                 let unit = if option == "ex" { 1000 } else { 1 };
-                expires = deadline(time, unit, "set")?;
+                expires = deadline(time, 1, unit, "set")?;
             }
             _ => return Err(SYNTAX.to_owned()),
         }
     }
     let change_if = |is_present: bool| {
         let is_met = is_to_be_present.is_none_or(|wanted| wanted == is_present);
-        is_met.then(|| put(key, value, expires))
+        is_met.then(|| Change::set(key, value, expires))
     };
     if wants_old {
         return modify(store, key, |old, _| {
@@ -310,18 +286,17 @@ async fn increment(store: &Store, key: &Bytes, by: i64) -> Outcome {
         let old = old.map_or(Some(0), |old| parse(&old));
         let new = old.ok_or(NOT_AN_INTEGER)?.checked_add(by);
         let new = new.ok_or("increment or decrement would overflow")?;
-        let change = put(key, &new.to_string().into(), expires);
-        Ok((Some(change), Reply::Number(new)))
+        let change = Change::set(key, &new.to_string().into(), expires);
+        Ok((Some(change), new.into()))
     })
     .await
 }
 
 async fn expire(store: &Store, key: &Bytes, expires: u64) -> Outcome {
     change(store, |view| {
-        let key = key.clone();
-        let change = match view.get(&key) {
-            Some(_) if expires != 0 && expires <= now() => Change::Delete { key },
-            Some(facts) if expires != 0 || facts.expires != 0 => Change::Expire { key, expires },
+        let change = match view.get(key) {
+            Some(_) if expires != 0 && expires <= now() => Change::delete(key),
+            Some(entry) if expires != 0 || entry.expires != 0 => Change::expire(key, expires),
             _ => return (Vec::new(), Reply::Number(0)),
         };
         (vec![change], Reply::Number(1))
@@ -347,7 +322,7 @@ fn scan(store: &Store, cursor: &Bytes, options: &[Bytes]) -> Outcome {
     let wanted = |key: &Bytes| pattern.is_none_or(|pattern| glob::matches(pattern, key));
     let keys = keys.into_iter().filter(wanted).map(Reply::Bulk).collect();
     let reply = Reply::Array(vec![Reply::bulk(next.to_string()), Reply::Array(keys)]);
-    Ok(Answer::After(commit, reply))
+    Ok((reply, commit).into())
 }
 
 fn hello(session: &mut Session, arguments: &[Bytes]) -> Outcome {
@@ -378,14 +353,16 @@ fn hello(session: &mut Session, arguments: &[Bytes]) -> Outcome {
     ]))
 }
 
-/// A command as COMMAND tells of it.
-fn described((name, words, keys): &(&'static str, i64, [i64; 3])) -> Reply {
-    let start = [
-        Reply::bulk(*name),
-        Reply::Number(*words),
-        Reply::Array(Vec::new()),
-    ];
-    Reply::Array(start.into_iter().chain(keys.map(Reply::Number)).collect())
+/// The commands as COMMAND tells of them.
+fn described() -> Vec<Reply> {
+    let groups = COMMANDS.iter().flat_map(|(names, words, keys)| {
+        names.split(' ').map(|name| {
+            let flags = Reply::Array(Vec::new());
+            let start = [Reply::bulk(name), Reply::Number(*words), flags];
+            Reply::Array(start.into_iter().chain(keys.map(Reply::Number)).collect())
+        })
+    });
+    groups.collect()
 }
 
 fn unknown(request: &[Bytes]) -> String {
@@ -400,15 +377,11 @@ fn unknown(request: &[Bytes]) -> String {
 }
 
 /// The moment that is so many units after now, or Redis's complaint.
-fn deadline(time: i64, unit: i64, command: &str) -> Result<u64, String> {
-    let later = time.checked_mul(unit);
+fn deadline(time: i64, least: i64, unit: i64, command: &str) -> Result<u64, String> {
+    let later = time.checked_mul(unit).filter(|_| time >= least);
     let later = later.and_then(|time| time.checked_add(now() as i64));
-    let later = later.ok_or_else(|| invalid_time(command))?;
-    Ok(later.max(0) as u64)
-}
-
-fn invalid_time(command: &str) -> String {
-    format!("invalid expire time in '{command}' command")
+    let later = later.map(|later| later.max(0) as u64);
+    later.ok_or_else(|| format!("invalid expire time in '{command}' command"))
 }
 
 fn text(bytes: &[u8]) -> Cow<'_, str> {

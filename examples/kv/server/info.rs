@@ -1,10 +1,9 @@
 //! What the server says of itself.
 
-use std::fmt::{Display, Formatter};
+use std::fmt::Display;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use hdrhistogram::Histogram;
 
 use super::commands::is_word;
 use super::protocol::Reply;
@@ -28,10 +27,13 @@ pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
     let controller = namespace.controller();
     let (identify, counters) = (controller.identify(), controller.counters());
     let has_cache = u8::from(identify.has_volatile_write_cache());
-    let usage = store.usage();
-    let database = format!("keys={},expires=0,avg_ttl=0", usage.keys);
-    let (latencies, statistics) = (server.latencies(), store.statistics());
-    let commands = latencies.reads.len() + latencies.others.len();
+    let latencies = server.latencies();
+    let commands = latencies.reads.0.len() + latencies.others.0.len();
+    let state = store.state();
+    let keys = state.index.len();
+    let (root, statistics) = (&state.root, &state.statistics);
+    let limit = state.limit(state.checkpoint_need());
+    let database = format!("keys={keys},expires=0,avg_ttl=0");
     let lines: &[(&str, &str, &dyn Display)] = &[
         ("Server", "redis_version", &REDIS_VERSION),
         ("Server", "nvme_async_example", &"kv"),
@@ -44,19 +46,19 @@ pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
         ("Clients", "max_pending_request_bytes", &limits.pending),
         ("Stats", "total_connections_received", &received),
         ("Stats", "total_commands_processed", &commands),
-        ("Stats", "read_latency_us", &Percentiles(&latencies.reads)),
-        ("Stats", "other_latency_us", &Percentiles(&latencies.others)),
-        ("Store", "used_bytes", &usage.used),
-        ("Store", "used_bytes_limit", &usage.limit),
-        ("Store", "bytes_not_durable", &usage.pending),
-        ("Store", "segments", &usage.segments),
-        ("Store", "segment_bytes", &usage.segment_size),
-        ("Store", "segments_available", &usage.available),
-        ("Store", "checkpoint_generation", &usage.generation),
-        ("Store", "log_bytes_written", &usage.written),
-        ("Store", "batches", &statistics.batches.len()),
-        ("Store", "batch_records", &Percentiles(&statistics.batches)),
-        ("Store", "batch_write_us", &Percentiles(&statistics.writes)),
+        ("Stats", "read_latency_us", &latencies.reads),
+        ("Stats", "other_latency_us", &latencies.others),
+        ("Store", "used_bytes", &state.used),
+        ("Store", "used_bytes_limit", &limit),
+        ("Store", "bytes_not_durable", &state.pending_bytes()),
+        ("Store", "segments", &state.segments.len()),
+        ("Store", "segment_bytes", &root.segment_size),
+        ("Store", "segments_available", &state.available()),
+        ("Store", "checkpoint_generation", &root.generation),
+        ("Store", "log_bytes_written", &state.written),
+        ("Store", "batches", &statistics.batches.0.len()),
+        ("Store", "batch_records", &statistics.batches),
+        ("Store", "batch_write_us", &statistics.writes),
         ("Store", "checkpoints", &statistics.checkpoints),
         ("Store", "segments_compacted", &statistics.compacted),
         ("Store", "compaction_bytes_moved", &statistics.moved_bytes),
@@ -92,7 +94,7 @@ pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
         ("Keyspace", "db0", &database),
     ];
     // Of an empty database nothing is said.
-    let lines = &lines[..lines.len() - usize::from(usage.keys == 0)];
+    let lines = &lines[..lines.len() - usize::from(keys == 0)];
     let is_wanted = |section: &&&str| {
         let mut names = ["all", "default", "everything", section].into_iter();
         wanted.is_empty() || names.any(|name| wanted.iter().any(|word| is_word(word, name)))
@@ -112,18 +114,6 @@ fn resident() -> usize {
     let text = lines.find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix("kB"));
     text.and_then(|text| text.trim().parse::<usize>().ok())
         .map_or(0, |kib| kib << 10)
-}
-
-struct Percentiles<'a>(&'a Histogram<u64>);
-
-impl Display for Percentiles<'_> {
-    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        write!(f, "mean={:.1}", self.0.mean())?;
-        for (name, percent) in [("p50", 50.0), ("p99", 99.0), ("p99.9", 99.9)] {
-            write!(f, ",{name}={}", self.0.value_at_percentile(percent))?;
-        }
-        write!(f, ",max={}", self.0.max())
-    }
 }
 
 /// `CONFIG GET`: what `redis-benchmark` and some clients ask for.

@@ -6,6 +6,8 @@ mod info;
 mod protocol;
 
 use std::io;
+use std::mem::replace;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Poll;
@@ -13,7 +15,6 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::future::join_all;
-use hdrhistogram::Histogram;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -22,7 +23,7 @@ use tokio::time::{sleep, timeout};
 
 use self::commands::Answer;
 use self::protocol::{Parser, Reply};
-use crate::store::{MAX_VALUE, Store, histogram};
+use crate::store::{Figures, MAX_VALUE, Store};
 
 /// What is read of a connection at a time, and kept for it without being asked.
 const CHUNK: usize = 64 << 10;
@@ -34,20 +35,18 @@ const FAREWELL: Duration = Duration::from_secs(10);
 const TOO_MUCH_MEMORY: &str = "OOM too much memory is used by pending requests, try again later";
 
 /// What clients may use.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct Limits {
+    /// Most connections
+    #[arg(
+        long = "max-clients",
+        value_name = "MAX_CLIENTS",
+        default_value_t = 1000
+    )]
     pub(crate) connections: usize,
     /// Bytes of requests that are large, of all clients together.
+    #[arg(skip = 256usize << 20)]
     pub(crate) pending: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: 1000,
-            pending: 256 << 20,
-        }
-    }
 }
 
 /// What connections share.
@@ -63,9 +62,10 @@ struct Server {
 
 /// Microseconds from when the first of those requests was begun that were answered together, until all were
 /// finished; of each request.
+#[derive(Default)]
 struct Latencies {
-    reads: Histogram<u64>,
-    others: Histogram<u64>,
+    reads: Figures,
+    others: Figures,
 }
 
 impl Server {
@@ -100,14 +100,11 @@ pub(crate) async fn serve(
         connections: AtomicU64::new(0),
         places: Arc::new(Semaphore::new(limits.connections)),
         memory: Arc::new(Semaphore::new(limits.pending)),
-        latencies: Mutex::new(Latencies {
-            reads: histogram(),
-            others: histogram(),
-        }),
+        latencies: Mutex::default(),
     });
     let (stopping, stopped) = watch::channel(false);
     let mut connections = JoinSet::new();
-    let mut stop = std::pin::pin!(stop);
+    let mut stop = pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
@@ -187,18 +184,15 @@ struct Connection<'a> {
     memory: Option<OwnedSemaphorePermit>,
 }
 
-/// A request that was begun, in a version of the protocol.
-struct Begun {
-    version: u8,
-    answer: Answer,
-}
+/// Requests that were begun, each with the version of the protocol of its reply.
+type Begun = Vec<(u8, Answer)>;
 
 /// Reads what was found, all at the same time. Then no place in the store is held any more.
-async fn read(begun: &mut [Begun]) {
-    let finds = begun.iter_mut().filter(|begun| begun.answer.is_read());
-    let reads = finds.map(async |begun| {
-        let found = std::mem::replace(&mut begun.answer, Answer::Now(Reply::Null));
-        begun.answer = Answer::Now(found.reply().await);
+async fn read(begun: &mut Begun) {
+    let finds = begun.iter_mut().filter(|(_, answer)| answer.is_read());
+    let reads = finds.map(async |(_, answer)| {
+        let found = replace(answer, Answer::from(Reply::Null));
+        *answer = found.reply().await.into();
     });
     join_all(reads).await;
 }
@@ -231,7 +225,7 @@ impl Connection<'_> {
     async fn answer_some(&mut self) -> Result<bool, String> {
         let start = Instant::now();
         let mut left = Ok(true);
-        let (mut begun, mut reads, mut bytes) = (Vec::new(), 0, 0);
+        let (mut begun, mut reads, mut bytes) = (Begun::new(), 0, 0);
         while begun.len() < MAX_TOGETHER && bytes < MAX_VALUE && !self.session.quits {
             match self.parser.next(&mut self.input) {
                 Ok(Some(request)) if request.is_empty() => {}
@@ -239,8 +233,7 @@ impl Connection<'_> {
                     let answer = self.begin(&request, &mut begun).await;
                     reads += u64::from(answer.is_read());
                     bytes += answer.size();
-                    let version = self.session.version;
-                    begun.push(Begun { version, answer });
+                    begun.push((self.session.version, answer));
                 }
                 end => {
                     left = end.map(|_| false);
@@ -250,29 +243,22 @@ impl Connection<'_> {
         }
         let others = begun.len() as u64 - reads;
         read(&mut begun).await;
-        for Begun { version, answer } in begun {
+        for (version, answer) in begun {
             // What waits for a batch waits for one that is under way.
             let reply = answer.reply().await;
             reply.encode(version, &mut self.output);
         }
         let time = start.elapsed().as_micros() as u64;
-        let Latencies {
-            reads: of_reads,
-            others: of_others,
-        } = &mut *self.server.latencies();
-        for (histogram, count) in [(of_reads, reads), (of_others, others)] {
-            // Not even a zero: it would count for the maximum.
-            if count > 0 {
-                histogram.saturating_record_n(time, count);
-            }
-        }
+        let mut latencies = self.server.latencies();
+        latencies.reads.record(time, reads);
+        latencies.others.record(time, others);
         left
     }
 
     /// Begins a request after others.
-    async fn begin(&mut self, request: &[Bytes], others: &mut [Begun]) -> Answer {
+    async fn begin(&mut self, request: &[Bytes], others: &mut Begun) -> Answer {
         let answer = commands::execute(self.server, &mut self.session, request);
-        let mut answer = std::pin::pin!(answer);
+        let mut answer = pin!(answer);
         if let Poll::Ready(answer) = futures::poll!(answer.as_mut()) {
             return answer;
         }

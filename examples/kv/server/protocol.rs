@@ -196,6 +196,12 @@ impl From<i64> for Reply {
     }
 }
 
+impl From<usize> for Reply {
+    fn from(number: usize) -> Self {
+        Self::Number(number as i64)
+    }
+}
+
 impl From<Option<Bytes>> for Reply {
     fn from(value: Option<Bytes>) -> Self {
         value.map_or(Self::Null, Self::Bulk)

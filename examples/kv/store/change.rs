@@ -1,51 +1,45 @@
 //! What writers want, and whether there is space for it.
 
 use std::collections::HashSet;
+use std::pin::pin;
 
 use bytes::Bytes;
 
 use super::format::{BATCH_HEADER, BLOCK, Kind, Record};
-use super::log::{Class, Commit, State};
-use super::read::{Facts, View};
-use super::{Error, Store, maintenance};
+use super::index::Entry;
+use super::log::{Commit, State};
+use super::read::View;
+use super::{Error, Inner, Store, maintenance};
 
 /// What a write does.
-#[derive(Clone, Debug)]
-pub(crate) enum Change {
-    /// Expires in milliseconds since 1970; 0 is never.
-    Set {
-        key: Bytes,
-        value: Bytes,
-        expires: u64,
-    },
-    Delete {
-        key: Bytes,
-    },
-    Expire {
-        key: Bytes,
-        expires: u64,
-    },
-    Clear,
-}
+pub(crate) type Change = Record<Bytes>;
 
 impl Change {
-    fn record(&self) -> Record<'_> {
-        let (kind, key, value, expires): (_, &[u8], &[u8], _) = match self {
-            Self::Set {
-                key,
-                value,
-                expires,
-            } => (Kind::Set, key, value, *expires),
-            Self::Delete { key } => (Kind::Delete, key, &[], 0),
-            Self::Expire { key, expires } => (Kind::Expire, key, &[], *expires),
-            Self::Clear => (Kind::Clear, &[], &[], 0),
-        };
-        Record {
+    fn new(kind: Kind, key: &Bytes, value: &Bytes, expires: u64) -> Self {
+        Self {
             kind,
             expires,
-            key,
-            value,
+            key: key.clone(),
+            value: value.clone(),
         }
+    }
+
+    /// Expires in milliseconds since 1970; 0 is never.
+    pub(crate) fn set(key: &Bytes, value: &Bytes, expires: u64) -> Self {
+        Self::new(Kind::Set, key, value, expires)
+    }
+
+    pub(crate) fn delete(key: &Bytes) -> Self {
+        Self::new(Kind::Delete, key, &Bytes::new(), 0)
+    }
+
+    pub(crate) fn expire(key: &Bytes, expires: u64) -> Self {
+        Self::new(Kind::Expire, key, &Bytes::new(), expires)
+    }
+
+    /// All keys go.
+    pub(crate) fn clear() -> Self {
+        Self::new(Kind::Clear, &Bytes::new(), &Bytes::new(), 0)
     }
 }
 
@@ -65,102 +59,101 @@ impl Store {
         &self,
         mut decide: impl FnMut(&View<'_>) -> (Vec<Change>, R),
     ) -> Result<(R, Commit), Error> {
-        self.change_if(|_| true, &mut decide)
-            .await
-            .map(|result| result.expect("it is changed in any state"))
+        let attempt = |state: &mut State| {
+            state.check()?;
+            let (changes, result) = decide(&View(state, self.inner.now()));
+            let has_room = self.inner.append(state, &changes)?;
+            Ok(has_room.then(|| (result, state.commit())))
+        };
+        self.inner.with_room(attempt).await
     }
 
-    /// As [`change`](Self::change), for one key and by its value. What `decide` returns as an error,
-    /// changes nothing.
+    /// As [`change`](Self::change), for one key and by its value.
     pub(crate) async fn modify<R>(
         &self,
-        key: &[u8],
-        mut decide: impl FnMut(Option<(Facts, Bytes)>) -> (Vec<Change>, R),
+        key: &Bytes,
+        mut decide: impl FnMut(Option<(Entry, Bytes)>) -> (Vec<Change>, R),
     ) -> Result<(R, Commit), Error> {
         loop {
+            // As long as this lives, no other record comes to be in the place of the one that was found.
             let found = self.get(key)?;
-            let seen = found.entry;
             let value = found.peek().await?;
-            let mut decide = |view: &View<'_>| {
-                let facts = seen.and_then(|_| view.get(key));
-                decide(facts.zip(value.clone()))
+            let decide = |view: &View<'_>| {
+                let entry = view.get(key);
+                let is_other = |entry: &Entry| found.entry.is_none_or(|e| e.place != entry.place);
+                if entry.as_ref().is_some_and(is_other) {
+                    return (Vec::new(), None);
+                }
+                let (changes, result) = decide(entry.zip(value.clone()));
+                (changes, Some(result))
             };
-            let is_same = |state: &State| match (state.index.get(key), seen) {
-                (Some(entry), Some(seen)) => entry.place == seen.place,
-                (entry, None) => entry.is_none_or(|entry| entry.is_expired(self.inner.now())),
-                (None, Some(_)) => false,
-            };
-            // No other record comes to be in the place of the one that was found: `found` lives.
-            if let Some(result) = self.change_if(is_same, &mut decide).await? {
-                return Ok(result);
+            if let (Some(result), commit) = self.change(decide).await? {
+                return Ok((result, commit));
             }
         }
     }
+}
 
-    async fn change_if<R>(
+impl Inner {
+    /// Tries something until there is room for it.
+    pub(super) async fn with_room<R>(
         &self,
-        is_wanted: impl Fn(&State) -> bool,
-        decide: &mut impl FnMut(&View<'_>) -> (Vec<Change>, R),
-    ) -> Result<Option<(R, Commit)>, Error> {
+        mut attempt: impl FnMut(&mut State) -> Result<Option<R>, Error>,
+    ) -> Result<R, Error> {
         loop {
-            let mut room = std::pin::pin!(self.inner.room.notified());
+            let mut room = pin!(self.room.notified());
             room.as_mut().enable();
-            {
-                let mut state = self.inner.lock();
-                state.check()?;
-                if !is_wanted(&state) {
-                    return Ok(None);
-                }
-                let (changes, result) = decide(&View(&state, self.inner.now()));
-                if self.append(&mut state, &changes)? {
-                    return Ok(Some((result, state.commit())));
-                }
+            if let Some(result) = attempt(&mut self.lock())? {
+                return Ok(result);
             }
-            self.inner.wanted.notify_one();
-            self.inner.tidy.notify_one();
+            self.wanted.notify_one();
+            self.tidy.notify_one();
             room.await;
         }
     }
 
-    /// Appends records for the changes; not if there is no room for them at present.
+    /// Appends the changes; not if there is no room for them at present.
     fn append(&self, state: &mut State, changes: &[Change]) -> Result<bool, Error> {
         if changes.is_empty() {
             return Ok(true);
         }
-        let records = changes.iter().map(Change::record);
-        let len: usize = records.clone().map(|record| record.len()).sum();
-        let most = state.root.segment_size as usize - BLOCK - BATCH_HEADER;
+        let len = changes.iter().map(Change::len).sum();
+        let most = self.segment_size as usize - BLOCK - BATCH_HEADER;
         if len > most {
             return Err(Error::TooLarge(len, most));
         }
-        let mut class = Class::Delete;
-        let mut more = 0;
-        let mut checkpoint = state.index.extent();
+        let (mut more, mut checkpoint) = (0, state.index.extent());
         let mut keys = HashSet::new();
-        for record in records.clone().filter(|record| record.kind == Kind::Set) {
-            class = Class::Set;
-            more += state.cost(record.len()) as i64;
+        let is_set = |change: &&Change| change.kind == Kind::Set;
+        for change in changes.iter().filter(is_set) {
+            more += state.cost(change.len()) as i64;
             // What is set twice, takes the place of what was there once.
-            if changes.len() > 1 && !keys.insert(record.key) {
+            if changes.len() > 1 && !keys.insert(&change.key[..]) {
                 continue;
             }
-            match state.index.get(record.key) {
-                Some(old) => more -= state.cost(old.record_len(record.key)) as i64,
-                None => checkpoint.add(record.key),
+            match state.index.get(&change.key) {
+                Some(old) => more -= state.cost(old.record_len(&change.key)) as i64,
+                None => checkpoint.add(&change.key),
             }
         }
         let need = state.need(&checkpoint);
         let (used, limit) = (state.used, state.limit(need));
-        if class == Class::Set && more > 0 && used.saturating_add_signed(more) > limit {
+        if more > 0 && used.saturating_add_signed(more) > limit {
             return Err(Error::Full { used, limit });
         }
-        if state.reserve(len, class, need).is_none() {
+        // Compaction gets along with one segment for each that it frees, as long as nobody else uses that.
+        let kept = if changes.iter().any(|change| is_set(&change)) {
+            3
+        } else {
+            2
+        };
+        if state.reserve(len, need + kept).is_none() {
             return Ok(false);
         }
-        records.for_each(|record| state.append(&record));
-        self.inner.appended.notify_one();
+        changes.iter().for_each(|change| state.append(change));
+        self.appended.notify_one();
         if state.ready.len() < maintenance::READY {
-            self.inner.wanted.notify_one();
+            self.wanted.notify_one();
         }
         Ok(true)
     }

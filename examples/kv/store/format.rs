@@ -44,7 +44,8 @@ impl Seed {
         bytes[..4].copy_from_slice(&checksum.to_le_bytes());
     }
 
-    fn verifies(self, bytes: &[u8]) -> bool {
+    /// Whether the bytes are those that were signed.
+    pub(super) fn verifies(self, bytes: &[u8]) -> bool {
         bytes[..4] == self.of(&bytes[4..]).to_le_bytes()
     }
 }
@@ -103,10 +104,10 @@ pub(super) struct Position {
 
 /// What recovery starts from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
-pub(super) struct Root {
+pub(crate) struct Root {
     pub(super) store: u64,
-    pub(super) generation: u64,
-    pub(super) segment_size: u32,
+    pub(crate) generation: u64,
+    pub(crate) segment_size: u32,
     pub(super) segments: u32,
     pub(super) next_epoch: u64,
     /// From where the log is replayed.
@@ -164,13 +165,9 @@ pub(super) fn batch_header(block: &[u8]) -> Option<(u64, usize)> {
     (magic == BATCH_MAGIC && len as usize >= BATCH_HEADER).then_some((sequence, len as usize))
 }
 
-/// Whether a batch is the one that was written.
-pub(super) fn batch_is_whole(batch: &[u8], seed: Seed) -> bool {
-    batch.len() >= BATCH_HEADER && seed.verifies(batch)
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
+#[borsh(use_discriminant = true)]
+pub(crate) enum Kind {
     /// The key has this value.
     Set = 1,
     /// The key is gone.
@@ -183,18 +180,13 @@ pub(super) enum Kind {
     Entry = 5,
 }
 
-const KINDS: [Kind; 5] = {
-    use Kind::*;
-    [Set, Delete, Expire, Clear, Entry]
-};
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Record<'a> {
-    pub(super) kind: Kind,
+pub(crate) struct Record<B> {
+    pub(crate) kind: Kind,
     /// In milliseconds since 1970; 0 for never.
-    pub(super) expires: u64,
-    pub(super) key: &'a [u8],
-    pub(super) value: &'a [u8],
+    pub(crate) expires: u64,
+    pub(crate) key: B,
+    pub(crate) value: B,
 }
 
 /// Bytes of a record with such a key and value.
@@ -202,25 +194,29 @@ pub(super) fn record_len(key: usize, value: usize) -> usize {
     RECORD_HEADER + key + value
 }
 
-impl<'a> Record<'a> {
+impl<B: AsRef<[u8]>> Record<B> {
     pub(super) fn len(&self) -> usize {
-        record_len(self.key.len(), self.value.len())
+        record_len(self.key.as_ref().len(), self.value.as_ref().len())
     }
 
     pub(super) fn encode(&self, seed: Seed, out: &mut Vec<u8>) {
+        let (key, value) = (self.key.as_ref(), self.value.as_ref());
+        let lens = (key.len() as u32, value.len() as u32);
+        // The kind takes four bytes.
+        let header = (0u32, self.kind, [0u8; 3], lens, self.expires);
         let start = out.len();
-        let lens = (self.key.len() as u32, self.value.len() as u32);
-        let header = (0u32, self.kind as u32, lens, self.expires);
         header.serialize(out).expect(GROWS);
-        out.extend_from_slice(self.key);
-        out.extend_from_slice(self.value);
+        out.extend_from_slice(key);
+        out.extend_from_slice(value);
         seed.sign(&mut out[start..]);
     }
+}
 
+impl<'a> Record<&'a [u8]> {
     /// Reads the record at the start of `bytes`, without its checksum.
     pub(super) fn decode(bytes: &'a [u8]) -> Option<Self> {
-        let (kind, (key, value), expires): (u32, (u32, u32), _) = decode(bytes.get(4..)?)?;
-        let kind = KINDS.into_iter().find(|known| *known as u32 == kind)?;
+        let header: (Kind, [u8; 3], (u32, u32), u64) = decode(bytes.get(4..)?)?;
+        let (kind, _, (key, value), expires) = header;
         let body = bytes.get(RECORD_HEADER..record_len(key as usize, value as usize))?;
         let (key, value) = body.split_at(key as usize);
         Some(Self {
@@ -238,7 +234,7 @@ impl<'a> Record<'a> {
 }
 
 /// The records of a batch, with where each starts in it.
-pub(super) fn records(batch: &[u8]) -> impl Iterator<Item = (usize, Record<'_>)> {
+pub(super) fn records(batch: &[u8]) -> impl Iterator<Item = (usize, Record<&[u8]>)> {
     let mut offset = BATCH_HEADER;
     std::iter::from_fn(move || {
         let record = Record::decode(batch.get(offset..)?)?;
@@ -258,8 +254,8 @@ mod tests {
         let record = Record {
             kind: Kind::Set,
             expires: 9,
-            key: b"key",
-            value: b"value",
+            key: &b"key"[..],
+            value: &b"value"[..],
         };
         let mut batch = vec![0; BATCH_HEADER];
         record.encode(seed, &mut batch);
@@ -267,7 +263,7 @@ mod tests {
         seal_batch(&mut batch, seed, 5);
         assert_eq!(batch_header(&batch), Some((5, len)));
         assert_eq!(batch.len(), BLOCK);
-        assert!(batch_is_whole(&batch[..len], seed));
+        assert!(seed.verifies(&batch[..len]));
         assert_eq!(
             records(&batch[..len]).collect::<Vec<_>>(),
             [(BATCH_HEADER, record)]
@@ -275,13 +271,13 @@ mod tests {
         let bytes = &batch[BATCH_HEADER..len];
         assert_eq!(Record::verify(bytes, seed), Some(record));
         for other in [Seed::new(7, 2), Seed::new(8, 1)] {
-            assert!(!batch_is_whole(&batch[..len], other));
+            assert!(!other.verifies(&batch[..len]));
             assert_eq!(Record::verify(bytes, other), None);
         }
         for byte in 0..len {
             let mut damaged = batch[..len].to_vec();
             damaged[byte] ^= 1;
-            assert!(!batch_is_whole(&damaged, seed), "byte {byte}");
+            assert!(!seed.verifies(&damaged), "byte {byte}");
         }
     }
 

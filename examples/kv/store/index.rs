@@ -15,12 +15,12 @@ const ENTRY: usize = 12;
 
 /// Where the record of a key is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub(super) place: Place,
-    pub(super) value_len: u32,
+    pub(crate) value_len: u32,
     /// In milliseconds since 1970; 0 for never. A checkpoint has it in the head of its record.
     #[borsh(skip)]
-    pub(super) expires: u64,
+    pub(crate) expires: u64,
 }
 
 impl Entry {
@@ -47,7 +47,7 @@ impl Entry {
 }
 
 /// A map from keys to entries.
-pub(super) struct Index {
+pub(crate) struct Index {
     hasher: RandomState,
     shards: Vec<HashMap<Box<[u8]>, Entry, RandomState>>,
     len: usize,
@@ -100,7 +100,7 @@ impl Index {
         Some(entry)
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 

@@ -22,9 +22,10 @@ const MAX_BATCH: usize = 1 << 20;
 const MAX_FLYING: usize = 8;
 
 /// What a segment is used for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Use {
     /// Nothing; it may have been discarded.
+    #[default]
     Cold,
     /// Nothing; it was written once, so that overwriting it is one write.
     Warm,
@@ -38,8 +39,8 @@ pub(super) enum Use {
     Damaged,
 }
 
-#[derive(Debug)]
-pub(super) struct Segment {
+#[derive(Default)]
+pub(crate) struct Segment {
     pub(super) used_for: Use,
     pub(super) epoch: u64,
     /// Bytes of records that the index refers to.
@@ -52,7 +53,7 @@ pub(super) struct Segment {
 struct Batch {
     place: Place,
     bytes: Bytes,
-    records: u32,
+    records: u64,
     is_durable: watch::Sender<bool>,
 }
 
@@ -81,32 +82,24 @@ impl Commit {
     }
 }
 
-/// Who wants to append. Later ones may use room that is kept from the ones before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Class {
-    Set,
-    Delete,
-    Move,
-}
-
 /// Everything that changes, behind one lock that is never held during I/O.
 #[derive(Default)]
-pub(super) struct State {
-    pub(super) index: Index,
-    pub(super) segments: Vec<Segment>,
+pub(crate) struct State {
+    pub(crate) index: Index,
+    pub(crate) segments: Vec<Segment>,
     /// What the records cost that the index refers to.
-    pub(super) used: u64,
+    pub(crate) used: u64,
     /// In the order of their epochs.
     pub(super) ready: VecDeque<u32>,
     /// The valid root. The log before its position is not replayed.
-    pub(super) root: Root,
-    pub(super) statistics: Statistics,
+    pub(crate) root: Root,
+    pub(crate) statistics: Statistics,
     pub(super) failed: Option<String>,
     pub(super) is_closing: bool,
     /// Who waits for the last checkpoint.
     pub(super) closer: Option<oneshot::Sender<Result<(), Error>>>,
     /// Bytes of batches since the log was opened.
-    pub(super) written: u64,
+    pub(crate) written: u64,
     /// What `written` was at the last checkpoint.
     pub(super) checkpointed: u64,
     /// The shard of the index that is searched next for what has expired.
@@ -116,7 +109,7 @@ pub(super) struct State {
     head: Option<Place>,
     /// The batch that takes records; empty if it has none.
     open: Vec<u8>,
-    open_records: u32,
+    open_records: u64,
     open_is_durable: watch::Sender<bool>,
     /// Complete, and not durable yet.
     batches: VecDeque<Batch>,
@@ -179,7 +172,7 @@ impl State {
     }
 
     /// Segments that a checkpoint needs.
-    pub(super) fn checkpoint_need(&self) -> usize {
+    pub(crate) fn checkpoint_need(&self) -> usize {
         self.need(&self.index.extent())
     }
 
@@ -187,14 +180,19 @@ impl State {
         checkpoint.segments(self.root.segment_size as usize - BLOCK - BATCH_HEADER)
     }
 
+    /// Segments that nothing is in. A checkpoint takes ready ones if it has to.
+    pub(super) fn unused(&self) -> usize {
+        self.ready.len() + self.free()
+    }
+
+    /// Those that the log may still take.
+    pub(crate) fn available(&self) -> usize {
+        self.unused().saturating_sub(self.checkpoint_need())
+    }
+
     pub(super) fn free(&self) -> usize {
         let is_free = |segment: &&Segment| matches!(segment.used_for, Use::Cold | Use::Warm);
         self.segments.iter().filter(is_free).count()
-    }
-
-    /// Segments that the log may still take. A checkpoint takes ready ones if it has to.
-    pub(super) fn available(&self, need: usize) -> usize {
-        (self.ready.len() + self.free()).saturating_sub(need)
     }
 
     /// What a record costs of the space: a large one twice its bytes, since as many may stay unused
@@ -206,21 +204,16 @@ impl State {
 
     /// What the records may cost that the index refers to: the rest is what compaction, which copies
     /// before it frees, needs to get on, and two checkpoints.
-    pub(super) fn limit(&self, need: usize) -> u64 {
+    pub(crate) fn limit(&self, need: usize) -> u64 {
         let kept = 2 * need + 6;
         let segments = self.segments.len().saturating_sub(kept) as u64;
         segments * u64::from(self.root.segment_size) / 10 * 8
     }
 
-    /// Makes room for `len` bytes of records in one batch, after which a checkpoint needs so many segments.
-    /// Nothing, if there is none at present; there will be.
-    pub(super) fn reserve(&mut self, len: usize, class: Class, need: usize) -> Option<()> {
-        // Compaction gets along with one segment for each that it frees, as long as nobody else uses that.
-        let spare = match class {
-            Class::Set => self.available(need).checked_sub(3)?,
-            Class::Delete => self.available(need).checked_sub(2)?,
-            Class::Move => 1,
-        };
+    /// Makes room for `len` bytes of records in one batch, and leaves so many segments unused. Nothing, if there
+    /// is none at present; there will be.
+    pub(super) fn reserve(&mut self, len: usize, kept: usize) -> Option<()> {
+        let spare = self.unused().checked_sub(kept)?;
         if self.pending_bytes() > MAX_PENDING {
             return None;
         }
@@ -244,7 +237,7 @@ impl State {
     }
 
     /// Appends a record, for which room was made, and lets the index follow.
-    pub(super) fn append(&mut self, record: &Record<'_>) {
+    pub(super) fn append(&mut self, record: &Record<impl AsRef<[u8]>>) {
         let head = self.head.expect("room was made");
         if self.open.is_empty() {
             self.open.resize(BATCH_HEADER, 0);
@@ -263,19 +256,20 @@ impl State {
     }
 
     /// What a record of the log does to the index.
-    pub(super) fn apply(&mut self, record: &Record<'_>, place: Place) {
+    pub(super) fn apply(&mut self, record: &Record<impl AsRef<[u8]>>, place: Place) {
+        let (key, value) = (record.key.as_ref(), record.value.as_ref());
         match record.kind {
             Kind::Set => {
                 let entry = Entry {
                     place,
-                    value_len: record.value.len() as u32,
+                    value_len: value.len() as u32,
                     expires: record.expires,
                 };
-                self.insert(record.key, entry);
+                self.insert(key, entry);
             }
-            Kind::Delete => self.forget(record.key),
+            Kind::Delete => self.forget(key),
             Kind::Expire => {
-                if let Some(entry) = self.index.get_mut(record.key) {
+                if let Some(entry) = self.index.get_mut(key) {
                     entry.expires = record.expires;
                 }
             }
@@ -346,24 +340,22 @@ impl State {
         Some((batch.place, batch.bytes.clone()))
     }
 
-    /// The first batch on its way, if its write has made it durable.
-    fn landed(&mut self, written: Result<Duration, Error>) -> Option<Batch> {
+    /// The first batch on its way was written, or was not.
+    fn landed(&mut self, written: Result<Duration, Error>) {
         self.flying -= 1;
         match written {
             Err(error) => self.fail(&error),
-            Ok(time) => {
-                let time = time.as_micros() as u64;
-                self.statistics.writes.saturating_record(time);
-            }
+            Ok(time) => self.statistics.writes.record(time.as_micros() as u64, 1),
         }
-        let batch = self.batches.pop_front()?;
-        let records = batch.records.into();
-        self.statistics.batches.saturating_record(records);
-        Some(batch)
+        // There is none any more if anything failed.
+        if let Some(batch) = self.batches.pop_front() {
+            self.statistics.batches.record(batch.records, 1);
+            batch.is_durable.send_replace(true);
+        }
     }
 
     /// Bytes that are not durable.
-    pub(super) fn pending_bytes(&self) -> usize {
+    pub(crate) fn pending_bytes(&self) -> usize {
         let batches = self.batches.iter().map(|batch| batch.bytes.len());
         self.open.len() + batches.sum::<usize>()
     }
@@ -412,9 +404,7 @@ pub(super) async fn write(inner: Arc<Inner>) {
         tokio::select! {
             () = inner.appended.notified() => {}
             Some(written) = flying.next() => {
-                if let Some(batch) = inner.lock().landed(written) {
-                    batch.is_durable.send_replace(true);
-                }
+                inner.lock().landed(written);
                 inner.room.notify_waiters();
             }
         }

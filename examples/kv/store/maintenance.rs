@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::sleep;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
 
 use super::format::{BLOCK, Place, Record, segment_header};
 use super::index::SHARDS;
-use super::log::{Class, Segment, State, Use};
+use super::log::{Segment, State, Use};
 use super::recovery::{Batch, Scanner};
 use super::{Error, Inner, checkpoint};
 
@@ -21,40 +22,33 @@ const SWEEP: usize = 16 << 10;
 /// Bytes that are overwritten, read or written at a time.
 pub(super) const PIECE: usize = 256 << 10;
 
-/// Makes segments ready, one after the other, in the order of their epochs.
-pub(super) async fn prepare(inner: Arc<Inner>) {
-    loop {
-        match prepare_one(&inner).await {
-            Ok(true) => inner.room.notify_waiters(),
-            Ok(false) => inner.wanted.notified().await,
-            Err(error) => return inner.fail(&error),
-        }
+/// Does all of it, until something fails.
+pub(super) async fn run(inner: Arc<Inner>) {
+    if let Err(error) = futures::try_join!(prepare(&inner), tidy(&inner)) {
+        inner.fail(&error);
     }
 }
 
-async fn prepare_one(inner: &Inner) -> Result<bool, Error> {
-    let taken = {
-        let mut state = inner.lock();
-        // Compaction has one of those that are kept for a checkpoint, and gives it back.
-        let is_kept = !state.ready.is_empty() && state.free() <= state.checkpoint_need();
-        let is_wanted = state.ready.len() < READY && !is_kept;
-        is_wanted.then(|| state.take_free(Use::Ready)).flatten()
-    };
-    let Some((segment, epoch, is_cold)) = taken else {
-        return Ok(false);
-    };
-    if is_cold {
-        // In pieces, each durable by itself: one flush of all would keep the log waiting.
-        let zeroes = Bytes::from(vec![0; PIECE]);
-        for offset in (0..inner.segment_size).step_by(PIECE) {
-            let piece = zeroes.slice(..PIECE.min((inner.segment_size - offset) as usize));
+/// Makes segments ready, one after the other, in the order of their epochs.
+async fn prepare(inner: &Inner) -> Result<(), Error> {
+    // In pieces, each durable by itself: one flush of all would keep the log waiting.
+    let zeroes = Bytes::from(vec![0; PIECE]);
+    loop {
+        let taken = inner.lock().take_wanted();
+        let Some((segment, epoch, is_cold)) = taken else {
+            inner.wanted.notified().await;
+            continue;
+        };
+        let size = if is_cold { inner.segment_size } else { 0 };
+        for offset in (0..size).step_by(PIECE) {
+            let piece = zeroes.slice(..PIECE.min((size - offset) as usize));
             let at = inner.offset(Place { segment, offset });
             inner.write_durably(at, piece).await?;
         }
+        inner.write_header(segment, epoch).await?;
+        inner.lock().ready.push_back(segment);
+        inner.room.notify_waiters();
     }
-    inner.write_header(segment, epoch).await?;
-    inner.lock().ready.push_back(segment);
-    Ok(true)
 }
 
 impl Inner {
@@ -66,73 +60,65 @@ impl Inner {
     }
 }
 
-/// Does everything else, a step at a time.
-pub(super) async fn tidy(inner: Arc<Inner>) {
+/// Does everything else, a step at a time, until the store is closed.
+async fn tidy(inner: &Inner) -> Result<(), Error> {
     loop {
-        match step(&inner).await {
-            Ok(Step::More) => {}
-            Ok(Step::Wait) => {
-                tokio::select! {
-                    () = inner.tidy.notified() => {}
-                    () = sleep(Duration::from_millis(200)) => {}
-                }
+        sweep(inner);
+        let has_freed = free(inner).await?;
+        let task = inner.lock().next_task(inner.options.checkpoint_bytes);
+        match task {
+            Task::Compact(victim) => compact(inner, victim).await?,
+            Task::Checkpoint(None) => checkpoint::write(inner).await?,
+            Task::Checkpoint(Some(closer)) => {
+                // Who closes may be gone.
+                let _ = closer.send(checkpoint::write(inner).await);
+                return Ok(());
             }
-            Ok(Step::End) => return,
-            Err(error) => return inner.fail(&error),
+            Task::Wait if has_freed => {}
+            Task::Wait => {
+                let _ = timeout(Duration::from_millis(200), inner.tidy.notified()).await;
+            }
         }
     }
 }
 
-enum Step {
-    More,
+enum Task {
+    Compact(u32),
+    /// The last one, if there is someone who waits for that.
+    Checkpoint(Option<oneshot::Sender<Result<(), Error>>>),
     Wait,
-    End,
-}
-
-async fn step(inner: &Inner) -> Result<Step, Error> {
-    sweep(inner);
-    let has_freed = free(inner).await?;
-    let (is_closing, is_due, is_low, is_short, victim) = {
-        let state = inner.lock();
-        let is_closing = state.closer.is_some();
-        if state.is_closing && !is_closing || state.failed.is_some() {
-            return Ok(Step::Wait);
-        }
-        let since = state.written - state.checkpointed;
-        let least = inner.options.checkpoint_bytes;
-        let need = state.checkpoint_need();
-        let is_low = state.available(need) < (state.segments.len() / 8).max(READY + 3);
-        let is_short = state.ready.len() + state.free() < need;
-        let is_due = since > least.max(4 * state.index.extent().bytes as u64);
-        // Then there is a segment that compaction may not touch for want of a checkpoint.
-        let has_gone_on = state.position().epoch > state.root.position.epoch;
-        let victim = state.victim(is_low);
-        let is_draining = |segment: &Segment| segment.used_for == Use::Draining;
-        if state.ready.len() + state.free() == 0 && state.segments.iter().any(is_draining) {
-            // What is freed next is for the copies, or the checkpoint.
-            return Ok(Step::Wait);
-        }
-        (is_closing, is_due, is_low && has_gone_on, is_short, victim)
-    };
-    let is_possible = !is_short || victim.is_none();
-    if is_closing && is_possible {
-        let end = checkpoint::write(inner).await;
-        let closer = inner.lock().closer.take();
-        closer.map(|closer| closer.send(end));
-        return Ok(Step::End);
-    }
-    if is_due && is_possible || is_low && victim.is_none() {
-        checkpoint::write(inner).await?;
-        return Ok(Step::More);
-    }
-    if let Some(victim) = victim {
-        compact(inner, victim).await?;
-        return Ok(Step::More);
-    }
-    Ok(if has_freed { Step::More } else { Step::Wait })
 }
 
 impl State {
+    fn next_task(&mut self, checkpoint_bytes: u64) -> Task {
+        let need = self.checkpoint_need();
+        let is_low = self.available() < (self.segments.len() / 8).max(READY + 3);
+        let victim = self.victim(is_low);
+        let is_draining = |segment: &Segment| segment.used_for == Use::Draining;
+        if self.failed.is_some() || self.unused() == 0 && self.segments.iter().any(is_draining) {
+            // What is freed next is for the copies, or the checkpoint.
+            return Task::Wait;
+        }
+        let least = checkpoint_bytes.max(4 * self.index.extent().bytes as u64);
+        let is_due = self.is_closing || self.written - self.checkpointed > least;
+        // Then there is a segment that compaction may not touch for want of a checkpoint.
+        let has_gone_on = self.position().epoch > self.root.position.epoch;
+        match victim {
+            Some(victim) if !is_due || self.unused() < need => Task::Compact(victim),
+            None if is_low && has_gone_on => Task::Checkpoint(self.closer.take()),
+            _ if is_due => Task::Checkpoint(self.closer.take()),
+            _ => Task::Wait,
+        }
+    }
+
+    /// Takes a free segment to be made ready, if that is wanted.
+    fn take_wanted(&mut self) -> Option<(u32, u64, bool)> {
+        // Compaction has one of those that are kept for a checkpoint, and gives it back.
+        let is_kept = !self.ready.is_empty() && self.free() <= self.checkpoint_need();
+        let is_wanted = self.ready.len() < READY && !is_kept;
+        is_wanted.then(|| self.take_free(Use::Ready)).flatten()
+    }
+
     /// Forgets those keys of a shard that have expired; returns how many.
     pub(super) fn forget_expired(&mut self, shard: usize, now: u64) -> usize {
         let entries = self.index.entries(shard);
@@ -154,17 +140,17 @@ impl State {
         Some((number as u32, epoch, is_cold))
     }
 
-    /// Appends a record, if the index refers to it where it is; returns how many bytes, nothing if there is no room.
-    fn move_record(&mut self, place: Place, mut record: Record<'_>) -> Option<u64> {
+    /// Appends a record, if the index refers to it where it is; nothing if there is no room.
+    fn move_record(&mut self, place: Place, mut record: Record<&[u8]>) -> Option<()> {
         let entry = self.index.get(record.key);
-        let Some(entry) = entry.filter(|entry| entry.place == place) else {
-            return Some(0);
-        };
-        // What was said of it later.
-        record.expires = entry.expires;
-        self.reserve(record.len(), Class::Move, 0)?;
-        self.append(&record);
-        Some(record.len() as u64)
+        if let Some(entry) = entry.filter(|entry| entry.place == place) {
+            // What was said of it later.
+            record.expires = entry.expires;
+            self.reserve(record.len(), 0)?;
+            self.append(&record);
+            self.statistics.moved_bytes += record.len() as u64;
+        }
+        Some(())
     }
 
     /// The segment whose compaction pays most, if one's does: of those that need no replay.
@@ -241,8 +227,8 @@ async fn free(inner: &Inner) -> Result<bool, Error> {
 /// Copies what lives in a segment to the log's end, and frees the segment.
 async fn compact(inner: &Inner, victim: u32) -> Result<(), Error> {
     let mut scanner = Scanner::new(&inner.namespace, &inner.lock(), Place::first(victim));
-    let mut moved = 0;
     loop {
+        // Many at once, so that what was spread over many batches comes to lie in few.
         let (mut bytes, mut batches) = (0, Vec::new());
         while bytes < PIECE
             && let Some(batch) = next_batch(inner, &mut scanner, victim).await
@@ -253,22 +239,35 @@ async fn compact(inner: &Inner, victim: u32) -> Result<(), Error> {
         if batches.is_empty() {
             break;
         }
-        moved += move_records(inner, &batches).await?;
+        let records: Vec<_> = batches.iter().flat_map(Batch::records).collect();
+        let mut left = &records[..];
+        let attempt = |state: &mut State| {
+            state.check_failed()?;
+            while let [(place, record), rest @ ..] = left
+                && state.move_record(*place, *record).is_some()
+            {
+                left = rest;
+            }
+            inner.appended.notify_one();
+            Ok(left.is_empty().then_some(()))
+        };
+        inner.with_room(attempt).await?;
         throttle(inner, bytes).await;
     }
     let commit = inner.lock().commit();
     commit.durable().await?;
     let mut state = inner.lock();
     let segment = state.segment(victim);
-    segment.used_for = match segment.live {
-        0 => Use::Draining,
-        live => {
-            tracing::error!(segment = victim, live, "a part of a segment can't be read");
-            Use::Damaged
-        }
-    };
+    segment.used_for = Use::Draining;
+    if segment.live > 0 {
+        tracing::error!(
+            segment = victim,
+            live = segment.live,
+            "a part of a segment can't be read"
+        );
+        segment.used_for = Use::Damaged;
+    }
     state.statistics.compacted += 1;
-    state.statistics.moved_bytes += moved;
     Ok(())
 }
 
@@ -284,39 +283,11 @@ async fn next_batch(inner: &Inner, scanner: &mut Scanner<'_>, victim: u32) -> Op
     })
 }
 
-/// Appends those records that the index refers to; returns how many bytes. Many at once, so that what
-/// was spread over many batches comes to lie in few.
-async fn move_records(inner: &Inner, batches: &[Batch]) -> Result<u64, Error> {
-    let mut moved = 0;
-    let records: Vec<_> = batches.iter().flat_map(Batch::records).collect();
-    let mut left = &records[..];
-    loop {
-        let mut room = std::pin::pin!(inner.room.notified());
-        room.as_mut().enable();
-        {
-            let mut state = inner.lock();
-            state.check_failed()?;
-            while let [(place, record), rest @ ..] = left
-                && let Some(bytes) = state.move_record(*place, *record)
-            {
-                moved += bytes;
-                left = rest;
-            }
-        }
-        inner.appended.notify_one();
-        if left.is_empty() {
-            return Ok(moved);
-        }
-        inner.wanted.notify_one();
-        room.await;
-    }
-}
-
 /// Keeps to the rate of compaction, unless writers wait for room.
 async fn throttle(inner: &Inner, bytes: usize) {
     let has_room = {
         let state = inner.lock();
-        state.available(state.checkpoint_need()) > READY + 1
+        state.available() > READY + 1
     };
     if has_room {
         let rate = inner.options.compaction_rate.max(1) as f64;

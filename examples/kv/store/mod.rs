@@ -73,6 +73,7 @@ mod maintenance;
 mod read;
 mod recovery;
 
+use std::fmt::{Display, Formatter};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -82,10 +83,12 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 
 pub(crate) use self::change::Change;
+#[cfg(test)]
+pub(crate) use self::format::Kind;
 use self::format::Place;
-pub(crate) use self::log::Commit;
-use self::log::State;
-pub(crate) use self::read::{Facts, Found, View};
+pub(crate) use self::index::Entry;
+pub(crate) use self::log::{Commit, State};
+pub(crate) use self::read::{Found, View};
 
 /// Most bytes of a key.
 pub(crate) const MAX_KEY: usize = 64 << 10;
@@ -103,32 +106,26 @@ pub(crate) enum Durability {
 }
 
 /// How a store is opened and works.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Options {
+    /// How writes become durable where there is a volatile write cache
+    #[arg(long, value_enum, default_value_t)]
     pub(crate) durability: Durability,
-    /// Makes a new store, whatever the device holds.
+    /// Makes a new store on the device. EVERYTHING ON IT IS LOST
+    #[arg(long)]
     pub(crate) format: bool,
-    /// A batch that has grown to this is written although others are on their way.
-    pub(crate) batch_bytes: usize,
-    /// Bytes in a second that compaction reads, unless writers wait for room.
+    /// Most bytes in a second that compaction reads, such as 64M, unless writers wait for it
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = nvme_async::parse_size)]
     pub(crate) compaction_rate: u64,
+    /// A batch that has grown to this is written although others are on their way.
+    #[arg(skip = 64usize << 10)]
+    pub(crate) batch_bytes: usize,
     /// Bytes of the log after which a checkpoint is taken; at least four times the checkpoint's.
+    #[arg(skip = 64u64 << 20)]
     pub(crate) checkpoint_bytes: u64,
     /// Milliseconds since 1970, by which keys expire.
+    #[arg(skip = now as fn() -> u64)]
     pub(crate) clock: fn() -> u64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            durability: Durability::Fua,
-            format: false,
-            batch_bytes: 64 << 10,
-            compaction_rate: 64 << 20,
-            checkpoint_bytes: 64 << 20,
-            clock: now,
-        }
-    }
 }
 
 /// Milliseconds since 1970.
@@ -161,44 +158,44 @@ pub(crate) enum Error {
 }
 
 /// What was counted since a store was opened.
-#[derive(Clone)]
+#[derive(Default)]
 pub(crate) struct Statistics {
     /// Records of each batch.
-    pub(crate) batches: Histogram<u64>,
+    pub(crate) batches: Figures,
     /// Microseconds of each batch's write.
-    pub(crate) writes: Histogram<u64>,
+    pub(crate) writes: Figures,
     pub(crate) checkpoints: u64,
     pub(crate) compacted: u64,
     pub(crate) moved_bytes: u64,
     pub(crate) expired: u64,
 }
 
-impl Default for Statistics {
+/// How microseconds, or other numbers up to 60 million, are distributed.
+pub(crate) struct Figures(pub(crate) Histogram<u64>);
+
+impl Default for Figures {
     fn default() -> Self {
-        Self {
-            batches: histogram(),
-            writes: histogram(),
-            checkpoints: 0,
-            compacted: 0,
-            moved_bytes: 0,
-            expired: 0,
+        Self(Histogram::new_with_max(60_000_000, 3).expect("the digits are 0 to 5"))
+    }
+}
+
+impl Figures {
+    pub(crate) fn record(&mut self, value: u64, times: u64) {
+        // Not even no times: it would count for the maximum.
+        if times > 0 {
+            self.0.saturating_record_n(value, times);
         }
     }
 }
 
-/// How much there is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Usage {
-    pub(crate) keys: usize,
-    /// What the records cost that are not outdated, and what they may.
-    pub(crate) used: u64,
-    pub(crate) limit: u64,
-    pub(crate) pending: usize,
-    pub(crate) segments: usize,
-    pub(crate) segment_size: u32,
-    pub(crate) available: usize,
-    pub(crate) generation: u64,
-    pub(crate) written: u64,
+impl Display for Figures {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(f, "mean={:.1}", self.0.mean())?;
+        for (name, percent) in [("p50", 50.0), ("p99", 99.0), ("p99.9", 99.9)] {
+            write!(f, ",{name}={}", self.0.value_at_percentile(percent))?;
+        }
+        write!(f, ",max={}", self.0.max())
+    }
 }
 
 struct Inner {
@@ -266,8 +263,7 @@ impl Store {
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(log::write(inner.clone()));
-        tasks.spawn(maintenance::prepare(inner.clone()));
-        tasks.spawn(maintenance::tidy(inner.clone()));
+        tasks.spawn(maintenance::run(inner.clone()));
         Ok(Self {
             inner,
             _tasks: Arc::new(tasks),
@@ -280,51 +276,26 @@ impl Store {
     ///
     /// Those of the device. What was acknowledged is durable all the same.
     pub(crate) async fn close(&self) -> Result<(), Error> {
-        let commit = {
-            let mut state = self.inner.lock();
-            state.check()?;
-            state.is_closing = true;
-            state.commit()
-        };
-        self.inner.room.notify_waiters();
-        commit.durable().await?;
-        let (sender, receiver) = oneshot::channel();
+        let (sender, closed) = oneshot::channel();
         {
             let mut state = self.inner.lock();
-            // It may have failed before there was someone to be told.
-            state.check_failed()?;
-            state.closer = Some(sender);
+            state.check()?;
+            (state.is_closing, state.closer) = (true, Some(sender));
         }
+        self.inner.room.notify_waiters();
         self.inner.tidy.notify_one();
-        receiver.await.unwrap_or(Err(Error::Closed))
+        closed.await.unwrap_or_else(|_| {
+            self.inner.lock().check_failed()?;
+            Err(Error::Closed)
+        })
     }
 
-    pub(crate) fn statistics(&self) -> Statistics {
-        self.inner.lock().statistics.clone()
-    }
-
-    pub(crate) fn usage(&self) -> Usage {
-        let state = self.inner.lock();
-        let need = state.checkpoint_need();
-        Usage {
-            keys: state.index.len(),
-            used: state.used,
-            limit: state.limit(need),
-            pending: state.pending_bytes(),
-            segments: state.segments.len(),
-            segment_size: state.root.segment_size,
-            available: state.available(need),
-            generation: state.root.generation,
-            written: state.written,
-        }
+    /// What there is, at one moment.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.lock()
     }
 
     pub(crate) fn namespace(&self) -> &Namespace {
         &self.inner.namespace
     }
-}
-
-/// Of microseconds, or other numbers up to 60 million.
-pub(crate) fn histogram() -> Histogram<u64> {
-    Histogram::new_with_max(60_000_000, 3).expect("the digits are 0 to 5")
 }

@@ -1,5 +1,6 @@
 //! What is there: of keys from memory, of values from memory or the device.
 
+use std::mem::take;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -9,24 +10,14 @@ use super::index::{Entry, SHARDS};
 use super::log::{Commit, State};
 use super::{Error, Inner, Store};
 
-/// What is known of a key without a look at the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Facts {
-    pub(crate) len: usize,
-    /// In milliseconds since 1970; 0 is never.
-    pub(crate) expires: u64,
-}
-
 /// All keys, at one moment.
 pub(crate) struct View<'a>(pub(super) &'a State, pub(super) u64);
 
 impl View<'_> {
-    pub(crate) fn get(&self, key: &[u8]) -> Option<Facts> {
-        let entry = self.0.index.get(key)?;
-        (!entry.is_expired(self.1)).then_some(Facts {
-            len: entry.value_len as usize,
-            expires: entry.expires,
-        })
+    /// What is known of a key without a look at the device.
+    pub(crate) fn get(&self, key: &[u8]) -> Option<Entry> {
+        let entry = self.0.index.get(key).copied();
+        entry.filter(|entry| !entry.is_expired(self.1))
     }
 
     /// How many there are, with those that have expired lately.
@@ -52,52 +43,45 @@ impl View<'_> {
 
 /// What was found of a key. Where its record is, no other one comes to be as long as this lives.
 pub(crate) struct Found {
+    inner: Arc<Inner>,
+    key: Bytes,
+    /// Nothing if there is no such key.
     pub(super) entry: Option<Entry>,
-    source: Source,
+    /// Of the record.
+    seed: Seed,
+    /// The value, if it is not on the device yet.
+    value: Option<Bytes>,
     /// Of what it is there or not there for, and of its record.
     causes: [Commit; 2],
     _pin: Option<Arc<()>>,
 }
 
-enum Source {
-    /// There is no value, or it is not on the device yet.
-    Memory(Option<Bytes>),
-    /// It is in the record of this key.
-    Device(Arc<Inner>, Seed, Bytes, Entry),
-}
-
 impl Store {
     /// Looks for a key. It is decided now what is found; resolving the result gets it.
-    pub(crate) fn get(&self, key: &[u8]) -> Result<Found, Error> {
+    pub(crate) fn get(&self, key: &Bytes) -> Result<Found, Error> {
         let mut state = self.inner.lock();
         state.check()?;
-        let entry = state.index.get(key).copied();
-        let Some(entry) = entry.filter(|entry| !entry.is_expired(self.inner.now())) else {
-            return Ok(Found {
-                entry: None,
-                source: Source::Memory(None),
-                causes: [state.absences.outstanding(), Commit::default()],
-                _pin: None,
-            });
+        let mut found = Found {
+            inner: self.inner.clone(),
+            key: key.clone(),
+            entry: View(&state, self.inner.now()).get(key),
+            seed: Seed::default(),
+            value: None,
+            causes: Default::default(),
+            _pin: None,
         };
-        let segment = entry.place.segment;
-        let (source, commit) = match state.pending(&entry, entry.record_len(key)) {
-            Some((record, commit)) => {
-                let value = record.slice(RECORD_HEADER + key.len()..);
-                (Source::Memory(Some(value)), commit)
-            }
-            None => {
-                let (seed, key) = (state.seed(segment), Bytes::copy_from_slice(key));
-                let source = Source::Device(self.inner.clone(), seed, key, entry);
-                (source, Commit::default())
-            }
+        let Some(entry) = found.entry else {
+            found.causes[0] = state.absences.outstanding();
+            return Ok(found);
         };
-        Ok(Found {
-            entry: Some(entry),
-            source,
-            causes: [state.presences.outstanding(), commit],
-            _pin: Some(state.segment(segment).pin.clone()),
-        })
+        found.causes[0] = state.presences.outstanding();
+        found.seed = state.seed(entry.place.segment);
+        found._pin = Some(state.segment(entry.place.segment).pin.clone());
+        if let Some((record, commit)) = state.pending(&entry, entry.record_len(key)) {
+            found.value = Some(record.slice(RECORD_HEADER + key.len()..));
+            found.causes[1] = commit;
+        }
+        Ok(found)
     }
 
     /// What is known of keys, and when that is durable.
@@ -120,7 +104,7 @@ impl Found {
     ///
     /// [`Error::Damaged`] if the device does not have what was written, and those of the device.
     pub(crate) async fn value(mut self) -> Result<Option<Bytes>, Error> {
-        for cause in std::mem::take(&mut self.causes) {
+        for cause in take(&mut self.causes) {
             cause.durable().await?;
         }
         self.peek().await
@@ -128,19 +112,20 @@ impl Found {
 
     /// The value, durable or not.
     pub(super) async fn peek(&self) -> Result<Option<Bytes>, Error> {
-        let (inner, seed, key, entry) = match &self.source {
-            Source::Memory(value) => return Ok(value.clone()),
-            Source::Device(inner, seed, key, entry) => (inner, *seed, key, entry),
+        let (Some(entry), None) = (self.entry, &self.value) else {
+            return Ok(self.value.clone());
         };
-        let at = inner.offset(entry.place);
-        let len = entry.record_len(key);
-        let block = u64::from(inner.namespace.block_size());
+        let namespace = &self.inner.namespace;
+        let (at, len) = (self.inner.offset(entry.place), entry.record_len(&self.key));
+        let block = u64::from(namespace.block_size());
         let start = at / block * block;
         let end = (at + len as u64).next_multiple_of(block);
-        let bytes = inner.namespace.read(start, (end - start) as usize).await?;
+        let bytes = namespace.read(start, (end - start) as usize).await?;
         let record = bytes.slice((at - start) as usize..).slice(..len);
-        match Record::verify(&record, seed) {
-            Some(found) if found.key == key => Ok(Some(record.slice(RECORD_HEADER + key.len()..))),
+        match Record::verify(&record, self.seed) {
+            Some(found) if found.key == self.key => {
+                Ok(Some(record.slice(RECORD_HEADER + self.key.len()..)))
+            }
             _ => Err(Error::Damaged(format!(
                 "the record at byte {at} is not the one that was written"
             ))),

@@ -1,6 +1,5 @@
 //! Makes a store, or finds what one holds. The module `store` says why that is right.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -8,8 +7,8 @@ use futures::{StreamExt, TryStreamExt, stream};
 use nvme_async::Namespace;
 
 use super::format::{
-    BLOCK, DATA_START, OF_CHECKPOINT, Place, Position, Record, Root, Seed, batch_header,
-    batch_is_whole, records, segment_epoch,
+    BLOCK, DATA_START, OF_CHECKPOINT, Place, Position, Record, Root, Seed, batch_header, records,
+    segment_epoch,
 };
 use super::index::{Entry, SHARDS};
 use super::log::{Segment, State, Use};
@@ -113,9 +112,8 @@ async fn recover(namespace: &Namespace, root: Root, now: u64) -> Result<State, E
         let epoch = segment_epoch(root.store, header);
         Segment {
             used_for: epoch.map_or(Use::Cold, |_| Use::Warm),
-            epoch: epoch.unwrap_or(0),
-            live: 0,
-            pin: Arc::new(()),
+            epoch: epoch.unwrap_or_default(),
+            ..Segment::default()
         }
     });
     let mut state = State::new(root.clone(), segments.collect());
@@ -159,30 +157,17 @@ struct Recovery<'a> {
 
 impl Recovery<'_> {
     async fn load_checkpoint(&mut self) -> Result<(), Error> {
-        let mut chunks = 0;
+        let mut next = OF_CHECKPOINT;
         for (segment, epoch) in self.state.root.checkpoint.clone() {
             let known = self.state.segments.get_mut(segment as usize);
             let Some(known) = known.filter(|known| known.epoch == epoch) else {
                 break;
             };
             known.used_for = Use::Checkpoint;
-            let mut scanner = Scanner::new(self.namespace, &self.state, Place::first(segment));
-            while let Some(batch) = scanner.next().await? {
-                if batch.sequence != OF_CHECKPOINT | chunks {
-                    break;
-                }
-                for (_, record) in batch.records() {
-                    if let Some(entry) = Entry::decode(record.value, record.expires)
-                        && self.state.is_before_position(entry.place.segment)
-                    {
-                        self.state.insert(record.key, entry);
-                    }
-                }
-                chunks += 1;
-                self.note(&batch, "loading the checkpoint");
-            }
+            let load = State::load;
+            self.read(Place::first(segment), &mut next, load).await?;
         }
-        let expected = self.state.root.chunks;
+        let (chunks, expected) = (next & !OF_CHECKPOINT, self.state.root.chunks);
         if chunks != expected {
             return Err(Error::Damaged(format!(
                 "of the checkpoint's {expected} batches only {chunks} can be read"
@@ -192,55 +177,76 @@ impl Recovery<'_> {
     }
 
     async fn replay(&mut self) -> Result<(), Error> {
-        let position = self.state.root.position;
+        let Position { epoch, offset, .. } = self.state.root.position;
         let numbered = (0..).zip(&self.state.segments);
         let mut log: Vec<(u64, u32)> = numbered
-            .filter(|(_, segment)| segment.used_for == Use::Warm && segment.epoch >= position.epoch)
+            .filter(|(_, segment)| segment.used_for == Use::Warm && segment.epoch >= epoch)
             .map(|(number, segment)| (segment.epoch, number))
             .collect();
         log.sort_unstable();
-        for (epoch, segment) in log {
+        for (of, segment) in log {
             let mut start = Place::first(segment);
-            if epoch == position.epoch {
-                start.offset = position.offset;
+            if of == epoch {
+                start.offset = offset;
             }
-            let mut scanner = Scanner::new(self.namespace, &self.state, start);
-            let mut is_first = true;
-            while let Some(batch) = scanner.next().await? {
-                let (found, expected) = (batch.sequence, self.state.next_sequence);
-                if found != expected {
-                    let is_of_log = found & OF_CHECKPOINT == 0;
-                    if is_first && is_of_log && found > expected + MOST_IN_FLIGHT {
-                        return Err(Error::Damaged(format!(
-                            "the log has batch {found} and lacks {expected}"
-                        )));
-                    }
-                    break;
-                }
-                is_first = false;
+            let expected = self.state.next_sequence;
+            let apply =
+                |state: &mut State, record: &Record<&[u8]>, place| state.apply(record, place);
+            let mut next = expected;
+            let other = self.read(start, &mut next, apply).await?;
+            self.state.next_sequence = next;
+            if next > expected {
                 self.state.segment(segment).used_for = Use::Log;
-                for (place, record) in batch.records() {
-                    self.state.apply(&record, place);
-                }
-                self.state.next_sequence += 1;
-                self.note(&batch, "replaying the log");
+            } else if let Some(found) = other
+                && found & OF_CHECKPOINT == 0
+                && found > expected + MOST_IN_FLIGHT
+            {
+                return Err(Error::Damaged(format!(
+                    "the log has batch {found} and lacks {expected}"
+                )));
             }
         }
         Ok(())
     }
 
-    /// Says how far a long recovery is.
-    fn note(&mut self, batch: &Batch, what: &str) {
-        self.bytes += batch.bytes.len();
-        if self.said.elapsed() > Duration::from_secs(2) {
-            self.said = Instant::now();
-            let keys = self.state.index.len();
-            tracing::info!(mib = self.bytes >> 20, keys, "{what}");
+    /// Reads the batches of a segment from there on whose numbers follow each other, and does something with
+    /// their records. Returns the number of the first other one.
+    async fn read(
+        &mut self,
+        start: Place,
+        next: &mut u64,
+        apply: fn(&mut State, &Record<&[u8]>, Place),
+    ) -> Result<Option<u64>, Error> {
+        let mut scanner = Scanner::new(self.namespace, &self.state, start);
+        while let Some(batch) = scanner.next().await? {
+            if batch.sequence != *next {
+                return Ok(Some(batch.sequence));
+            }
+            *next += 1;
+            for (place, record) in batch.records() {
+                apply(&mut self.state, &record, place);
+            }
+            self.bytes += batch.bytes.len();
+            if self.said.elapsed() > Duration::from_secs(2) {
+                self.said = Instant::now();
+                let keys = self.state.index.len();
+                tracing::info!(mib = self.bytes >> 20, keys, "recovering");
+            }
         }
+        Ok(None)
     }
 }
 
 impl State {
+    /// What a record of a checkpoint says.
+    fn load(&mut self, record: &Record<&[u8]>, _place: Place) {
+        if let Some(entry) = Entry::decode(record.value, record.expires)
+            && self.is_before_position(entry.place.segment)
+        {
+            self.insert(record.key, entry);
+        }
+    }
+
     /// Whether the checkpoint's position is in a segment, or after it. What the checkpoint has in another
     /// one has a record in the log as well, or had expired and was forgotten.
     fn is_before_position(&self, segment: u32) -> bool {
@@ -271,7 +277,7 @@ pub(super) struct Batch {
 
 impl Batch {
     /// With where they are.
-    pub(super) fn records(&self) -> impl Iterator<Item = (Place, Record<'_>)> {
+    pub(super) fn records(&self) -> impl Iterator<Item = (Place, Record<&[u8]>)> {
         records(&self.bytes).map(|(offset, record)| (self.place.after(offset), record))
     }
 }
@@ -301,7 +307,7 @@ impl<'a> Scanner<'a> {
             return Ok(None);
         };
         let bytes = self.read(len).await?;
-        if !batch_is_whole(&bytes, self.seed) {
+        if !self.seed.verifies(&bytes) {
             return Ok(None);
         }
         self.place = place.after(len.next_multiple_of(BLOCK));

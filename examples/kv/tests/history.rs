@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use crate::store::Change;
+use crate::store::{Change, Kind};
 
 /// Each has keys of its own, and asks for one change after the other.
 pub(super) const WRITERS: usize = 4;
@@ -57,23 +57,21 @@ impl History {
 }
 
 fn apply(state: &mut Contents, change: &Change) {
-    match change {
-        Change::Set {
-            key,
-            value,
-            expires,
-        } => {
-            state.insert(key.clone(), (value.clone(), *expires));
+    match change.kind {
+        Kind::Set => {
+            let value = (change.value.clone(), change.expires);
+            state.insert(change.key.clone(), value);
         }
-        Change::Delete { key } => {
-            state.remove(key);
+        Kind::Delete => {
+            state.remove(&change.key);
         }
-        Change::Expire { key, expires } => {
-            if let Some(entry) = state.get_mut(key) {
-                entry.1 = *expires;
+        Kind::Expire => {
+            if let Some(entry) = state.get_mut(&change.key) {
+                entry.1 = change.expires;
             }
         }
-        Change::Clear => state.clear(),
+        Kind::Clear => state.clear(),
+        Kind::Entry => unreachable!("it is for checkpoints"),
     }
 }
 
@@ -89,21 +87,17 @@ pub(super) fn random_change(random: &mut fastrand::Rng, writer: usize) -> Vec<Ch
         };
         let mut value = vec![0; len];
         random.fill(&mut value);
-        Change::Set {
-            key: key(random),
-            value: value.into(),
-            expires: 0,
-        }
+        Change::set(&key(random), &value.into(), 0)
     };
     match random.u8(..10) {
         0..6 => vec![set(random)],
         6 => vec![set(random), set(random), set(random)],
-        7 => vec![Change::Expire {
-            key: key(random),
-            expires: SOME_DAY + u64::from(random.u8(..)),
-        }],
-        8 => vec![Change::Delete { key: key(random) }, set(random)],
-        _ => vec![Change::Delete { key: key(random) }],
+        7 => vec![Change::expire(
+            &key(random),
+            SOME_DAY + u64::from(random.u8(..)),
+        )],
+        8 => vec![Change::delete(&key(random)), set(random)],
+        _ => vec![Change::delete(&key(random))],
     }
 }
 

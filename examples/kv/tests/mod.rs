@@ -18,6 +18,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
+use clap::Parser;
 use nvme_async::device::Device;
 use nvme_async::device::soft::{SoftDevice, SoftOptions};
 use nvme_async::{Namespace, OpenOptions};
@@ -25,6 +26,8 @@ use nvme_soft::fault::Loss;
 use nvme_soft::store::Store as BlockStore;
 use nvme_soft::{Config, NamespaceConfig};
 
+use crate::Arguments;
+use crate::server::Limits;
 use crate::store::{Change, Error, Options, Store};
 
 /// Whether to run the full counts (`NVME_ASYNC_FULL=1`).
@@ -163,6 +166,38 @@ impl BlockStore for Shared {
     }
 }
 
+/// As without arguments.
+impl Default for Options {
+    fn default() -> Self {
+        Arguments::parse_from(["kv"]).store
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Arguments::parse_from(["kv"]).limits
+    }
+}
+
+/// How much there is in a store.
+#[derive(Debug)]
+struct Usage {
+    keys: usize,
+    used: u64,
+    limit: u64,
+    available: usize,
+}
+
+fn usage(store: &Store) -> Usage {
+    let state = store.state();
+    Usage {
+        keys: state.index.len(),
+        used: state.used,
+        limit: state.limit(state.checkpoint_need()),
+        available: state.available(),
+    }
+}
+
 /// A store that takes checkpoints and compacts all the time.
 fn busy() -> Options {
     Options {
@@ -174,11 +209,7 @@ fn busy() -> Options {
 }
 
 fn set(key: impl Into<Bytes>, value: impl Into<Bytes>) -> Change {
-    Change::Set {
-        key: key.into(),
-        value: value.into(),
-        expires: 0,
-    }
+    Change::set(&key.into(), &value.into(), 0)
 }
 
 /// Changes something durably.
@@ -187,8 +218,12 @@ async fn change(store: &Store, changes: Vec<Change>) -> Result<(), Error> {
     commit.durable().await
 }
 
-async fn get(store: &Store, key: impl AsRef<[u8]>) -> Option<Bytes> {
-    let found = store.get(key.as_ref()).expect("works");
+fn delete(key: impl Into<Bytes>) -> Change {
+    Change::delete(&key.into())
+}
+
+async fn get(store: &Store, key: impl Into<Bytes>) -> Option<Bytes> {
+    let found = store.get(&key.into()).expect("works");
     found.value().await.expect("can be read")
 }
 
@@ -198,11 +233,13 @@ async fn contents(store: &Store) -> BTreeMap<Bytes, (Bytes, u64)> {
     assert_eq!(next, 0);
     let mut contents = BTreeMap::new();
     for key in keys {
-        let (facts, _) = store.look(|view| view.get(&key)).expect("works");
-        let facts = facts.expect("nothing changes meanwhile");
-        let value = get(store, &key).await.expect("nothing changes meanwhile");
-        assert_eq!(facts.len, value.len());
-        contents.insert(key, (value, facts.expires));
+        let (entry, _) = store.look(|view| view.get(&key)).expect("works");
+        let entry = entry.expect("nothing changes meanwhile");
+        let value = get(store, key.clone())
+            .await
+            .expect("nothing changes meanwhile");
+        assert_eq!(entry.value_len as usize, value.len());
+        contents.insert(key, (value, entry.expires));
     }
     contents
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-use super::{Disk, busy, change, contents, full, set};
+use super::{Disk, busy, change, contents, full, set, usage};
 use crate::store::Change;
 
 const SOME_DAY: u64 = 9_000_000_000_000;
@@ -57,7 +57,7 @@ async fn follows_the_model(steps: Vec<Step>) {
             }
             Step::Delete(key) => {
                 model.remove(&key);
-                change(&store, vec![Change::Delete { key }])
+                change(&store, vec![Change::delete(&key)])
                     .await
                     .expect("works");
             }
@@ -65,21 +65,17 @@ async fn follows_the_model(steps: Vec<Step>) {
                 if let Some(entry) = model.get_mut(&key) {
                     entry.1 = expires;
                 }
-                change(&store, vec![Change::Expire { key, expires }])
+                change(&store, vec![Change::expire(&key, expires)])
                     .await
                     .expect("works");
             }
             Step::Append(key, len) => {
-                let append = |found: Option<(crate::store::Facts, Bytes)>| {
+                let append = |found: Option<(crate::store::Entry, Bytes)>| {
                     let (expires, old) = found.map_or_else(Default::default, |(facts, value)| {
                         (facts.expires, value.to_vec())
                     });
                     let value = Bytes::from([old, vec![7; len]].concat());
-                    let change = Change::Set {
-                        key: key.clone(),
-                        value: value.clone(),
-                        expires,
-                    };
+                    let change = Change::set(&key, &value, expires);
                     (vec![change], (value, expires))
                 };
                 let (entry, commit) = store.modify(&key, append).await.expect("fits");
@@ -90,7 +86,7 @@ async fn follows_the_model(steps: Vec<Step>) {
                 *old = entry;
             }
             Step::Clear => {
-                change(&store, vec![Change::Clear]).await.expect("works");
+                change(&store, vec![Change::clear()]).await.expect("works");
                 model.clear();
             }
             Step::Restart(in_order) => {
@@ -106,7 +102,7 @@ async fn follows_the_model(steps: Vec<Step>) {
     drop(store);
     let store = disk.open(busy()).await.expect("opens");
     assert_eq!(contents(&store).await, model);
-    assert_eq!(store.usage().keys, model.len());
+    assert_eq!(usage(&store).keys, model.len());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use nvme_soft::fault::{Behaviour, Fault, FaultKind, Loss};
 use nvme_spec::opcode::NvmOpcode;
 use tokio::time::sleep;
 
-use super::{Disk, busy, change, contents, set};
+use super::{Disk, busy, change, contents, delete, set, usage};
 use crate::store::{Change, Options, Store};
 
 const MIB: usize = 1 << 20;
@@ -36,15 +36,13 @@ async fn batches_of_a_checkpoint_are_none_of_the_log() {
     while device.controller().faults_hit(FaultKind::Hold) == 0 {
         sleep(Duration::from_millis(10)).await;
     }
-    let gone = (0..KEYS / 2).map(|number| Change::Delete {
-        key: key(number).into(),
-    });
+    let gone = (0..KEYS / 2).map(|number| delete(key(number)));
     change(&store, gone.collect()).await.expect("works");
     // The log goes on with number 8.
     disk.detach(Loss::Nothing);
     drop(store);
     let store = disk.open(busy()).await.expect("opens");
-    assert_eq!(store.usage().keys, KEYS / 2);
+    assert_eq!(usage(&store).keys, KEYS / 2);
 }
 
 #[tokio::test]
@@ -64,11 +62,8 @@ async fn expired_keys_whose_segments_were_freed_are_no_damage() {
         let disk = Disk::new(4 * MIB);
         let store = disk.open(options.clone()).await.expect("formats");
         for number in 0..100 {
-            let brief = Change::Set {
-                key: format!("brief {number}").into(),
-                value: vec![1; 8000].into(),
-                expires: 2000,
-            };
+            let key = format!("brief {number}").into();
+            let brief = Change::set(&key, &vec![1; 8000].into(), 2000);
             change(&store, vec![brief]).await.expect("fits");
         }
         store.close().await.expect("closes");
@@ -76,7 +71,7 @@ async fn expired_keys_whose_segments_were_freed_are_no_damage() {
         // They are in the checkpoint, expire, and others come to be in their place.
         let store = disk.open(quiet.clone()).await.expect("opens");
         CLOCK.store(3000, Ordering::Relaxed);
-        while store.usage().keys > 0 || store.usage().available < 24 {
+        while usage(&store).keys > 0 || usage(&store).available < 24 {
             sleep(Duration::from_millis(10)).await;
         }
         for number in 0..60 {
@@ -94,7 +89,7 @@ async fn expired_keys_whose_segments_were_freed_are_no_damage() {
         assert_eq!(found.len(), 60);
         // No segment is kept back.
         CLOCK.store(3000, Ordering::Relaxed);
-        while store.usage().keys > 60 || store.usage().available < 20 {
+        while usage(&store).keys > 60 || usage(&store).available < 20 {
             sleep(Duration::from_millis(10)).await;
         }
     }

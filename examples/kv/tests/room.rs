@@ -5,8 +5,8 @@ use std::time::Duration;
 use nvme_soft::fault::Loss;
 use tokio::time::timeout;
 
-use super::{Disk, busy, change, full, set};
-use crate::store::{Change, Error, Store};
+use super::{Disk, busy, change, delete, full, set, usage};
+use crate::store::{Error, Store};
 
 const MIB: usize = 1 << 20;
 /// Nothing waits that long.
@@ -24,10 +24,10 @@ async fn a_key_that_is_set_twice_does_not_make_room_twice() {
             break;
         }
     }
-    let usage = store.usage();
+    let before = usage(&store);
     let twice = vec![set("a", ""), set("a", ""), set("b", vec![1; 100_000])];
     let refused = change(&store, twice).await;
-    assert!(matches!(refused, Err(Error::Full { .. })), "{usage:?}");
+    assert!(matches!(refused, Err(Error::Full { .. })), "{before:?}");
 }
 
 #[tokio::test]
@@ -46,13 +46,12 @@ async fn a_store_that_is_full_of_keys_goes_on_after_a_crash() {
                 break;
             }
         }
-        let usage = store.usage();
-        assert!(usage.used <= usage.limit, "{usage:?}");
+        let full = usage(&store);
+        assert!(full.used <= full.limit, "{full:?}");
         for _ in 0..3 {
             let store = disk.open(busy()).await.expect("opens");
-            assert_eq!(store.usage().keys, usage.keys);
-            let key = "0".into();
-            let gone = change(&store, vec![Change::Delete { key }]);
+            assert_eq!(usage(&store).keys, full.keys);
+            let gone = change(&store, vec![delete("0")]);
             let gone = timeout(LONG, gone).await.expect("does not wait for ever");
             gone.expect("works");
             change(&store, vec![set("0", "")]).await.expect("fits");
@@ -71,7 +70,7 @@ async fn fill(seed: u64) {
     let in_time = async |store: &Store, changes| match timeout(LONG, change(store, changes)).await {
         Ok(Err(Error::Full { .. })) => false,
         Ok(outcome) => outcome.map(|()| true).expect("works"),
-        Err(_) => panic!("seed {seed}: waits for ever: {:?}", store.usage()),
+        Err(_) => panic!("seed {seed}: waits for ever: {:?}", usage(store)),
     };
     let mut refusals = 0;
     for _ in 0..1500 {
@@ -81,7 +80,7 @@ async fn fill(seed: u64) {
             key.resize(key.len() + random.usize(..longest), b'k');
             len += key.len() + value + 24;
             match random.u8(..20) {
-                0 => (len, Change::Delete { key: key.into() }),
+                0 => (len, delete(key)),
                 _ => (len, set(key, vec![1; value])),
             }
         });
@@ -92,7 +91,7 @@ async fn fill(seed: u64) {
             // Someone makes room.
             let scanned = store.look(|view| view.scan(0, 100)).expect("works");
             let ((_, keys), _) = scanned;
-            let gone = keys.into_iter().map(|key| vec![Change::Delete { key }]);
+            let gone = keys.into_iter().map(|key| vec![delete(key)]);
             for changes in gone {
                 in_time(&store, changes).await;
             }

@@ -8,7 +8,7 @@ use nvme_spec::Status;
 use nvme_spec::opcode::NvmOpcode;
 use tokio::time::{sleep, timeout};
 
-use super::{Disk, busy, change, contents, get, set};
+use super::{Disk, busy, change, contents, delete, get, set, usage};
 use crate::store::{Change, Durability, Error, Options, Store, now};
 
 const MIB: usize = 1 << 20;
@@ -20,11 +20,9 @@ async fn it_is_found_again() {
     change(&store, vec![set("a", "1"), set("b", vec![2; 50_000])])
         .await
         .expect("fits");
-    change(&store, vec![Change::Delete { key: "a".into() }])
-        .await
-        .expect("fits");
+    change(&store, vec![delete("a")]).await.expect("fits");
     store.close().await.expect("closes");
-    assert!(matches!(store.get(b"a"), Err(Error::Closed)));
+    assert!(matches!(store.get(&"a".into()), Err(Error::Closed)));
     drop(store);
     for _ in 0..2 {
         let store = disk.open(busy()).await.expect("opens");
@@ -107,15 +105,14 @@ async fn when_full_it_says_so_and_reads_and_deletes() {
             assert_eq!(value, Some(vec![i as u8; len - 3].into()));
         }
         for i in 0..keys {
-            let key = format!("{i}").into();
-            change(&store, vec![Change::Delete { key }])
+            change(&store, vec![delete(format!("{i}"))])
                 .await
                 .expect("works");
         }
         change(&store, vec![set("a", vec![1; 100_000])])
             .await
             .expect("fits again");
-        assert!(store.statistics().compacted > 0);
+        assert!(store.state().statistics.compacted > 0);
         drop(store);
         let store = disk.open(busy()).await.expect("opens");
         assert_eq!(contents(&store).await.len(), 1);
@@ -127,18 +124,10 @@ async fn what_has_expired_is_gone_for_good() {
     let disk = Disk::new(4 * MIB);
     let store = disk.open(busy()).await.expect("formats");
     let soon = now() + 50;
-    let key = Bytes::from("a");
     let changes = vec![
-        Change::Set {
-            key: key.clone(),
-            value: "1".into(),
-            expires: soon,
-        },
+        Change::set(&"a".into(), &"1".into(), soon),
         set("b", "2"),
-        Change::Expire {
-            key: "b".into(),
-            expires: soon,
-        },
+        Change::expire(&"b".into(), soon),
         set("c", "3"),
     ];
     change(&store, changes).await.expect("fits");
@@ -151,13 +140,13 @@ async fn what_has_expired_is_gone_for_good() {
         assert_eq!(get(&store, "c").await, Some("3".into()));
     }
     // The index forgets them too, and so do later ones.
-    while store.usage().keys > 1 {
+    while usage(&store).keys > 1 {
         sleep(Duration::from_millis(10)).await;
     }
     store.close().await.expect("closes");
     drop(store);
     let store = disk.open(busy()).await.expect("opens");
-    assert_eq!(store.usage().keys, 1);
+    assert_eq!(usage(&store).keys, 1);
     assert_eq!(contents(&store).await.len(), 1);
 }
 
@@ -176,7 +165,7 @@ async fn damage_is_noticed() {
             .expect("is there")
     };
     disk.media().bytes[at] ^= 1;
-    let damaged = store.get(b"key").expect("is known").value().await;
+    let damaged = store.get(&"key".into()).expect("is known").value().await;
     assert!(matches!(damaged, Err(Error::Damaged(_))));
 }
 
@@ -197,7 +186,7 @@ async fn counters_lose_no_increment() {
                     });
                     (vec![set("n", (old + 1).to_string())], ())
                 };
-                let ((), commit) = store.modify(b"n", increment).await.expect("works");
+                let ((), commit) = store.modify(&"n".into(), increment).await.expect("works");
                 commit.durable().await.expect("works");
             }
         })
@@ -288,8 +277,8 @@ async fn what_is_compacted_stays_until_its_copies_are_durable() {
             .expect("fits");
     }
     // Until a checkpoint allows their segments to be compacted.
-    let before = store.statistics().checkpoints;
-    while store.statistics().checkpoints < before + 2 {
+    let before = store.state().statistics.checkpoints;
+    while store.state().statistics.checkpoints < before + 2 {
         churn(1).await;
     }
     // From now on nothing becomes durable; so the copies of what is left are not, and nor is it that
@@ -299,9 +288,7 @@ async fn what_is_compacted_stays_until_its_copies_are_durable() {
         .controller()
         .inject(stuck.times(0))
         .expect("makes sense");
-    let gone = (1..KEYS).map(|key| Change::Delete {
-        key: format!("k{key}").into(),
-    });
+    let gone = (1..KEYS).map(|key| delete(format!("k{key}")));
     let gone: Vec<_> = gone.collect();
     let (_, commit) = store.change(|_| (gone.clone(), ())).await.expect("fits");
     let compacted = timeout(Duration::from_secs(1), commit.durable()).await;
@@ -335,13 +322,13 @@ async fn a_device_that_fails_ends_it_and_loses_nothing() {
     assert!(matches!(failed, Err(Error::Failed(_))));
     // What is not durable is not read, and nothing is written after the gap, also when it could be.
     device.controller().clear_faults();
-    assert!(matches!(store.get(b"a"), Err(Error::Failed(_))));
+    assert!(matches!(store.get(&"a".into()), Err(Error::Failed(_))));
     assert!(change(&store, vec![set("b", "2")]).await.is_err());
     assert!(matches!(store.close().await, Err(Error::Failed(_))));
     drop(store);
     let store = disk.open(busy()).await.expect("opens");
     assert_eq!(get(&store, "a").await, Some("1".into()));
-    assert_eq!(store.usage().keys, 1);
+    assert_eq!(usage(&store).keys, 1);
 }
 
 #[tokio::test]
@@ -363,7 +350,7 @@ async fn a_segment_that_cannot_be_read_or_discarded_is_not_the_end() {
             .await
             .expect("fits");
     }
-    assert!(store.statistics().compacted > 20);
+    assert!(store.state().statistics.compacted > 20);
     device.controller().clear_faults();
     assert_eq!(get(&store, "kept").await, Some(vec![1; 3000].into()));
 }

@@ -10,7 +10,7 @@ use nvme_spec::opcode::NvmOpcode;
 use tokio::time::{sleep, timeout};
 
 use super::clients::Running;
-use super::{Disk, change, get};
+use super::{Disk, change, get, usage};
 use crate::server::Limits;
 use crate::store::{Change, Options, Store};
 
@@ -27,16 +27,9 @@ fn stuck() -> Fault {
 #[tokio::test]
 async fn a_key_that_expires_or_does_not_because_of_a_write_that_may_be_lost() {
     static CLOCK: AtomicU64 = AtomicU64::new(0);
-    let key = || Bytes::from("a");
-    let set = |value: &'static str, expires| Change::Set {
-        key: key(),
-        value: value.into(),
-        expires,
-    };
-    let expire = |expires| Change::Expire {
-        key: key(),
-        expires,
-    };
+    let key = Bytes::from("a");
+    let set = |value: &'static str, expires| Change::set(&key, &value.into(), expires);
+    let expire = |expires| Change::expire(&key, expires);
     for (before, later, after) in [
         (set("old", 0), set("new", 2000), None),
         (set("old", 0), expire(2000), None),
@@ -56,7 +49,7 @@ async fn a_key_that_expires_or_does_not_because_of_a_write_that_may_be_lost() {
             .await
             .expect("fits");
         CLOCK.store(3000, Ordering::Relaxed);
-        let found = store.get(b"a").expect("works");
+        let found = store.get(&key).expect("works");
         let seen = timeout(WHILE, found.value()).await;
         assert!(seen.is_err(), "{later:?}: {seen:?}");
         device.controller().clear_faults();
@@ -73,12 +66,12 @@ async fn keys_are_counted_and_listed_once_they_are_durable() {
         .await
         .expect("formats");
     // Then there is a segment for what is to come.
-    change(&store, vec![Change::Clear]).await.expect("works");
+    change(&store, vec![Change::clear()]).await.expect("works");
     let server = Running::serve(store, Limits::default()).await;
     device.controller().inject(stuck()).expect("makes sense");
     let mut writer = server.connect();
     writer.write_all(b"SET a 1\r\n").expect("is open");
-    while server.store.usage().keys == 0 {
+    while usage(&server.store).keys == 0 {
         sleep(Duration::from_millis(5)).await;
     }
     let mut questions: [(_, &[u8], _); 2] = [
