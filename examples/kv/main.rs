@@ -77,10 +77,8 @@ fn runtime(threads: u16) -> io::Result<runtime::Runtime> {
 
 /// Serves until SIGTERM or SIGINT, then finishes what was begun and takes a checkpoint.
 async fn run(arguments: Arguments) -> Result<(), Box<dyn Error>> {
-    let (mut terminate, mut interrupt) = (
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    );
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let mut stop = std::pin::pin!(async {
         tokio::select! {
             _ = terminate.recv() => {}

@@ -164,10 +164,10 @@ async fn dispatch(server: &Server, session: &mut Session, request: &[Bytes]) -> 
 
         ("set", [key, value, options @ ..]) => set(store, key, value, options).await,
         ("mset", pairs) if pairs.len() % 2 == 0 => {
-            let changes = pairs
-                .chunks(2)
-                .map(|pair| Change::set(&pair[0], &pair[1], 0));
-            let changes: Vec<_> = changes.collect();
+            let pairs = pairs.chunks(2);
+            let changes: Vec<_> = pairs
+                .map(|pair| Change::set(&pair[0], &pair[1], 0))
+                .collect();
             change(store, |_| (changes.clone(), OK)).await
         }
         ("mset", _) => wrong_number(),

@@ -26,8 +26,10 @@ pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
     let namespace = store.namespace();
     let controller = namespace.controller();
     let (identify, counters) = (controller.identify(), controller.counters());
+    let submissions = counters.submission_doorbells;
+    let completions = counters.completion_doorbells;
     let has_cache = u8::from(identify.has_volatile_write_cache());
-    let latencies = server.latencies();
+    let latencies = server.latencies.lock().expect("no one panics with it");
     let commands = latencies.reads.0.len() + latencies.others.0.len();
     let state = store.state();
     let keys = state.index.len();
@@ -75,16 +77,8 @@ pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
         ("Engine", "completions", &counters.completions),
         ("Engine", "polled_completions", &counters.polled_completions),
         ("Engine", "reaps", &counters.reaps),
-        (
-            "Engine",
-            "submission_doorbells",
-            &counters.submission_doorbells,
-        ),
-        (
-            "Engine",
-            "completion_doorbells",
-            &counters.completion_doorbells,
-        ),
+        ("Engine", "submission_doorbells", &submissions),
+        ("Engine", "completion_doorbells", &completions),
         ("Engine", "interrupts", &counters.interrupts),
         ("Engine", "sleeps", &counters.sleeps),
         ("Engine", "lost_interrupts", &counters.lost_interrupts),

@@ -9,7 +9,7 @@ use std::io;
 use std::mem::replace;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -68,17 +68,12 @@ struct Latencies {
     others: Figures,
 }
 
-impl Server {
-    fn latencies(&self) -> MutexGuard<'_, Latencies> {
-        self.latencies.lock().expect("no one panics with it")
-    }
-}
-
 /// What a connection has said of itself.
 struct Session {
     id: u64,
     /// Of the protocol.
     version: u8,
+    /// It is not served any more.
     quits: bool,
 }
 
@@ -160,8 +155,8 @@ async fn connect(
         memory: None,
     };
     loop {
-        let broken = connection.answer(&mut stream).await?;
-        if broken || connection.session.quits || *stopped.borrow() {
+        connection.answer(&mut stream).await?;
+        if connection.session.quits || *stopped.borrow() {
             return stream.shutdown().await;
         }
         connection.input.reserve(CHUNK);
@@ -198,22 +193,20 @@ async fn read(begun: &mut Begun) {
 }
 
 impl Connection<'_> {
-    /// Answers all requests that have arrived, in their order. Returns whether the client does not keep to the
-    /// protocol.
-    async fn answer(&mut self, stream: &mut TcpStream) -> io::Result<bool> {
+    /// Answers all requests that have arrived, in their order.
+    async fn answer(&mut self, stream: &mut TcpStream) -> io::Result<()> {
         let mut left = Ok(true);
         while left == Ok(true) && !self.session.quits {
             left = self.answer_some().await;
             stream.write_all(&self.output).await?;
             self.output.clear();
         }
-        let kept = left.and_then(|_| self.keep());
-        let is_broken = kept.is_err();
-        if let Err(complaint) = kept {
+        if let Err(complaint) = left.and_then(|_| self.keep()) {
+            self.session.quits = true;
             Reply::Error(complaint).encode(self.session.version, &mut self.output);
             stream.write_all(&self.output).await?;
         }
-        Ok(is_broken)
+        Ok(())
     }
 
     /// Answers requests that are begun one after the other, and then finished together: so what a pipeline
@@ -224,9 +217,11 @@ impl Connection<'_> {
     /// What broke the protocol after them.
     async fn answer_some(&mut self) -> Result<bool, String> {
         let start = Instant::now();
-        let mut left = Ok(true);
         let (mut begun, mut reads, mut bytes) = (Begun::new(), 0, 0);
-        while begun.len() < MAX_TOGETHER && bytes < MAX_VALUE && !self.session.quits {
+        let left = loop {
+            if begun.len() >= MAX_TOGETHER || bytes >= MAX_VALUE || self.session.quits {
+                break Ok(true);
+            }
             match self.parser.next(&mut self.input) {
                 Ok(Some(request)) if request.is_empty() => {}
                 Ok(Some(request)) => {
@@ -235,12 +230,9 @@ impl Connection<'_> {
                     bytes += answer.size();
                     begun.push((self.session.version, answer));
                 }
-                end => {
-                    left = end.map(|_| false);
-                    break;
-                }
+                end => break end.map(|_| false),
             }
-        }
+        };
         let others = begun.len() as u64 - reads;
         read(&mut begun).await;
         for (version, answer) in begun {
@@ -249,7 +241,8 @@ impl Connection<'_> {
             reply.encode(version, &mut self.output);
         }
         let time = start.elapsed().as_micros() as u64;
-        let mut latencies = self.server.latencies();
+        let latencies = self.server.latencies.lock();
+        let mut latencies = latencies.expect("no one panics with it");
         latencies.reads.record(time, reads);
         latencies.others.record(time, others);
         left
@@ -269,7 +262,7 @@ impl Connection<'_> {
 
     /// Sees to it that there is memory for the request of which a part has arrived.
     fn keep(&mut self) -> Result<(), String> {
-        let wanted = self.parser.wanted().max(self.input.len());
+        let wanted = self.parser.end.max(self.input.len());
         let held = self.memory.as_ref();
         let held = held.map_or(0, OwnedSemaphorePermit::num_permits);
         if wanted <= CHUNK {

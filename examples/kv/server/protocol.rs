@@ -21,8 +21,8 @@ const MAX_LINE: usize = 64 << 10;
 pub(super) struct Parser {
     /// Where in the buffer those arguments are whose sizes are known.
     known: Vec<Range<usize>>,
-    /// Where the last of them ends.
-    end: usize,
+    /// Where the last of them ends: so many bytes have to be kept, as far as is known.
+    pub(super) end: usize,
     /// Arguments whose sizes are not known yet.
     left: usize,
 }
@@ -82,11 +82,6 @@ impl Parser {
             is_whole.then(|| bytes.slice(known)).ok_or_else(invalid)
         });
         arguments.collect()
-    }
-
-    /// How many bytes of the request that is coming have to be kept, as far as is known.
-    pub(super) fn wanted(&self) -> usize {
-        self.end
     }
 }
 

@@ -16,7 +16,13 @@ pub(super) async fn write(inner: &Inner) -> Result<(), Error> {
         state.check_failed()?;
         (state.position(), state.written)
     };
-    let mut writer = Writer::new(inner);
+    let mut writer = Writer {
+        inner,
+        segments: Vec::new(),
+        offset: inner.segment_size,
+        open: vec![0; BATCH_HEADER],
+        count: 0,
+    };
     for shard in 0..SHARDS {
         let entries = inner.lock().entries(shard);
         for (start, record) in records(&entries) {
@@ -66,13 +72,11 @@ impl State {
 
     /// A segment for a checkpoint, a ready one if it has to be.
     fn take_for_checkpoint(&mut self) -> Option<(u32, u64)> {
-        if let Some((segment, epoch, _)) = self.take_free(Use::Checkpoint) {
-            return Some((segment, epoch));
-        }
-        let number = self.ready.pop_back()?;
-        let segment = self.segment(number);
-        segment.used_for = Use::Checkpoint;
-        Some((number, segment.epoch))
+        let free = self.take_free(Use::Checkpoint);
+        let segment = free.map(|(segment, _)| segment);
+        let segment = segment.or_else(|| self.ready.pop_back())?;
+        self.segment(segment).used_for = Use::Checkpoint;
+        Some((segment, self.segment(segment).epoch))
     }
 }
 
@@ -86,17 +90,7 @@ struct Writer<'a> {
     count: u64,
 }
 
-impl<'a> Writer<'a> {
-    fn new(inner: &'a Inner) -> Self {
-        Self {
-            inner,
-            segments: Vec::new(),
-            offset: inner.segment_size,
-            open: vec![0; BATCH_HEADER],
-            count: 0,
-        }
-    }
-
+impl Writer<'_> {
     async fn add(&mut self, record: &[u8]) -> Result<(), Error> {
         if !self.fits(record) || self.open.len() + record.len() > PIECE {
             self.end().await?;
@@ -108,7 +102,7 @@ impl<'a> Writer<'a> {
             let (number, epoch) = segment.ok_or_else(no_room)?;
             self.segments.push((number, epoch));
             self.offset = BLOCK as u32;
-            self.inner.write_header(number, epoch).await?;
+            self.inner.write_header(number).await?;
         }
         self.open.extend_from_slice(record);
         Ok(())
@@ -121,14 +115,14 @@ impl<'a> Writer<'a> {
 
     /// Writes the records that there are.
     async fn end(&mut self) -> Result<(), Error> {
-        let Some((segment, epoch)) = self.segments.last().copied() else {
+        let Some(&(segment, _)) = self.segments.last() else {
             return Ok(());
         };
         if self.open.len() == BATCH_HEADER {
             return Ok(());
         }
         let mut batch = std::mem::replace(&mut self.open, vec![0; BATCH_HEADER]);
-        let seed = Seed::new(self.inner.number, epoch);
+        let seed = self.inner.lock().seed(segment);
         seal_batch(&mut batch, seed, OF_CHECKPOINT | self.count);
         let offset = self.offset;
         self.offset += batch.len() as u32;

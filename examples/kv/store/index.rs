@@ -50,7 +50,6 @@ impl Entry {
 pub(crate) struct Index {
     hasher: RandomState,
     shards: Vec<HashMap<Box<[u8]>, Entry, RandomState>>,
-    len: usize,
     extent: Extent,
 }
 
@@ -60,7 +59,6 @@ impl Default for Index {
         Self {
             shards: vec![HashMap::with_hasher(hasher.clone()); SHARDS],
             hasher,
-            len: 0,
             extent: Extent::default(),
         }
     }
@@ -76,32 +74,24 @@ impl Index {
         self.shards[self.shard(key)].get(key)
     }
 
-    pub(super) fn get_mut(&mut self, key: &[u8]) -> Option<&mut Entry> {
+    /// Lets a key have another entry, or none. Returns what it had.
+    pub(super) fn replace(&mut self, key: &[u8], entry: Option<Entry>) -> Option<Entry> {
         let shard = self.shard(key);
-        self.shards[shard].get_mut(key)
-    }
-
-    /// Returns what the key had.
-    pub(super) fn insert(&mut self, key: &[u8], entry: Entry) -> Option<Entry> {
-        let shard = self.shard(key);
-        if let Some(old) = self.shards[shard].get_mut(key) {
+        let shard = &mut self.shards[shard];
+        let Some(entry) = entry else {
+            let old = shard.remove(key)?;
+            self.extent.bytes -= Extent::of(key);
+            return Some(old);
+        };
+        if let Some(old) = shard.get_mut(key) {
             return Some(std::mem::replace(old, entry));
         }
-        self.len += 1;
         self.extent.add(key);
-        self.shards[shard].insert(key.into(), entry)
-    }
-
-    pub(super) fn remove(&mut self, key: &[u8]) -> Option<Entry> {
-        let shard = self.shard(key);
-        let entry = self.shards[shard].remove(key)?;
-        self.len -= 1;
-        self.extent.bytes -= Extent::of(key);
-        Some(entry)
+        shard.insert(key.into(), entry)
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.shards.iter().map(HashMap::len).sum()
     }
 
     pub(super) fn entries(&self, shard: usize) -> impl Iterator<Item = (&[u8], &Entry)> {

@@ -149,23 +149,19 @@ impl State {
     }
 
     pub(super) fn check_failed(&self) -> Result<(), Error> {
-        match &self.failed {
-            Some(reason) => Err(Error::Failed(reason.clone())),
-            None => Ok(()),
-        }
+        let failed = self.failed.clone().map(Error::Failed);
+        failed.map_or(Ok(()), Err)
     }
 
     /// Where the next record that is appended comes, or one before it.
     pub(super) fn position(&self) -> Position {
-        let epoch = self
-            .head
-            .map(|head| self.segments[head.segment as usize].epoch);
+        let current = self.head.map(|head| &self.segments[head.segment as usize]);
         // The first that will be ready; it may be written just now.
         let is_ready = |segment: &&Segment| segment.used_for == Use::Ready;
         let ready = self.segments.iter().filter(is_ready);
-        let ready = ready.map(|segment| segment.epoch).min();
+        let segment = current.or_else(|| ready.min_by_key(|segment| segment.epoch));
         Position {
-            epoch: epoch.or(ready).unwrap_or(self.root.next_epoch),
+            epoch: segment.map_or(self.root.next_epoch, |segment| segment.epoch),
             offset: self.head.map_or(BLOCK as u32, |head| head.offset),
             sequence: self.next_sequence,
         }
@@ -191,8 +187,12 @@ impl State {
     }
 
     pub(super) fn free(&self) -> usize {
-        let is_free = |segment: &&Segment| matches!(segment.used_for, Use::Cold | Use::Warm);
-        self.segments.iter().filter(is_free).count()
+        self.count(&[Use::Cold, Use::Warm])
+    }
+
+    pub(super) fn count(&self, uses: &[Use]) -> usize {
+        let is_used = |segment: &&Segment| uses.contains(&segment.used_for);
+        self.segments.iter().filter(is_used).count()
     }
 
     /// What a record costs of the space: a large one twice its bytes, since as many may stay unused
@@ -265,12 +265,13 @@ impl State {
                     value_len: value.len() as u32,
                     expires: record.expires,
                 };
-                self.insert(key, entry);
+                self.place(key, Some(entry));
             }
-            Kind::Delete => self.forget(key),
+            Kind::Delete => self.place(key, None),
             Kind::Expire => {
-                if let Some(entry) = self.index.get_mut(key) {
-                    entry.expires = record.expires;
+                if let Some(entry) = self.index.get(key).copied() {
+                    let expires = record.expires;
+                    self.index.replace(key, Some(Entry { expires, ..entry }));
                 }
             }
             Kind::Clear => {
@@ -285,27 +286,18 @@ impl State {
         }
     }
 
-    /// Puts a key into the index.
-    pub(super) fn insert(&mut self, key: &[u8], entry: Entry) {
-        let len = entry.record_len(key);
-        self.used += self.cost(len);
-        self.segment(entry.place.segment).live += len as u64;
-        if let Some(old) = self.index.insert(key, entry) {
-            self.uncount(key, &old);
+    /// Lets a key have another entry in the index, or none.
+    pub(super) fn place(&mut self, key: &[u8], entry: Option<Entry>) {
+        if let Some(entry) = entry {
+            let len = entry.record_len(key);
+            self.used += self.cost(len);
+            self.segment(entry.place.segment).live += len as u64;
         }
-    }
-
-    /// Takes a key out of the index.
-    pub(super) fn forget(&mut self, key: &[u8]) {
-        if let Some(old) = self.index.remove(key) {
-            self.uncount(key, &old);
+        if let Some(old) = self.index.replace(key, entry) {
+            let len = old.record_len(key);
+            self.used -= self.cost(len);
+            self.segment(old.place.segment).live -= len as u64;
         }
-    }
-
-    fn uncount(&mut self, key: &[u8], entry: &Entry) {
-        let len = entry.record_len(key);
-        self.used -= self.cost(len);
-        self.segment(entry.place.segment).live -= len as u64;
     }
 
     /// Ends the open batch.
@@ -420,14 +412,16 @@ async fn write_batch(inner: &Inner, (place, bytes): (Place, Bytes)) -> Result<Du
 impl Inner {
     /// Writes so that a loss of power does not matter any more.
     pub(super) async fn write_durably(&self, offset: u64, bytes: Bytes) -> Result<(), Error> {
+        let flushes = self.options.durability == Durability::Flush;
         let write = self.namespace.write(offset, bytes);
-        let written = match self.options.durability {
-            // A plain write where there is no volatile cache.
-            Durability::Fua => write.fua().await,
-            Durability::Flush => write.await,
+        // With FUA it is a plain write where there is no volatile cache.
+        let written = if flushes {
+            write.await
+        } else {
+            write.fua().await
         };
         written.map_err(nvme_async::Error::from)?;
-        if self.options.durability == Durability::Flush {
+        if flushes {
             self.namespace.flush().await?;
         }
         Ok(())

@@ -35,7 +35,7 @@ async fn prepare(inner: &Inner) -> Result<(), Error> {
     let zeroes = Bytes::from(vec![0; PIECE]);
     loop {
         let taken = inner.lock().take_wanted();
-        let Some((segment, epoch, is_cold)) = taken else {
+        let Some((segment, is_cold)) = taken else {
             inner.wanted.notified().await;
             continue;
         };
@@ -45,18 +45,21 @@ async fn prepare(inner: &Inner) -> Result<(), Error> {
             let at = inner.offset(Place { segment, offset });
             inner.write_durably(at, piece).await?;
         }
-        inner.write_header(segment, epoch).await?;
+        inner.write_header(segment).await?;
         inner.lock().ready.push_back(segment);
         inner.room.notify_waiters();
     }
 }
 
 impl Inner {
-    /// Makes an epoch of a segment count.
-    pub(super) async fn write_header(&self, segment: u32, epoch: u64) -> Result<(), Error> {
-        let header = segment_header(self.number, epoch).into();
+    /// Makes the epoch of a segment count.
+    pub(super) async fn write_header(&self, segment: u32) -> Result<(), Error> {
+        let header = {
+            let mut state = self.lock();
+            segment_header(state.root.store, state.segment(segment).epoch)
+        };
         let start = self.offset(Place { segment, offset: 0 });
-        self.write_durably(start, header).await
+        self.write_durably(start, header.into()).await
     }
 }
 
@@ -64,7 +67,7 @@ impl Inner {
 async fn tidy(inner: &Inner) -> Result<(), Error> {
     loop {
         sweep(inner);
-        let has_freed = free(inner).await?;
+        let has_freed = free(inner).await;
         let task = inner.lock().next_task(inner.options.checkpoint_bytes);
         match task {
             Task::Compact(victim) => compact(inner, victim).await?,
@@ -94,8 +97,8 @@ impl State {
         let need = self.checkpoint_need();
         let is_low = self.available() < (self.segments.len() / 8).max(READY + 3);
         let victim = self.victim(is_low);
-        let is_draining = |segment: &Segment| segment.used_for == Use::Draining;
-        if self.failed.is_some() || self.unused() == 0 && self.segments.iter().any(is_draining) {
+        let is_draining = self.count(&[Use::Draining]) > 0;
+        if self.failed.is_some() || self.unused() == 0 && is_draining {
             // What is freed next is for the copies, or the checkpoint.
             return Task::Wait;
         }
@@ -112,7 +115,7 @@ impl State {
     }
 
     /// Takes a free segment to be made ready, if that is wanted.
-    fn take_wanted(&mut self) -> Option<(u32, u64, bool)> {
+    fn take_wanted(&mut self) -> Option<(u32, bool)> {
         // Compaction has one of those that are kept for a checkpoint, and gives it back.
         let is_kept = !self.ready.is_empty() && self.free() <= self.checkpoint_need();
         let is_wanted = self.ready.len() < READY && !is_kept;
@@ -124,20 +127,19 @@ impl State {
         let entries = self.index.entries(shard);
         let expired = entries.filter(|(_, entry)| entry.is_expired(now));
         let expired: Vec<_> = expired.map(|(key, _)| key.to_vec()).collect();
-        expired.iter().for_each(|key| self.forget(key));
+        expired.iter().for_each(|key| self.place(key, None));
         expired.len()
     }
 
     /// Takes a free segment into use under a new epoch, a warm one if there is any, and says whether it is cold.
-    pub(super) fn take_free(&mut self, used_for: Use) -> Option<(u32, u64, bool)> {
+    pub(super) fn take_free(&mut self, used_for: Use) -> Option<(u32, bool)> {
         let find = |wanted| self.segments.iter().position(|s| s.used_for == wanted);
         let number = find(Use::Warm).or_else(|| find(Use::Cold))?;
-        let epoch = self.root.next_epoch;
-        self.root.next_epoch += 1;
         let segment = &mut self.segments[number];
         let is_cold = segment.used_for == Use::Cold;
-        (segment.used_for, segment.epoch) = (used_for, epoch);
-        Some((number as u32, epoch, is_cold))
+        (segment.used_for, segment.epoch) = (used_for, self.root.next_epoch);
+        self.root.next_epoch += 1;
+        Some((number as u32, is_cold))
     }
 
     /// Appends a record, if the index refers to it where it is; nothing if there is no room.
@@ -151,6 +153,16 @@ impl State {
             self.statistics.moved_bytes += record.len() as u64;
         }
         Some(())
+    }
+
+    /// A segment that nobody reads any more, and how it is to be free.
+    fn drained(&self) -> Option<(u32, Use)> {
+        let is_drained = |segment: &Segment| {
+            segment.used_for == Use::Draining && Arc::strong_count(&segment.pin) == 1
+        };
+        let number = self.segments.iter().position(is_drained)?;
+        let is_enough = self.count(&[Use::Warm]) >= WARM;
+        Some((number as u32, if is_enough { Use::Cold } else { Use::Warm }))
     }
 
     /// The segment whose compaction pays most, if one's does: of those that need no replay.
@@ -187,41 +199,28 @@ fn sweep(inner: &Inner) {
     }
 }
 
-/// Frees segments that nobody reads any more, and discards what is not needed soon.
-async fn free(inner: &Inner) -> Result<bool, Error> {
-    let (mut has_freed, mut discard) = (false, Vec::new());
-    {
-        let mut state = inner.lock();
-        let is_warm = |segment: &&Segment| segment.used_for == Use::Warm;
-        let mut warm = state.segments.iter().filter(is_warm).count();
-        for (number, segment) in (0..).zip(&mut state.segments) {
-            if segment.used_for != Use::Draining || Arc::strong_count(&segment.pin) > 1 {
-                continue;
-            }
-            has_freed = true;
-            if warm < WARM {
-                warm += 1;
-                segment.used_for = Use::Warm;
-            } else {
-                discard.push(number);
+/// Frees segments that nobody reads any more, and discards what is not needed soon. Returns whether there were any.
+async fn free(inner: &Inner) -> bool {
+    let mut has_freed = false;
+    loop {
+        let drained = inner.lock().drained();
+        let Some((segment, free)) = drained else {
+            return has_freed;
+        };
+        if free == Use::Cold {
+            let start = inner.offset(Place { segment, offset: 0 });
+            let range = start..start + u64::from(inner.segment_size);
+            match inner.namespace.discard(std::slice::from_ref(&range)).await {
+                Ok(()) | Err(nvme_async::Error::Unsupported { .. }) => {}
+                // It was advice.
+                Err(error) => tracing::warn!(segment, %error, "a segment can't be discarded"),
             }
         }
-    }
-    for segment in discard {
-        let start = inner.offset(Place { segment, offset: 0 });
-        let range = start..start + u64::from(inner.segment_size);
-        match inner.namespace.discard(std::slice::from_ref(&range)).await {
-            Ok(()) | Err(nvme_async::Error::Unsupported { .. }) => {}
-            // It was advice.
-            Err(error) => tracing::warn!(segment, %error, "a segment can't be discarded"),
-        }
-        inner.lock().segment(segment).used_for = Use::Cold;
-    }
-    if has_freed {
+        inner.lock().segment(segment).used_for = free;
+        has_freed = true;
         inner.wanted.notify_one();
         inner.room.notify_waiters();
     }
-    Ok(has_freed)
 }
 
 /// Copies what lives in a segment to the log's end, and frees the segment.

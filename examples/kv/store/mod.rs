@@ -201,8 +201,6 @@ impl Display for Figures {
 struct Inner {
     namespace: Namespace,
     options: Options,
-    /// The store's random number.
-    number: u64,
     segment_size: u32,
     state: Mutex<State>,
     /// There is something to write.
@@ -253,7 +251,6 @@ impl Store {
         let inner = Arc::new(Inner {
             namespace,
             options,
-            number: state.root.store,
             segment_size: state.root.segment_size,
             state: Mutex::new(state),
             appended: Notify::new(),

@@ -128,9 +128,7 @@ async fn recover(namespace: &Namespace, root: Root, now: u64) -> Result<State, E
     };
     recovery.load_checkpoint().await?;
     recovery.replay().await?;
-    let Recovery {
-        mut state, bytes, ..
-    } = recovery;
+    let state = &mut recovery.state;
     for shard in 0..SHARDS {
         state.forget_expired(shard, now);
     }
@@ -142,8 +140,8 @@ async fn recover(namespace: &Namespace, root: Root, now: u64) -> Result<State, E
             segment.used_for = Use::Log;
         }
     }
-    tracing::info!(keys = state.index.len(), bytes, time = ?start.elapsed(), "recovered");
-    Ok(state)
+    tracing::info!(keys = state.index.len(), bytes = recovery.bytes, time = ?start.elapsed(), "recovered");
+    Ok(recovery.state)
 }
 
 struct Recovery<'a> {
@@ -243,7 +241,7 @@ impl State {
         if let Some(entry) = Entry::decode(record.value, record.expires)
             && self.is_before_position(entry.place.segment)
         {
-            self.insert(record.key, entry);
+            self.place(record.key, Some(entry));
         }
     }
 
