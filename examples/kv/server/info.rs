@@ -29,6 +29,7 @@ pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
     let submissions = counters.submission_doorbells;
     let completions = counters.completion_doorbells;
     let has_cache = u8::from(identify.has_volatile_write_cache());
+    let memory = resident();
     let latencies = server.latencies.lock().expect("no one panics with it");
     let commands = latencies.reads.0.len() + latencies.others.0.len();
     let state = store.state();
@@ -41,7 +42,7 @@ pub(super) fn text(server: &Server, wanted: &[Bytes]) -> String {
         ("Server", "nvme_async_example", &"kv"),
         ("Server", "process_id", &std::process::id()),
         ("Server", "uptime_in_seconds", &uptime),
-        ("Server", "used_memory_rss", &resident()),
+        ("Server", "used_memory_rss", &memory),
         ("Clients", "connected_clients", &connected),
         ("Clients", "maxclients", &limits.connections),
         ("Clients", "pending_request_bytes", &pending),

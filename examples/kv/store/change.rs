@@ -122,7 +122,7 @@ impl Inner {
         if len > most {
             return Err(Error::TooLarge(len, most));
         }
-        let (mut more, mut checkpoint) = (0, state.index.extent());
+        let (mut more, mut checkpoint) = (0, state.index.extent);
         let mut keys = HashSet::new();
         let is_set = |change: &&Change| change.kind == Kind::Set;
         for change in changes.iter().filter(is_set) {

@@ -282,6 +282,47 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_what_they_were() {
+        let record = Record {
+            kind: Kind::Expire,
+            expires: 0x0102,
+            key: "k",
+            value: "v",
+        };
+        let mut batch = vec![0; BATCH_HEADER];
+        record.encode(Seed::default(), &mut batch);
+        seal_batch(&mut batch, Seed::default(), 5);
+        let numbers = |numbers: &[u8]| {
+            let bytes = numbers.iter().map(|number| [*number, 0, 0, 0]);
+            bytes.flatten().collect::<Vec<_>>()
+        };
+        let header = [b"kvBA", &numbers(&[5, 0, 58, 0, 0, 0])[..]].concat();
+        assert_eq!(batch[4..BATCH_HEADER], header);
+        let header = [&numbers(&[3, 1, 1])[..], &[2, 1, 0, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(batch[36..56], header);
+        assert_eq!(batch[56..58], *b"kv");
+        let root = Root {
+            store: 1,
+            segment_size: 3,
+            position: Position {
+                epoch: 6,
+                offset: 7,
+                sequence: 8,
+            },
+            chunks: 9,
+            checkpoint: vec![(10, 11)],
+            ..Root::default()
+        };
+        let expected = numbers(&[1, 0, 0, 0, 3, 0, 0, 0, 6, 0, 7, 8, 0, 9, 0, 1, 10, 11, 0]);
+        let block = root.encode();
+        assert_eq!(block[4..12], *b"nvme-kv2");
+        assert_eq!(block[12..][..expected.len()], expected);
+        let header = [b"kvSG", &numbers(&[3, 0, 8, 0])[..]].concat();
+        assert_eq!(segment_header(3, 8)[4..24], header);
+        assert_eq!(crc32c::crc32c(&block[4..]).to_le_bytes(), block[..4]);
+    }
+
+    #[test]
     fn roots_and_headers_come_back() {
         let root = Root {
             store: 1,

@@ -50,7 +50,8 @@ impl Entry {
 pub(crate) struct Index {
     hasher: RandomState,
     shards: Vec<HashMap<Box<[u8]>, Entry, RandomState>>,
-    extent: Extent,
+    /// What a checkpoint takes.
+    pub(super) extent: Extent,
 }
 
 impl Default for Index {
@@ -97,11 +98,6 @@ impl Index {
     pub(super) fn entries(&self, shard: usize) -> impl Iterator<Item = (&[u8], &Entry)> {
         let entries = self.shards[shard].iter();
         entries.map(|(key, entry)| (&**key, entry))
-    }
-
-    /// What a checkpoint takes.
-    pub(super) fn extent(&self) -> Extent {
-        self.extent
     }
 }
 

@@ -169,7 +169,7 @@ impl State {
 
     /// Segments that a checkpoint needs.
     pub(crate) fn checkpoint_need(&self) -> usize {
-        self.need(&self.index.extent())
+        self.need(&self.index.extent)
     }
 
     pub(super) fn need(&self, checkpoint: &Extent) -> usize {

@@ -102,7 +102,7 @@ impl State {
             // What is freed next is for the copies, or the checkpoint.
             return Task::Wait;
         }
-        let least = checkpoint_bytes.max(4 * self.index.extent().bytes as u64);
+        let least = checkpoint_bytes.max(4 * self.index.extent.bytes as u64);
         let is_due = self.is_closing || self.written - self.checkpointed > least;
         // Then there is a segment that compaction may not touch for want of a checkpoint.
         let has_gone_on = self.position().epoch > self.root.position.epoch;
@@ -284,10 +284,7 @@ async fn next_batch(inner: &Inner, scanner: &mut Scanner<'_>, victim: u32) -> Op
 
 /// Keeps to the rate of compaction, unless writers wait for room.
 async fn throttle(inner: &Inner, bytes: usize) {
-    let has_room = {
-        let state = inner.lock();
-        state.available() > READY + 1
-    };
+    let has_room = inner.lock().available() > READY + 1;
     if has_room {
         let rate = inner.options.compaction_rate.max(1) as f64;
         sleep(Duration::from_secs_f64(bytes as f64 / rate)).await;
