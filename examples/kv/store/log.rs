@@ -336,10 +336,14 @@ impl State {
     fn landed(&mut self, written: Result<Duration, Error>) {
         self.flying -= 1;
         match written {
-            Err(error) => self.fail(&error),
+            Err(error) => {
+                self.fail(&error);
+                // None of those after it counts.
+                self.batches.clear();
+            }
             Ok(time) => self.statistics.writes.record(time.as_micros() as u64, 1),
         }
-        // There is none any more if anything failed.
+        // There is none any more if one before it failed.
         if let Some(batch) = self.batches.pop_front() {
             self.statistics.batches.record(batch.records, 1);
             batch.is_durable.send_replace(true);
@@ -378,8 +382,8 @@ impl State {
     pub(super) fn fail(&mut self, error: &Error) {
         tracing::error!(reason = %error, "the store has failed");
         self.failed.get_or_insert_with(|| error.to_string());
-        // Who waits for any of these, or for the last checkpoint, waits no longer.
-        self.batches.clear();
+        // Who waits for what is not on its way, or for the last checkpoint, waits no longer.
+        self.batches.truncate(self.flying);
         self.open.clear();
         self.open_is_durable = watch::Sender::default();
         self.closer = None;
