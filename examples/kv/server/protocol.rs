@@ -1,10 +1,9 @@
 //! Requests from bytes, and replies to bytes.
 
-use std::fmt::{Display, Write};
-use std::mem::take;
-use std::ops::Range;
-
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
+use redis_protocol::resp2::types::BytesFrame as Frame2;
+use redis_protocol::resp3::types::BytesFrame as Frame3;
+use redis_protocol::{resp2, resp3};
 
 use crate::store::{MAX_KEY, MAX_VALUE};
 
@@ -16,12 +15,10 @@ pub(super) const MAX_REQUEST: usize = 2 * MAX_VALUE + MAX_KEY;
 const MAX_LINE: usize = 64 << 10;
 
 /// Takes requests from what a client sent. The sizes of a request are checked as they come, before anything
-/// is kept.
+/// is kept, and before the codec, which knows no limits, looks at it.
 #[derive(Debug, Default)]
 pub(super) struct Parser {
-    /// Where in the buffer those arguments are whose sizes are known.
-    known: Vec<Range<usize>>,
-    /// Where the last of them ends: so many bytes have to be kept, as far as is known.
+    /// Where in the buffer the last argument ends whose size is known: so many bytes have to be kept.
     pub(super) end: usize,
     /// Arguments whose sizes are not known yet.
     left: usize,
@@ -53,7 +50,11 @@ impl Parser {
             if count > MAX_ARGUMENTS as i64 {
                 return Err(Some("invalid multibulk length".to_owned()));
             }
-            (self.end, self.left) = (end, count.max(0) as usize);
+            if count <= 0 {
+                buffer.advance(end);
+                return Ok(Vec::new());
+            }
+            (self.end, self.left) = (end, count as usize);
         }
         let invalid = || Some("invalid bulk length".to_owned());
         while self.left > 0 {
@@ -65,10 +66,8 @@ impl Parser {
             if !(0..=MAX_VALUE as i64).contains(&len) {
                 return Err(invalid());
             }
-            let argument = start..start + len as usize;
-            self.end = argument.end + 2;
+            self.end = start + len as usize + 2;
             self.left -= 1;
-            self.known.push(argument);
             if self.end > MAX_REQUEST {
                 return Err(Some(format!("a request has more than {MAX_REQUEST} bytes")));
             }
@@ -76,10 +75,14 @@ impl Parser {
         if buffer.len() < self.end {
             return Err(None);
         }
-        let bytes = buffer.split_to(take(&mut self.end)).freeze();
-        let arguments = take(&mut self.known).into_iter().map(|known| {
-            let is_whole = bytes[known.end..].starts_with(b"\r\n");
-            is_whole.then(|| bytes.slice(known)).ok_or_else(invalid)
+        self.end = 0;
+        let decoded = resp2::decode::decode_bytes_mut(buffer);
+        let Ok(Some((Frame2::Array(frames), ..))) = decoded else {
+            return Err(invalid());
+        };
+        let arguments = frames.into_iter().map(|frame| match frame {
+            Frame2::BulkString(bytes) => Ok(bytes),
+            _ => Err(invalid()),
         });
         arguments.collect()
     }
@@ -114,7 +117,7 @@ fn number(buffer: &[u8], start: usize, what: &str) -> Parsed<(i64, usize)> {
 }
 
 /// What a client is told.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Reply {
     Simple(&'static str),
     /// Without a code it is a mere `ERR`.
@@ -146,43 +149,66 @@ impl Reply {
     }
 
     /// Appends it in version 2 or 3 of the protocol.
-    pub(super) fn encode(&self, version: u8, out: &mut BytesMut) {
-        match self {
-            Self::Simple(text) => line(out, '+', text),
-            Self::Error(text) => {
-                let has_code = CODES.iter().any(|code| text.starts_with(code));
-                let code = if has_code { "" } else { "ERR " };
-                let text = text.replace(['\r', '\n'], " ");
-                line(out, '-', format_args!("{code}{text}"));
-            }
-            Self::Number(number) => line(out, ':', number),
-            Self::Bulk(bytes) => {
-                line(out, '$', bytes.len());
-                out.extend_from_slice(bytes);
-                out.extend_from_slice(b"\r\n");
-            }
-            Self::Null if version == 3 => line(out, '_', ""),
-            Self::Null => line(out, '$', -1),
-            Self::Array(items) => {
-                line(out, '*', items.len());
-                items.iter().for_each(|item| item.encode(version, out));
-            }
-            Self::Map(pairs) => {
-                match version {
-                    3 => line(out, '%', pairs.len()),
-                    _ => line(out, '*', 2 * pairs.len()),
-                }
-                for (name, value) in pairs {
-                    Self::bulk(*name).encode(version, out);
-                    value.encode(version, out);
-                }
+    pub(super) fn encode(self, version: u8, out: &mut BytesMut) {
+        let encoded = match version {
+            3 => resp3::encode::complete::extend_encode(out, &self.into(), false),
+            _ => resp2::encode::extend_encode(out, &self.into(), false),
+        };
+        encoded.expect("the codec makes room, and has these kinds of frames");
+    }
+}
+
+/// The text of an error as it is sent.
+fn coded(text: &str) -> String {
+    let has_code = CODES.iter().any(|code| text.starts_with(code));
+    let code = if has_code { "" } else { "ERR " };
+    format!("{code}{}", text.replace(['\r', '\n'], " "))
+}
+
+impl From<Reply> for Frame2 {
+    fn from(reply: Reply) -> Self {
+        match reply {
+            Reply::Simple(text) => Self::SimpleString(text.into()),
+            Reply::Error(text) => Self::Error(coded(&text).into()),
+            Reply::Number(number) => Self::Integer(number),
+            Reply::Bulk(bytes) => Self::BulkString(bytes),
+            Reply::Null => Self::Null,
+            Reply::Array(items) => Self::Array(items.into_iter().map(Self::from).collect()),
+            Reply::Map(pairs) => {
+                let items = pairs.into_iter().flat_map(|(k, v)| [Reply::bulk(k), v]);
+                Self::Array(items.map(Self::from).collect())
             }
         }
     }
 }
 
-fn line(out: &mut BytesMut, kind: char, what: impl Display) {
-    write!(out, "{kind}{what}\r\n").expect("a buffer grows");
+impl From<Reply> for Frame3 {
+    fn from(reply: Reply) -> Self {
+        let attributes = None;
+        match reply {
+            Reply::Simple(text) => {
+                let data = text.into();
+                Self::SimpleString { data, attributes }
+            }
+            Reply::Error(text) => {
+                let data = coded(&text).into();
+                Self::SimpleError { data, attributes }
+            }
+            Reply::Number(data) => Self::Number { data, attributes },
+            Reply::Bulk(data) => Self::BlobString { data, attributes },
+            Reply::Null => Self::Null,
+            Reply::Array(items) => {
+                let data = items.into_iter().map(Self::from).collect();
+                Self::Array { data, attributes }
+            }
+            Reply::Map(pairs) => {
+                let pairs = pairs.into_iter();
+                let data = pairs.map(|(k, v)| (Reply::bulk(k).into(), v.into()));
+                let data = data.collect();
+                Self::Map { data, attributes }
+            }
+        }
+    }
 }
 
 impl From<i64> for Reply {
@@ -278,7 +304,7 @@ mod tests {
         ]);
         let encoded = |version| {
             let mut out = BytesMut::new();
-            reply.encode(version, &mut out);
+            reply.clone().encode(version, &mut out);
             String::from_utf8(out.to_vec()).expect("is text")
         };
         let start = "*5\r\n+OK\r\n:1\r\n$1\r\nb\r\n-ERR no\r\n";
