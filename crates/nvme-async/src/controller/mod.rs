@@ -270,11 +270,15 @@ impl ControllerInner {
 /// workers, starting at a place that differs from runtime to runtime.
 #[inline]
 pub(crate) fn choose_queue<Q>(queues: &[Q]) -> &Q {
-    let (first, others) = match queues {
-        [only] => return only,
-        [first, others @ ..] => (first, others),
+    match queues {
+        [only] => only,
+        [first, others @ ..] => choose_among(first, others),
         [] => unreachable!("a controller has at least one queue"),
-    };
+    }
+}
+
+#[inline(never)]
+fn choose_among<'a, Q>(first: &'a Q, others: &'a [Q]) -> &'a Q {
     let Some(worker) = worker_index() else {
         return first;
     };

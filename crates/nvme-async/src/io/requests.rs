@@ -48,8 +48,7 @@ impl<Q: QueueAccess> Future for Read<'_, Q> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let transfer = &mut self.get_mut().transfer;
         transfer.allocate().map_err(|error| *error)?;
-        let result = ready!(transfer.poll(cx));
-        let buffer: DmaBuf = give_back(result, transfer.take_payload())?;
+        let buffer: DmaBuf = ready!(poll(transfer, cx))?;
         Poll::Ready(Ok(buffer.into()))
     }
 }
@@ -169,9 +168,7 @@ impl<B: ReadBuffer, Q: QueueAccess> Future for ReadInto<'_, B, Q> {
     type Output = Result<B, IoError<B>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let transfer = &mut self.get_mut().transfer;
-        let result = ready!(transfer.poll(cx));
-        Poll::Ready(give_back(result, transfer.take_payload()))
+        poll(&mut self.get_mut().transfer, cx)
     }
 }
 
@@ -179,9 +176,7 @@ impl<B: WriteBuffer, Q: QueueAccess> Future for Write<'_, B, Q> {
     type Output = Result<B, IoError<B>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let transfer = &mut self.get_mut().transfer;
-        let result = ready!(transfer.poll(cx));
-        Poll::Ready(give_back(result, transfer.take_payload()))
+        poll(&mut self.get_mut().transfer, cx)
     }
 }
 
@@ -189,9 +184,7 @@ impl<B: WriteBuffer, Q: QueueAccess> Future for Compare<'_, B, Q> {
     type Output = Result<B, IoError<B>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let transfer = &mut self.get_mut().transfer;
-        let result = ready!(transfer.poll(cx));
-        Poll::Ready(give_back(result, transfer.take_payload()))
+        poll(&mut self.get_mut().transfer, cx)
     }
 }
 
@@ -207,19 +200,27 @@ fn transfer<'a, B: Convert, Q: QueueAccess>(
     Transfer::new(namespace, queues, operation, offset, len, payload)
 }
 
+/// Goes on with a request, whose buffer comes back.
 #[inline]
-fn give_back<B: Convert>(
-    result: Result<(), Box<Error>>,
-    payload: Payload,
-) -> Result<B, IoError<B>> {
-    let buffer = B::from_payload(payload);
-    match (result, buffer) {
-        (Ok(()), Some(buffer)) => Ok(buffer),
-        (Err(error), buffer) => Err(IoError {
-            error: *error,
-            buffer,
-        }),
-        // A success returns the payload that the request was made with.
-        (Ok(()), None) => unreachable!("a successful request lost its buffer"),
+fn poll<B: Convert, Q: QueueAccess>(
+    transfer: &mut Transfer<'_, Q>,
+    cx: &mut Context<'_>,
+) -> Poll<Result<B, IoError<B>>> {
+    if let Err(error) = ready!(transfer.poll(cx)) {
+        return failed(*error, transfer.take_payload());
     }
+    match B::from_payload(transfer.take_payload()) {
+        Some(buffer) => Poll::Ready(Ok(buffer)),
+        // A success returns the payload that the request was made with.
+        None => unreachable!("a successful request lost its buffer"),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn failed<B: Convert>(error: Error, payload: Payload) -> Poll<Result<B, IoError<B>>> {
+    Poll::Ready(Err(IoError {
+        error,
+        buffer: B::from_payload(payload),
+    }))
 }

@@ -1,5 +1,6 @@
 //! Operations: commands that somebody may wait for, and what became of them.
 
+use std::mem::ManuallyDrop;
 use std::ops::{Index, IndexMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::task::Waker;
@@ -181,9 +182,7 @@ impl Operation {
     /// Records what became of it, and that the device does not have it.
     #[inline]
     pub(super) fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
-        if let Some(reach) = &mut self.holdings.reach
-            && !reach.mapped.is_empty()
-        {
+        if let Some(reach) = &mut self.holdings.reach {
             aftermath.unmap(&mut reach.mapped);
         }
         self.stage = Stage::Done(outcome);
@@ -198,10 +197,12 @@ impl Operation {
         }
     }
 
+    #[inline]
     pub(super) fn wake(&mut self, aftermath: &mut Aftermath) {
         aftermath.wake(self.take_waker());
     }
 
+    #[inline]
     pub(super) fn take_waker(&mut self) -> Waker {
         std::mem::replace(&mut self.waker, Waker::noop().clone())
     }
@@ -341,11 +342,18 @@ impl State {
     }
 
     /// Ends an operation that no slot refers to any more, with `outcome` if its future waits for one.
+    #[inline]
     pub(super) fn settle(&mut self, key: usize, outcome: Outcome, aftermath: &mut Aftermath) {
         let operation = &mut self.operations[key];
-        if operation.is_awaited() {
-            return operation.resolve(outcome, aftermath);
+        match operation.is_awaited() {
+            true => operation.resolve(outcome, aftermath),
+            false => self.settle_unawaited(key, aftermath),
         }
+    }
+
+    #[cold]
+    fn settle_unawaited(&mut self, key: usize, aftermath: &mut Aftermath) {
+        let operation = &mut self.operations[key];
         match operation.stage {
             Stage::Orphaned => aftermath.free(self.operations.end(key)),
             // Its future is to be told what it was woken for, but gets its memory back after all.
@@ -401,7 +409,8 @@ pub(crate) struct Remains {
 /// For most submissions that is nothing, which costs next to nothing.
 #[derive(Default)]
 pub(crate) struct Aftermath {
-    contents: Option<Contents>,
+    /// Dropped by hand, to ask first whether there is anything.
+    contents: ManuallyDrop<Option<Contents>>,
 }
 
 #[derive(Default)]
@@ -426,9 +435,12 @@ impl Aftermath {
         self.contents().unused.push(waker);
     }
 
-    /// Ends mappings.
+    /// Ends mappings, if there are some.
+    #[inline(never)]
     pub(super) fn unmap(&mut self, mapped: &mut SmallVec<[Mapped; 1]>) {
-        self.contents().mapped.extend(mapped.drain(..));
+        if !mapped.is_empty() {
+            self.contents().mapped.extend(mapped.drain(..));
+        }
     }
 
     /// Frees what a command held.
@@ -439,10 +451,15 @@ impl Aftermath {
     /// Whoever is to be woken is, also if the waker of another panics. Nothing is left afterwards.
     #[inline]
     pub(crate) fn run(&mut self) {
-        if let Some(contents) = &mut self.contents {
+        if let Some(contents) = &mut *self.contents {
             contents.run();
-            self.contents = None;
+            self.clear();
         }
+    }
+
+    #[inline(never)]
+    fn clear(&mut self) {
+        *self.contents = None;
     }
 
     #[inline]
@@ -451,7 +468,17 @@ impl Aftermath {
     }
 }
 
+impl Drop for Aftermath {
+    #[inline]
+    fn drop(&mut self) {
+        if self.contents.is_some() {
+            self.clear();
+        }
+    }
+}
+
 impl Contents {
+    #[inline(never)]
     fn run(&mut self) {
         // Where they are: with its room for many wakers it is too large to be moved.
         let mut wakers = Wakers(self.wakers.drain(..));
