@@ -86,13 +86,13 @@ enum Polled {
 impl<'a, Q: Access> InFlight<'a, Q> {
     /// Submits a command. If it is done at once, or refused, that is its outcome, and `holdings` are
     /// left or given back. Otherwise the queue has them, and the task is woken when it is done.
-    pub(crate) fn submit(
+    pub(crate) fn submit<T: From<Outcome>>(
         &mut self,
         mut queue: &'a Q,
         command: &Command,
         mut holdings: HoldingsMut<'_>,
         cx: &Context<'_>,
-    ) -> Poll<Outcome> {
+    ) -> Poll<T> {
         let here = Here::now();
         if let Some(polled) = queue.polled() {
             let kind = command.kind();
@@ -112,7 +112,7 @@ impl<'a, Q: Access> InFlight<'a, Q> {
             });
             aftermath.run();
             let failure = match started {
-                Some(Ok(Progress::Done(outcome))) => return Poll::Ready(outcome),
+                Some(Ok(Progress::Done(outcome))) => return Poll::Ready(outcome.into()),
                 Some(Ok(Progress::Waiting { key })) => {
                     self.operation = Some((queue, key));
                     return Poll::Pending;
@@ -124,26 +124,26 @@ impl<'a, Q: Access> InFlight<'a, Q> {
                 },
                 None => Failure::Closed,
             };
-            return Poll::Ready(Err(failure.into()));
+            return Poll::Ready(Outcome::Err(failure.into()).into());
         }
     }
 
     /// Resolves when the command is done, once. What it held is in `holdings` then, which are empty
     /// before, unless the device may still use it.
-    #[inline]
-    pub(crate) fn poll(
+    #[inline(always)]
+    pub(crate) fn poll<T: From<Outcome>>(
         &mut self,
         mut holdings: HoldingsMut<'_>,
         cx: &Context<'_>,
-    ) -> Poll<Outcome> {
+    ) -> Poll<T> {
         // As with most futures, polling it again after it resolved never resolves.
         let Some((queue, key)) = self.operation else {
             return Poll::Pending;
         };
         let outcome = match queue.with(|state| state.take_outcome(key, holdings.reborrow())) {
             Some(Some(outcome)) => outcome,
-            Some(None) => ready!(wait(queue, key, holdings, cx)),
-            None => late_outcome(queue, key, holdings),
+            Some(None) => ready!(wait(queue, key, holdings, cx)).into(),
+            None => late_outcome(queue, key, holdings).into(),
         };
         self.operation = None;
         Poll::Ready(outcome)

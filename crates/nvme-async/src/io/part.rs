@@ -35,6 +35,7 @@ pub(crate) enum End {
 }
 
 impl From<Outcome> for End {
+    #[inline]
     fn from(outcome: Outcome) -> Self {
         match outcome {
             Ok(cqe) if cqe.status().is_success() => Self::Success,
@@ -56,6 +57,7 @@ pub(crate) struct Part<'a, Q: QueueAccess> {
     queue: &'a Q,
     order: Order,
     payload: Payload,
+    was_polled: bool,
     course: Course<'a, Q>,
 }
 
@@ -66,6 +68,7 @@ impl<'a, Q: QueueAccess> Part<'a, Q> {
             queue,
             order,
             payload,
+            was_polled: false,
             course: Course::default(),
         }
     }
@@ -76,8 +79,15 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
-        let order = || (this.queue, this.order.clone());
-        let end = ready!(this.course.poll(this.dma, order, &mut this.payload, cx));
+        let budget = ready!(poll_proceed(cx));
+        let (course, payload) = (&mut this.course, &mut this.payload);
+        // Set first: whatever panics, it is not submitted twice.
+        let end = match std::mem::replace(&mut this.was_polled, true) {
+            false => course.begin(this.dma, this.queue, this.order.clone(), payload, cx),
+            true => course.poll(|| (this.queue, this.order.clone()), payload, cx),
+        };
+        let end = ready!(end);
+        budget.made_progress();
         Poll::Ready((end, std::mem::take(&mut this.payload)))
     }
 }
@@ -89,78 +99,68 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
 /// Once it is submitted, its memory stays with the queue until the command is done, whether or not
 /// somebody waits for that.
 pub(super) struct Course<'a, Q: QueueAccess> {
-    stage: Stage,
     /// Makes data reachable, where that could not be done without waiting.
     later: Option<BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>>,
     in_flight: InFlight<'a, Q>,
 }
 
-#[derive(Clone, Copy)]
-enum Stage {
-    /// It was not polled.
-    Start,
-    /// Its data is being made reachable.
-    Later,
-    /// The queue has it, or it is over.
-    Submitted,
-}
-
 impl<Q: QueueAccess> Default for Course<'_, Q> {
     fn default() -> Self {
         Self {
-            stage: Stage::Start,
             later: None,
             in_flight: InFlight::default(),
         }
     }
 }
 
+// Here and in what a command passes through afterwards, some functions are always inlined: with its
+// arguments and results, a call takes as long as what it does.
 impl<'a, Q: QueueAccess> Course<'a, Q> {
-    /// Goes on with the command, until it is done. `order` says which queue gets it and what it is, the
-    /// same at each call but for the queue. `payload` is its memory before the first call, and, if the
-    /// device does not use that any more, after the last one.
-    #[inline]
-    pub(super) fn poll(
+    /// Submits the command, once its data can be reached. `payload` is its memory, which the queue has
+    /// until the command is done.
+    #[inline(always)]
+    pub(super) fn begin(
         &mut self,
         dma: &'a DmaContext,
+        queue: &'a Q,
+        mut order: Order,
+        payload: &mut Payload,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        match dma.address(payload, &order.range) {
+            Some(pointer) => {
+                let sqe = &mut order.command.sqe;
+                *sqe = sqe.with_data(pointer);
+                self.submit(queue, &order, payload, None, cx)
+            }
+            None => self.prepare(dma, queue, order, payload, cx),
+        }
+    }
+
+    /// Goes on with a command that was [begun](Self::begin), until it is done. `order` says again which
+    /// queue gets it, which may be another one, and what it is. `payload` is its memory afterwards, if
+    /// the device does not use that any more.
+    #[inline(always)]
+    pub(super) fn poll(
+        &mut self,
         order: impl FnOnce() -> (&'a Q, Order),
         payload: &mut Payload,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        let budget = ready!(poll_proceed(cx));
-        let end = match self.stage {
-            Stage::Start => {
-                // Set first: whatever panics, it is not submitted twice.
-                self.stage = Stage::Submitted;
-                let (queue, mut order) = order();
-                match dma.address(payload, &order.range) {
-                    Some(pointer) => {
-                        let sqe = &mut order.command.sqe;
-                        *sqe = sqe.with_data(pointer);
-                        ready!(self.submit(queue, &order, payload, None, cx))
-                    }
-                    None => ready!(self.prepare(dma, queue, order, payload, cx)),
-                }
-            }
-            Stage::Later => {
-                let (queue, order) = order();
-                ready!(self.go_on(queue, order, payload, cx))
-            }
-            Stage::Submitted => {
-                let mut reach = None;
-                let holdings = HoldingsMut {
-                    reach: &mut reach,
-                    payload,
-                };
-                let end = ready!(self.in_flight.poll(holdings, cx)).into();
-                if let Some(reach) = reach {
-                    let (_, order) = order();
-                    collect(reach, payload, &order, &end);
-                }
-                end
-            }
+        if self.later.is_some() {
+            let (queue, order) = order();
+            return self.go_on(queue, order, payload, cx);
+        }
+        let mut reach = None;
+        let holdings = HoldingsMut {
+            reach: &mut reach,
+            payload,
         };
-        budget.made_progress();
+        let end = ready!(self.in_flight.poll(holdings, cx));
+        if let Some(reach) = reach {
+            let (_, order) = order();
+            collect(reach, payload, &order, &end);
+        }
         Poll::Ready(end)
     }
 
@@ -181,7 +181,6 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
                 let (flow, range) = (order.flow, order.range.clone());
                 let later = dma.prepare_later(flow, unready, holdings.take_payload(), range);
                 self.later = Some(Box::pin(later));
-                self.stage = Stage::Later;
                 self.go_on(queue, order, payload, cx)
             }
         }
@@ -200,7 +199,6 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
         };
         let (prepared, mut holdings) = ready!(later.as_mut().poll(cx));
         self.later = None;
-        self.stage = Stage::Submitted;
         match prepared {
             Ok(pointer) => self.submit_prepared(queue, order, pointer, payload, holdings, cx),
             Err(error) => {
@@ -210,6 +208,7 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
         }
     }
 
+    #[inline(never)]
     fn submit_prepared(
         &mut self,
         queue: &'a Q,
@@ -224,7 +223,7 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
         self.submit(queue, &order, payload, holdings.reach, cx)
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(
         &mut self,
         queue: &'a Q,
@@ -237,8 +236,7 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
             reach: &mut reach,
             payload,
         };
-        let outcome = ready!(self.in_flight.submit(queue, &order.command, holdings, cx));
-        let end = outcome.into();
+        let end = ready!(self.in_flight.submit(queue, &order.command, holdings, cx));
         if let Some(reach) = reach {
             collect(reach, payload, order, &end);
         }

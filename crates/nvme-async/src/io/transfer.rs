@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, Stream};
 use nvme_spec::nvm;
+use tokio::task::coop::poll_proceed;
 
 use super::context::Flow;
 use super::part::{Course, End, Order, Part};
@@ -135,41 +136,46 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
     /// Resolves when all of it is done.
     #[inline]
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Box<Error>>> {
-        if self.stage == Stage::Start {
-            self.begin()?;
-        }
         if self.stage == Stage::Many {
             return self.poll_parts(cx);
         }
-        let request = &self.request;
-        let order = || {
-            let blocks = request.blocks();
-            (
-                choose_queue(request.queues),
-                request.order(&blocks, &blocks),
-            )
+        let budget = ready!(poll_proceed(cx));
+        let end = if self.stage == Stage::One {
+            let request = &self.request;
+            let order = || (choose_queue(request.queues), request.order(&request.blocks()));
+            self.course.poll(order, &mut self.payload, cx)
+        } else if let Some(blocks) = self.begin()? {
+            let request = &self.request;
+            let (queue, order) = (choose_queue(request.queues), request.order(&blocks));
+            let dma = request.namespace.dma();
+            self.course.begin(dma, queue, order, &mut self.payload, cx)
+        } else {
+            drop(budget);
+            return self.poll_parts(cx);
         };
-        let (dma, payload) = (request.namespace.dma(), &mut self.payload);
-        match ready!(self.course.poll(dma, order, payload, cx)) {
+        let end = ready!(end);
+        budget.made_progress();
+        match end {
             End::Success => Poll::Ready(Ok(())),
-            end => Poll::Ready(Ok(request.result(end, request.blocks())?)),
+            end => Poll::Ready(Ok(self.request.result(end, self.request.blocks())?)),
         }
     }
 
-    /// Checks the request, and finds out how many commands it takes.
+    /// Checks the request; returns its blocks if one command is enough for them.
     #[inline]
-    fn begin(&mut self) -> Result<(), Box<Error>> {
+    fn begin(&mut self) -> Result<Option<Range<u64>>, Box<Error>> {
+        // Set first: whatever panics, nothing is submitted twice.
         self.stage = Stage::Many;
         let blocks = self.request.check()?;
         let limits = self.request.namespace.transfer_limits();
         if fits(&blocks, limits) {
             self.stage = Stage::One;
-        } else {
-            let queue = choose_queue(self.request.queues);
-            let ranges = split(blocks, limits).collect();
-            self.parts = Some(Box::new(Parts::new(queue, ranges, self.take_payload())));
+            return Ok(Some(blocks));
         }
-        Ok(())
+        let queue = choose_queue(self.request.queues);
+        let ranges = split(blocks, limits).collect();
+        self.parts = Some(Box::new(Parts::new(queue, ranges, self.take_payload())));
+        Ok(None)
     }
 
     #[cold]
@@ -207,9 +213,9 @@ impl<Q> Request<'_, Q> {
         self.offset >> shift..(self.offset + self.len as u64) >> shift
     }
 
-    /// The command for `part` of `blocks`.
+    /// The command for `part`, all blocks or some of them.
     #[inline]
-    fn order(&self, blocks: &Range<u64>, part: &Range<u64>) -> Order {
+    fn order(&self, part: &Range<u64>) -> Order {
         let shift = self.namespace.block_shift();
         let count = (part.end - part.start) as u32;
         let nsid = self.namespace.nsid();
@@ -218,8 +224,8 @@ impl<Q> Request<'_, Q> {
             Operation::Write => nvm::write(nsid, part.start, count, self.fua),
             Operation::Compare => nvm::compare(nsid, part.start, count, self.fua),
         };
-        let first = ((part.start - blocks.start) << shift) as usize;
-        let last = ((part.end - blocks.start) << shift) as usize;
+        let first = ((part.start << shift) - self.offset) as usize;
+        let len = (count as usize) << shift;
         let command = Command {
             sqe,
             timeout: self.timeout,
@@ -228,7 +234,7 @@ impl<Q> Request<'_, Q> {
         Order {
             command,
             flow: self.operation.flow(),
-            range: first..last,
+            range: first..first + len,
         }
     }
 
@@ -287,7 +293,7 @@ impl<'a, Q: QueueAccess> Parts<'a, Q> {
             while self.running.len() < MAX_PARTS_IN_FLIGHT
                 && let Some(range) = self.ranges.get(self.next)
             {
-                let order = request.order(&request.blocks(), range);
+                let order = request.order(range);
                 let payload = Payload::Shared(self.payload.clone());
                 let part = Part::new(request.namespace.dma(), self.queue, order, payload);
                 self.running.push(Numbered {

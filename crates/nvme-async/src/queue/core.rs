@@ -148,7 +148,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     ///
     /// The doorbell is rung at once when nothing else is outstanding; otherwise it may be left to
     /// [`ring_deferred`](Self::ring_deferred). Background commands have no deadline.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn submit(
         &mut self,
         sqe: &Sqe,

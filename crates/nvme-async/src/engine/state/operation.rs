@@ -244,13 +244,14 @@ impl Operations {
     /// The outcome of an operation, if it has one. What it held is swapped with `holdings`, which are
     /// empty, unless the device may still use it.
     #[inline]
-    pub(super) fn take_outcome(
+    pub(super) fn take_outcome<T: From<Outcome>>(
         &mut self,
         key: usize,
         holdings: HoldingsMut<'_>,
-    ) -> Option<Outcome> {
+    ) -> Option<T> {
         let operation = &mut self.places[key];
         if let Stage::Done(outcome) = operation.stage {
+            let outcome = outcome.into();
             holdings.swap(&mut operation.holdings);
             operation.stage = Stage::Over;
             self.free.push(key);
@@ -260,7 +261,7 @@ impl Operations {
             return None;
         };
         operation.stage = Stage::Orphaned;
-        Some(Err(failed))
+        Some(Outcome::Err(failed).into())
     }
 
     /// All places, those that are free too.
@@ -292,11 +293,11 @@ impl State {
     /// The outcome of an operation, which is over then, if it has one. What it held comes back in
     /// `holdings`, which are empty, unless the device may still use it.
     #[inline]
-    pub(crate) fn take_outcome(
+    pub(crate) fn take_outcome<T: From<Outcome>>(
         &mut self,
         key: usize,
         holdings: HoldingsMut<'_>,
-    ) -> Option<Outcome> {
+    ) -> Option<T> {
         self.operations.take_outcome(key, holdings)
     }
 

@@ -30,7 +30,7 @@ impl State {
 
     /// Submits an operation that is queued; returns whether there was a slot, and the queue pair not
     /// fenced.
-    #[inline]
+    #[inline(always)]
     pub(super) fn submit(&mut self, key: usize, now: Instant) -> bool {
         let operation = &mut self.operations[key];
         let (sqe, deadline) = (&operation.command.sqe, operation.deadline(now));
