@@ -49,7 +49,7 @@ impl LocalQueue {
 }
 
 impl Access for Rc<LocalQueue> {
-    #[inline]
+    #[inline(always)]
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
         LocalQueue::with(self, f)
     }
@@ -93,7 +93,7 @@ impl Access for Rc<LocalQueue> {
 }
 
 impl LocalQueue {
-    #[inline]
+    #[inline(always)]
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
         let owner = self.owner.borrow();
         owner.as_ref()?.with(|state| state.as_mut().map(f))

@@ -29,11 +29,7 @@ pub(crate) struct QueueCore<T, M, D> {
     id: u16,
     submission: SubmissionRing<M, D>,
     completion: CompletionRing<M, D>,
-    /// Nothing in those that are free.
-    slots: Vec<Option<Entry<T>>>,
-    /// Parts of the command identifier above the slot index, so that a stale or repeated
-    /// completion of an earlier command in the same slot is told from a new one.
-    generations: Vec<u16>,
+    slots: Vec<Slot<T>>,
     index_bits: u32,
     free: Vec<u16>,
     /// Whether no doorbell may be rung: the device is about to be stopped, or is.
@@ -46,6 +42,15 @@ pub(crate) struct QueueCore<T, M, D> {
     untold: u64,
     /// No foreground command's deadline is earlier than this.
     earliest_deadline: Option<Instant>,
+}
+
+/// A place for a command.
+struct Slot<T> {
+    /// The command identifier of the last command here. The part above the slot's index counts them, so
+    /// that a stale or repeated completion of an earlier command is told from a new one.
+    cid: u16,
+    /// Nothing if the slot is free.
+    entry: Option<Entry<T>>,
 }
 
 /// A command in its slot.
@@ -104,8 +109,9 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             id,
             submission,
             completion,
-            slots: (0..capacity).map(|_| None).collect(),
-            generations: vec![0; capacity.into()],
+            slots: (0..capacity)
+                .map(|cid| Slot { cid, entry: None })
+                .collect(),
             index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
             free: (0..capacity).rev().collect(),
             fenced: false,
@@ -159,33 +165,34 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         if self.fenced {
             return None;
         }
-        let slot = self.free.pop()?;
-        let cid = self.next_cid(slot);
-        self.submission.push(sqe, cid);
-        let sequence = self.next_sequence;
-        self.next_sequence += 1;
-        let deadline = deadline.filter(|_| class != Class::Background);
-        self.slots[usize::from(slot)] = Some(Entry {
+        let index = self.free.pop()?;
+        let alone = self.in_flight() == 0;
+        let mut entry = Entry {
             token,
             class,
             state: EntryState::Submitted,
-            sequence,
-            deadline,
-        });
-        let alone = self.in_flight() == 0;
+            sequence: self.next_sequence,
+            deadline: None,
+        };
         if let Class::Foreground(kind) = class {
             self.foreground[kind as usize] += 1;
+            entry.deadline = deadline;
+            self.earliest_deadline = match (self.earliest_deadline, deadline) {
+                (Some(earliest), Some(deadline)) => Some(earliest.min(deadline)),
+                (earliest, deadline) => earliest.or(deadline),
+            };
         }
-        if let Some(deadline) = deadline {
-            self.earliest_deadline = Some(
-                self.earliest_deadline
-                    .map_or(deadline, |earliest| earliest.min(deadline)),
-            );
-        }
+        self.next_sequence += 1;
+        let slot = &mut self.slots[usize::from(index)];
+        // Never FFFFh, which stands for "no particular command" in the error log (NVMe base
+        // specification 2.0, figure "Command Dword 0"): no slot's index has all bits set.
+        slot.cid = slot.cid.wrapping_add((1_u32 << self.index_bits) as u16);
+        slot.entry = Some(entry);
+        self.submission.push(sqe, slot.cid);
         if alone || self.submission.deferred() >= MAX_DEFERRED {
             self.ring_deferred();
         }
-        Some(slot)
+        Some(index)
     }
 
     /// Tells the device of commands that [`submit`](Self::submit) did not tell it of.
@@ -233,7 +240,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
         let mut earliest: Option<Instant> = None;
         for (index, slot) in (0..).zip(&mut self.slots) {
-            let Some(entry) = slot.as_mut().filter(|entry| !entry.state.is_overdue()) else {
+            let entry = slot.entry.as_mut();
+            let Some(entry) = entry.filter(|entry| !entry.state.is_overdue()) else {
                 continue;
             };
             let Some(deadline) = entry.deadline else {
@@ -244,8 +252,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
                 continue;
             }
             entry.state = EntryState::Aborting;
-            let generation = self.generations[usize::from(index)];
-            overdue(index, cid(generation, self.index_bits, index));
+            overdue(index, slot.cid);
         }
         self.earliest_deadline = earliest;
     }
@@ -253,7 +260,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// Gives up an overdue command, for lack of anybody who could make the device let go of it. Its
     /// slot stays taken.
     pub(crate) fn give_up(&mut self, slot: u16) -> Option<&T> {
-        let entry = self.slots[usize::from(slot)].as_mut()?;
+        let entry = self.slots[usize::from(slot)].entry.as_mut()?;
         if entry.state != EntryState::Aborting {
             return None;
         }
@@ -268,7 +275,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// Whether the command with this identifier is overdue and outstanding.
     pub(crate) fn is_overdue(&self, cid: u16) -> bool {
         self.outstanding(cid)
-            .and_then(|slot| self.slots[usize::from(slot)].as_ref())
+            .and_then(|index| self.slots[usize::from(index)].entry.as_ref())
             .is_some_and(|entry| entry.state == EntryState::Aborting)
     }
 
@@ -297,7 +304,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     fn take_back(&mut self, wanted: impl Fn(&Entry<T>) -> bool) -> Vec<Reclaimed<T>> {
         let mut reclaimed = Vec::new();
         for (index, slot) in (0..).zip(&mut self.slots) {
-            let Some(entry) = slot.take_if(|entry| wanted(entry)) else {
+            let Some(entry) = slot.entry.take_if(|entry| wanted(entry)) else {
                 continue;
             };
             if entry.state == EntryState::Lost {
@@ -341,7 +348,8 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     /// The tokens of what is outstanding, of commands that were given up too.
     #[cfg(test)]
     pub(crate) fn tokens(&self) -> impl Iterator<Item = &T> {
-        self.slots.iter().flatten().map(|entry| &entry.token)
+        let entries = self.slots.iter().flat_map(|slot| &slot.entry);
+        entries.map(|entry| &entry.token)
     }
 
     /// How many doorbell values the device did not want to have in a register.
@@ -363,19 +371,20 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         }
         let cid = cqe.cid();
         let unknown = Lie::UnknownCommand { cid };
-        let slot = self.outstanding(cid).ok_or(unknown)?;
+        let index = self.outstanding(cid).ok_or(unknown)?;
         if !self.submission.advance_head(cqe.sq_head()) {
             return Err(Lie::SubmissionHead {
                 head: cqe.sq_head(),
             });
         }
-        let entry = self.slots[usize::from(slot)].take().ok_or(unknown)?;
+        let slot = &mut self.slots[usize::from(index)];
+        let entry = slot.entry.take().ok_or(unknown)?;
         if entry.state == EntryState::Lost {
             self.lost -= 1;
         } else if let Class::Foreground(kind) = entry.class {
             self.foreground[kind as usize] -= 1;
         }
-        self.free.push(slot);
+        self.free.push(index);
         Ok(Finished {
             token: entry.token,
             cqe,
@@ -383,25 +392,12 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         })
     }
 
-    fn next_cid(&mut self, slot: u16) -> u16 {
-        let generation = &mut self.generations[usize::from(slot)];
-        *generation = generation.wrapping_add(1);
-        // Never FFFFh, which stands for "no particular command" in the error log (NVMe base
-        // specification 2.0, figure "Command Dword 0"): no slot's number has all bits set.
-        cid(*generation, self.index_bits, slot)
-    }
-
     /// The slot of the command that has this identifier and that the device was told of.
     #[inline]
-    fn outstanding(&self, wire: u16) -> Option<u16> {
-        let slot = (u32::from(wire) & ((1 << self.index_bits) - 1)) as u16;
-        let entry = self.slots.get(usize::from(slot))?.as_ref()?;
-        let generation = self.generations[usize::from(slot)];
-        let is_current = cid(generation, self.index_bits, slot) == wire;
-        (is_current && entry.sequence < self.untold).then_some(slot)
+    fn outstanding(&self, cid: u16) -> Option<u16> {
+        let index = (u32::from(cid) & ((1 << self.index_bits) - 1)) as u16;
+        let slot = self.slots.get(usize::from(index))?;
+        let entry = slot.entry.as_ref()?;
+        (slot.cid == cid && entry.sequence < self.untold).then_some(index)
     }
-}
-
-fn cid(generation: u16, index_bits: u32, slot: u16) -> u16 {
-    (u32::from(generation) << index_bits) as u16 | slot
 }
