@@ -11,7 +11,7 @@
     reason = "two ways to one value, of which one takes no lock"
 )]
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -74,6 +74,7 @@ impl<T> Biased<T> {
                 self.owned.store(true, Ordering::Relaxed);
                 Owner {
                     biased: self.clone(),
+                    resigned: Cell::new(false),
                     not_send: PhantomData,
                 }
             })
@@ -110,18 +111,23 @@ impl<T> Drop for Revoked<'_, T> {
 /// The thread that need not take the lock.
 pub(crate) struct Owner<T> {
     biased: Arc<Biased<T>>,
+    /// Whether it has [resigned](Self::resign).
+    resigned: Cell<bool>,
     /// It is a thread, so it stays there.
     not_send: PhantomData<*const ()>,
 }
 
 impl<T> Owner<T> {
-    /// Runs `f` on the value.
+    /// Runs `f` on the value, unless it has [resigned](Self::resign).
     ///
     /// # Panics
     ///
     /// If `f` calls it.
-    #[inline]
-    pub(crate) fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> R {
+    #[inline(always)]
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<R> {
+        if self.resigned.get() {
+            return None;
+        }
         let biased = &*self.biased;
         // Only this thread writes it, so this is exact.
         assert!(
@@ -138,11 +144,32 @@ impl<T> Owner<T> {
                 Way::Locked(biased.locked())
             }
         };
-        // SAFETY: this thread is the only owner, and does not come in twice: either that was checked
-        // above, or it would wait for the lock for ever. With the lock held, nobody comes in without
-        // it but the owner. Without, it is inside, and whoever has the lock waits until it is out:
-        // that thread's `revoked` was not seen here, so by the two barriers it sees `inside`.
-        f(unsafe { &mut *biased.value.get() })
+        // SAFETY: this thread is the only owner: it has not resigned, and cannot while `f` runs
+        // (`resign`). It does not come in twice: either that was checked above, or it would wait for
+        // the lock for ever. With the lock held, nobody comes in without it but the owner. Without, it
+        // is inside, and whoever has the lock waits until it is out: that thread's `revoked` was not
+        // seen here, so by the two barriers it sees `inside`.
+        Some(f(unsafe { &mut *biased.value.get() }))
+    }
+
+    /// Stops being the owner, so that somebody else can be; returns whether it was until now.
+    ///
+    /// # Panics
+    ///
+    /// If what [`with`](Self::with) runs calls it.
+    pub(crate) fn resign(&self) -> bool {
+        let biased = &*self.biased;
+        assert!(
+            !biased.inside.load(Ordering::Relaxed),
+            "the owner of a queue pair resigns while it is inside"
+        );
+        if self.resigned.replace(true) {
+            return false;
+        }
+        // If what `with` runs with the lock held calls it, it waits here for ever.
+        let _locked = biased.locked();
+        biased.owned.store(false, Ordering::Relaxed);
+        true
     }
 }
 
@@ -154,8 +181,7 @@ enum Way<'a> {
 
 impl<T> Drop for Owner<T> {
     fn drop(&mut self) {
-        let _locked = self.biased.locked();
-        self.biased.owned.store(false, Ordering::Relaxed);
+        self.resign();
     }
 }
 
@@ -222,6 +248,27 @@ mod tests {
         let biased = Arc::new(Biased::new(()));
         let owner = biased.own(|()| true).unwrap();
         owner.with(|()| owner.with(|()| ()));
+    }
+
+    #[test]
+    fn who_has_resigned_comes_in_no_more() {
+        let biased = Arc::new(Biased::new(7));
+        let owner = biased.own(|_| true).unwrap();
+        assert!(owner.resign());
+        assert_eq!(owner.with(|value| *value), None);
+        let next = biased.own(|_| true).unwrap();
+        assert!(!owner.resign());
+        drop(owner);
+        assert!(biased.is_owned(), "the next one has not resigned");
+        assert_eq!(next.with(|value| *value), Some(7));
+    }
+
+    #[test]
+    #[should_panic(expected = "while it is inside")]
+    fn the_owner_does_not_resign_inside() {
+        let biased = Arc::new(Biased::new(()));
+        let owner = biased.own(|()| true).unwrap();
+        owner.with(|()| owner.resign());
     }
 
     #[test]

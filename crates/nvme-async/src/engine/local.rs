@@ -1,6 +1,5 @@
 //! A queue pair that one thread has for itself.
 
-use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,8 +14,7 @@ use crate::io::HoldingsMut;
 
 /// A [`SharedQueue`] that this thread owns, and uses without its lock.
 pub struct LocalQueue {
-    /// Nothing once it was given back.
-    owner: RefCell<Option<Owner<Option<State>>>>,
+    owner: Owner<Option<State>>,
     home: Arc<SharedQueue>,
     polled: Option<Rc<Self>>,
 }
@@ -26,7 +24,7 @@ impl LocalQueue {
     pub(crate) fn take(home: &Arc<SharedQueue>) -> Option<Rc<Self>> {
         let owner = home.own()?;
         Some(Rc::new(Self {
-            owner: RefCell::new(Some(owner)),
+            owner,
             home: home.clone(),
             polled: home.polled().and_then(Self::take),
         }))
@@ -39,10 +37,9 @@ impl LocalQueue {
         }
         let mut aftermath = Aftermath::default();
         self.with(|state| state.dismiss_reapers(&mut aftermath));
-        let owner = self.owner.borrow_mut().take();
+        let resigned = self.owner.resign();
         aftermath.run();
-        if owner.is_some() {
-            drop(owner);
+        if resigned {
             self.home.go_on();
         }
     }
@@ -95,7 +92,6 @@ impl Access for Rc<LocalQueue> {
 impl LocalQueue {
     #[inline(always)]
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> Option<R> {
-        let owner = self.owner.borrow();
-        owner.as_ref()?.with(|state| state.as_mut().map(f))
+        self.owner.with(|state| state.as_mut().map(f)).flatten()
     }
 }

@@ -73,7 +73,7 @@ pub(crate) struct State {
     /// Who deals with what goes wrong.
     supervisor: Option<Arc<Inbox>>,
     /// Who drives the queue. Where nobody does, the next operation that is polled spawns a reaper.
-    pub(crate) seats: SmallVec<[Seat; 1]>,
+    pub(crate) seats: Vec<Seat>,
     last_term: Term,
     pub(crate) window: Window,
     /// When a command was last completed, or submitted to an idle queue.
@@ -163,7 +163,7 @@ impl State {
             gate: Gate::Open,
             refusing: false,
             supervisor: None,
-            seats: SmallVec::new(),
+            seats: Vec::new(),
             last_term: Term::default(),
             window: Window::new(settings.costs, settings.max_window),
             last_progress: Instant::now(),
@@ -216,9 +216,10 @@ impl State {
         debug_assert!(self.refusal(here).is_none());
         let was_idle = self.core.in_flight() == 0;
         let key = self.operations.claim();
-        self.operations[key].accept(command, holdings.reborrow(), self.next_ticket);
+        let operation = &mut self.operations[key];
+        operation.accept(command, holdings.reborrow(), self.next_ticket);
         self.next_ticket += 1;
-        let waits = !self.backlog.is_empty() || !self.submit(key, now);
+        let waits = !self.backlog.is_empty() || !operation.submit(key, &mut self.core, now);
         if waits {
             self.backlog.push_back(key);
         }
@@ -231,11 +232,14 @@ impl State {
         }
         self.tell_of_submission(was_idle, now);
         // Where a reaper is about to look, it does so once for many.
-        let looks = was_idle || waits || !self.is_attended(here);
+        let attended = self.is_attended(here);
+        let looks = was_idle || waits || !attended;
         if looks {
             self.reap(Look::Polled, now, aftermath);
         }
-        self.rouse_reaper(here, now, aftermath);
+        if !attended {
+            self.rouse_reaper(here, now, aftermath);
+        }
         if looks && let Some(outcome) = self.take_outcome(key, holdings) {
             return Progress::Done(outcome);
         }
@@ -263,7 +267,7 @@ impl State {
             self.tell_of_completions(now);
             self.count(look, taken);
             // Before the lock is released: whoever reaps next starts from the head we tell.
-            self.counters.completion_doorbells += u64::from(self.core.acknowledge());
+            self.core.acknowledge();
             self.send_delayed(now, aftermath);
             self.wake_drains(aftermath);
         }
@@ -273,7 +277,7 @@ impl State {
     /// Rings the doorbell for commands that were left to the reaper.
     pub(crate) fn ring_deferred(&mut self) {
         if self.failure.is_none() {
-            self.counters.submission_doorbells += u64::from(self.core.ring_deferred());
+            self.core.ring_deferred();
         }
     }
 
@@ -375,6 +379,8 @@ impl State {
     /// What has happened so far.
     pub(crate) fn counters(&self) -> (QueueCounters, WindowCounters) {
         let counters = QueueCounters {
+            submission_doorbells: self.core.submission_doorbells(),
+            completion_doorbells: self.core.completion_doorbells(),
             unwritten_doorbells: self.core.unwritten_doorbells(),
             ..self.counters
         };

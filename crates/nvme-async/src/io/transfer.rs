@@ -142,7 +142,12 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
         let budget = ready!(poll_proceed(cx));
         let end = if self.stage == Stage::One {
             let request = &self.request;
-            let order = || (choose_queue(request.queues), request.order(&request.blocks()));
+            let order = || {
+                (
+                    choose_queue(request.queues),
+                    request.order(&request.blocks()),
+                )
+            };
             self.course.poll(order, &mut self.payload, cx)
         } else if let Some(blocks) = self.begin()? {
             let request = &self.request;

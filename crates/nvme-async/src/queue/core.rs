@@ -109,9 +109,7 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
             id,
             submission,
             completion,
-            slots: (0..capacity)
-                .map(|cid| Slot { cid, entry: None })
-                .collect(),
+            slots: (0..capacity).map(|cid| Slot { cid, entry: None }).collect(),
             index_bits: u16::BITS - entries.saturating_sub(1).leading_zeros(),
             free: (0..capacity).rev().collect(),
             fenced: false,
@@ -176,11 +174,15 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
         };
         if let Class::Foreground(kind) = class {
             self.foreground[kind as usize] += 1;
-            entry.deadline = deadline;
-            self.earliest_deadline = match (self.earliest_deadline, deadline) {
-                (Some(earliest), Some(deadline)) => Some(earliest.min(deadline)),
-                (earliest, deadline) => earliest.or(deadline),
-            };
+            if let Some(deadline) = deadline {
+                entry.deadline = Some(deadline);
+                if self
+                    .earliest_deadline
+                    .is_none_or(|earliest| deadline < earliest)
+                {
+                    self.earliest_deadline = Some(deadline);
+                }
+            }
         }
         self.next_sequence += 1;
         let slot = &mut self.slots[usize::from(index)];
@@ -350,6 +352,16 @@ impl<T, M: RingMemory, D: RingDoorbell> QueueCore<T, M, D> {
     pub(crate) fn tokens(&self) -> impl Iterator<Item = &T> {
         let entries = self.slots.iter().flat_map(|slot| &slot.entry);
         entries.map(|entry| &entry.token)
+    }
+
+    /// How often the submission queue's doorbell was rung.
+    pub(crate) fn submission_doorbells(&self) -> u64 {
+        self.submission.doorbells()
+    }
+
+    /// How often the completion queue's doorbell was rung.
+    pub(crate) fn completion_doorbells(&self) -> u64 {
+        self.completion.doorbells()
     }
 
     /// How many doorbell values the device did not want to have in a register.

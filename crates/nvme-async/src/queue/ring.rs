@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nvme_spec::{Cqe, Sqe};
-use zerocopy::IntoBytes;
 
 use crate::memory::DmaWords;
 
@@ -47,6 +46,8 @@ pub(crate) struct SubmissionRing<M, D> {
     tail: u32,
     /// The tail that the device was last told.
     rung: u32,
+    /// How often it was told.
+    doorbells: u64,
     /// The head that the device last reported.
     head: u32,
 }
@@ -64,6 +65,7 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
             entries: entries.into(),
             tail: 0,
             rung: 0,
+            doorbells: 0,
             head: 0,
         }
     }
@@ -75,13 +77,9 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
     pub(crate) fn push(&mut self, sqe: &Sqe, cid: u16) {
         let first = self.tail as usize * SQE_WORDS;
         let words = &self.memory.words()[first..first + SQE_WORDS];
-        let (dwords, _) = sqe.as_bytes().as_chunks();
-        // As they lie in memory, which is how the device reads them.
-        for (word, bytes) in words.iter().zip(dwords) {
-            word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
+        for (word, dword) in words.iter().zip(sqe.with_cid(cid).dwords()) {
+            word.store(dword.to_le(), Ordering::Relaxed);
         }
-        let [cdw0, ..] = sqe.with_cid(cid).dwords();
-        words[0].store(cdw0.to_le(), Ordering::Relaxed);
         self.tail = self.next(self.tail);
     }
 
@@ -97,6 +95,7 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
         }
         self.doorbell.ring(self.tail);
         self.rung = self.tail;
+        self.doorbells += 1;
         true
     }
 
@@ -109,6 +108,11 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
     /// The doorbell.
     pub(crate) fn doorbell(&self) -> &D {
         &self.doorbell
+    }
+
+    /// How often the doorbell was rung.
+    pub(crate) fn doorbells(&self) -> u64 {
+        self.doorbells
     }
 
     /// Takes the head from a completion; `false` if the device can't have got there.
@@ -151,6 +155,8 @@ pub(crate) struct CompletionRing<M, D> {
     phase: bool,
     /// The head that the device was last told.
     acknowledged: u32,
+    /// How often it was told.
+    doorbells: u64,
 }
 
 impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
@@ -167,6 +173,7 @@ impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
             head: 0,
             phase: true,
             acknowledged: 0,
+            doorbells: 0,
         }
     }
 
@@ -216,7 +223,13 @@ impl<M: RingMemory, D: RingDoorbell> CompletionRing<M, D> {
         }
         self.doorbell.ring(self.head);
         self.acknowledged = self.head;
+        self.doorbells += 1;
         true
+    }
+
+    /// How often the doorbell was rung.
+    pub(crate) fn doorbells(&self) -> u64 {
+        self.doorbells
     }
 
     /// Begins anew, for a device that forgot the ring: no old entry may pass for a new one.

@@ -12,7 +12,7 @@ use nvme_spec::{Cqe, Sqe};
 use poll_window::Kind;
 use smallvec::SmallVec;
 
-use super::{Core, REAP_BATCH, State};
+use super::{Class, Core, REAP_BATCH, State};
 use crate::Fate;
 use crate::io::{Holdings, HoldingsMut};
 use crate::queue::Lie;
@@ -157,6 +157,20 @@ impl Operation {
         self.stage = Stage::Queued;
     }
 
+    /// Submits it, if there is a slot and the queue pair not fenced; returns whether that was so.
+    #[inline(always)]
+    pub(super) fn submit(&mut self, key: usize, core: &mut Core, now: Instant) -> bool {
+        let class = Class::Foreground(self.command.kind());
+        let (sqe, deadline) = (&self.command.sqe, self.deadline(now));
+        let submitted = core.submit(sqe, Token::Operation(key), class, deadline);
+        if submitted.is_some() {
+            self.since.get_or_insert(now);
+            self.stage = Stage::Submitted;
+        }
+        submitted.is_some()
+    }
+
+    #[inline]
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let timeout = self.command.timeout?;
         self.since.unwrap_or(now).checked_add(timeout)
@@ -426,7 +440,7 @@ struct Contents {
 
 impl Aftermath {
     /// Wakes that task.
-    #[inline]
+    #[inline(always)]
     pub(super) fn wake(&mut self, waker: Waker) {
         self.contents().wakers.push(waker);
     }

@@ -250,16 +250,11 @@ impl State {
     }
 
     /// Wakes the reaper if a submission needs it: to poll, to look in time, or to ring the doorbell.
-    #[inline]
     pub(super) fn rouse_reaper(&mut self, here: Here, now: Instant, aftermath: &mut Aftermath) {
         let is_asleep = |seat: &Seat| matches!(seat.place, Place::Asleep { .. });
-        if self.seats.iter().any(is_asleep) {
-            self.rouse_sleeping(here, now, aftermath);
+        if !self.seats.iter().any(is_asleep) {
+            return;
         }
-    }
-
-    #[inline(never)]
-    fn rouse_sleeping(&mut self, here: Here, now: Instant, aftermath: &mut Aftermath) {
         let polls = match self.settings.mode {
             _ if self.in_flight() == 0 => false,
             PollMode::Adaptive => {

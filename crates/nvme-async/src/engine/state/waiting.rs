@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::operation::Operation;
-use super::{Aftermath, Class, Failure, Stage, State, Token};
+use super::{Aftermath, Failure, State};
 
 impl State {
     /// Puts commands whose next attempt is due first in line, and submits what there are slots for.
@@ -22,30 +22,10 @@ impl State {
     pub(super) fn refill(&mut self, now: Instant, aftermath: &mut Aftermath) {
         self.expire_waiting(now, aftermath);
         while let Some(&key) = self.backlog.front()
-            && self.submit(key, now)
+            && self.operations[key].submit(key, &mut self.core, now)
         {
             self.backlog.pop_front();
         }
-    }
-
-    /// Submits an operation that is queued; returns whether there was a slot, and the queue pair not
-    /// fenced.
-    #[inline(always)]
-    pub(super) fn submit(&mut self, key: usize, now: Instant) -> bool {
-        let operation = &mut self.operations[key];
-        let (sqe, deadline) = (&operation.command.sqe, operation.deadline(now));
-        let class = Class::Foreground(operation.command.kind());
-        let submitted = self
-            .core
-            .submit(sqe, Token::Operation(key), class, deadline);
-        if submitted.is_none() {
-            return false;
-        }
-        operation.since.get_or_insert(now);
-        operation.stage = Stage::Submitted;
-        // It has rung the doorbell if it left nothing to the reaper.
-        self.counters.submission_doorbells += u64::from(!self.core.has_deferred());
-        true
     }
 
     /// Commands that have been submitted before and wait for a slot again: the first in line.
