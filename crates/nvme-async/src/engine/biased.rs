@@ -158,14 +158,16 @@ impl<T> Owner<T> {
     ///
     /// If what [`with`](Self::with) runs calls it.
     pub(crate) fn resign(&self) -> bool {
+        // First: from then on another thread may be the owner, and inside.
+        if self.resigned.get() {
+            return false;
+        }
         let biased = &*self.biased;
         assert!(
             !biased.inside.load(Ordering::Relaxed),
             "the owner of a queue pair resigns while it is inside"
         );
-        if self.resigned.replace(true) {
-            return false;
-        }
+        self.resigned.set(true);
         // If what `with` runs with the lock held calls it, it waits here for ever.
         let _locked = biased.locked();
         biased.owned.store(false, Ordering::Relaxed);
@@ -257,8 +259,11 @@ mod tests {
         assert!(owner.resign());
         assert_eq!(owner.with(|value| *value), None);
         let next = biased.own(|_| true).unwrap();
-        assert!(!owner.resign());
-        drop(owner);
+        // Also while the next one is inside.
+        next.with(|_| {
+            assert!(!owner.resign());
+            drop(owner);
+        });
         assert!(biased.is_owned(), "the next one has not resigned");
         assert_eq!(next.with(|value| *value), Some(7));
     }

@@ -65,6 +65,27 @@ fn the_owner_of_a_biased_lock_and_others() {
 }
 
 #[test]
+fn an_owner_that_has_resigned_and_the_next_one() {
+    check(3, || {
+        let biased = Arc::new(Biased::new(Exclusive::default()));
+        let shared = biased.clone();
+        let other = thread::spawn(move || {
+            if let Some(owner) = shared.own(|_| true) {
+                owner.with(Exclusive::increment);
+            }
+        });
+        if let Some(owner) = biased.own(|_| true) {
+            owner.with(Exclusive::increment);
+            assert!(owner.resign());
+            // From here on the other one may be inside.
+            assert!(owner.with(Exclusive::increment).is_none());
+            drop(owner);
+        }
+        other.join().expect("no panics");
+    });
+}
+
+#[test]
 fn owners_after_each_other() {
     check(3, || {
         let biased = Arc::new(Biased::new(Exclusive::default()));
