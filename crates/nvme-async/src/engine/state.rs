@@ -186,34 +186,35 @@ impl State {
         });
     }
 
-    /// Why no command is accepted here, if so.
+    /// Who drives the queue for commands from here, if they are accepted.
     #[inline]
-    pub(crate) fn refusal(&self, here: Here) -> Option<Refusal> {
+    pub(crate) fn admit(&self, here: Here) -> Result<&Seat, Refusal> {
         let recovering = self.gate != Gate::Open && self.settings.fails_fast;
         if let Some(failure) = self.failure {
-            Some(Refusal::Failed(failure))
+            Err(Refusal::Failed(failure))
         } else if self.refusing {
-            Some(Refusal::Failed(Failure::Closed))
+            Err(Refusal::Failed(Failure::Closed))
         } else if recovering {
-            Some(Refusal::Failed(Failure::Recovering))
+            Err(Refusal::Failed(Failure::Recovering))
         } else {
-            (!self.has_reaper(here)).then_some(Refusal::NoReaper)
+            self.reaper(here).ok_or(Refusal::NoReaper)
         }
     }
 
-    /// Accepts a command, of which there is no [`refusal`](Self::refusal): submits it, or queues it
-    /// behind those that wait for a slot. What it needs comes back in `holdings` if it is done at once;
-    /// otherwise they are left empty, and `waker` one that does nothing.
+    /// Accepts a command: submits it, or queues it behind those that wait for a slot. What it needs
+    /// comes back in `holdings` if it is done at once, and is left there if it is refused; otherwise
+    /// they are left empty, and no `waker`.
+    #[inline(always)]
     pub(crate) fn start(
         &mut self,
         command: &Command,
         mut holdings: HoldingsMut<'_>,
-        waker: &mut Waker,
+        waker: &mut Option<Waker>,
         here: Here,
         now: Instant,
         aftermath: &mut Aftermath,
-    ) -> Progress {
-        debug_assert!(self.refusal(here).is_none());
+    ) -> Result<Progress, Refusal> {
+        let attended = self.admit(here)?.attends(here);
         let was_idle = self.core.in_flight() == 0;
         let key = self.operations.claim();
         let operation = &mut self.operations[key];
@@ -232,7 +233,6 @@ impl State {
         }
         self.tell_of_submission(was_idle, now);
         // Where a reaper is about to look, it does so once for many.
-        let attended = self.is_attended(here);
         let looks = was_idle || waits || !attended;
         if looks {
             self.reap(Look::Polled, now, aftermath);
@@ -241,10 +241,10 @@ impl State {
             self.rouse_reaper(here, now, aftermath);
         }
         if looks && let Some(outcome) = self.take_outcome(key, holdings) {
-            return Progress::Done(outcome);
+            return Ok(Progress::Done(outcome));
         }
         std::mem::swap(&mut self.operations[key].waker, waker);
-        Progress::Waiting { key }
+        Ok(Progress::Waiting { key })
     }
 
     /// Takes completions, at most a batch, and puts waiting commands into the slots they leave.

@@ -103,12 +103,11 @@ impl<'a, Q: Access> InFlight<'a, Q> {
         loop {
             let mut aftermath = Aftermath::default();
             // Cloned here, since that too may run arbitrary code.
-            let mut waker = cx.waker().clone();
+            let mut waker = Some(cx.waker().clone());
             let now = Instant::now();
             let holdings = holdings.reborrow();
-            let started = queue.with(|state| match state.refusal(here) {
-                Some(refusal) => Err(refusal),
-                None => Ok(state.start(command, holdings, &mut waker, here, now, &mut aftermath)),
+            let started = queue.with(|state| {
+                state.start(command, holdings, &mut waker, here, now, &mut aftermath)
             });
             aftermath.run();
             let failure = match started {

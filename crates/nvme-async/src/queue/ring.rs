@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nvme_spec::{Cqe, Sqe};
+use zerocopy::IntoBytes;
 
 use crate::memory::DmaWords;
 
@@ -77,8 +78,12 @@ impl<M: RingMemory, D: RingDoorbell> SubmissionRing<M, D> {
     pub(crate) fn push(&mut self, sqe: &Sqe, cid: u16) {
         let first = self.tail as usize * SQE_WORDS;
         let words = &self.memory.words()[first..first + SQE_WORDS];
-        for (word, dword) in words.iter().zip(sqe.with_cid(cid).dwords()) {
-            word.store(dword.to_le(), Ordering::Relaxed);
+        let [cdw0, ..] = sqe.with_cid(cid).dwords();
+        words[0].store(cdw0.to_le(), Ordering::Relaxed);
+        // As they lie in memory, which is how the device reads them.
+        let (dwords, _) = sqe.as_bytes().as_chunks();
+        for (word, bytes) in words.iter().zip(dwords).skip(1) {
+            word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
         }
         self.tail = self.next(self.tail);
     }

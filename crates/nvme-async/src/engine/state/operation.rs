@@ -110,8 +110,8 @@ pub(super) struct Operation {
     /// How often the device was told of it and did not do it.
     pub(super) attempts: u32,
     pub(super) stage: Stage,
-    /// Does nothing where nobody is to be woken.
-    pub(super) waker: Waker,
+    /// Nothing where nobody is to be woken.
+    pub(super) waker: Option<Waker>,
 }
 
 #[derive(Clone, Copy)]
@@ -143,7 +143,7 @@ impl Operation {
             since: None,
             attempts: 0,
             stage: Stage::Over,
-            waker: Waker::noop().clone(),
+            waker: None,
         }
     }
 
@@ -194,7 +194,7 @@ impl Operation {
     }
 
     /// Records what became of it, and that the device does not have it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn resolve(&mut self, outcome: Outcome, aftermath: &mut Aftermath) {
         if let Some(reach) = &mut self.holdings.reach {
             aftermath.unmap(&mut reach.mapped);
@@ -213,12 +213,9 @@ impl Operation {
 
     #[inline]
     pub(super) fn wake(&mut self, aftermath: &mut Aftermath) {
-        aftermath.wake(self.take_waker());
-    }
-
-    #[inline]
-    pub(super) fn take_waker(&mut self) -> Waker {
-        std::mem::replace(&mut self.waker, Waker::noop().clone())
+        if let Some(waker) = self.waker.take() {
+            aftermath.wake(waker);
+        }
     }
 }
 
@@ -323,23 +320,21 @@ impl State {
         waker: &Waker,
         fresh: &mut Option<Waker>,
     ) -> bool {
-        let operation = &mut self.operations[key];
-        if operation.waker.will_wake(waker) {
+        let current = &mut self.operations[key].waker;
+        let same = current.as_ref().is_some_and(|it| it.will_wake(waker));
+        if !same && fresh.is_some() {
+            std::mem::swap(current, fresh);
             return true;
         }
-        match fresh {
-            Some(fresh) => {
-                std::mem::swap(&mut operation.waker, fresh);
-                true
-            }
-            None => false,
-        }
+        same
     }
 
     /// Forgets an operation whose future was dropped, once no slot refers to it any more.
     pub(crate) fn abandon(&mut self, key: usize, aftermath: &mut Aftermath) {
         let operation = &mut self.operations[key];
-        aftermath.forget(operation.take_waker());
+        if let Some(waker) = operation.waker.take() {
+            aftermath.forget(waker);
+        }
         match operation.stage {
             Stage::Submitted | Stage::GivenUp(_) | Stage::Orphaned => {
                 operation.stage = Stage::Orphaned;
@@ -357,7 +352,7 @@ impl State {
     }
 
     /// Ends an operation that no slot refers to any more, with `outcome` if its future waits for one.
-    #[inline]
+    #[inline(always)]
     pub(super) fn settle(&mut self, key: usize, outcome: Outcome, aftermath: &mut Aftermath) {
         let operation = &mut self.operations[key];
         match operation.is_awaited() {

@@ -57,6 +57,13 @@ impl Seat {
         here.0.is_none() || self.runtime == here
     }
 
+    /// Whether it is awake and will look at the queue and ring the doorbell, after the tasks that can
+    /// run here now.
+    #[inline]
+    pub(super) fn attends(&self, here: Here) -> bool {
+        self.runtime == here && matches!(self.place, Place::Awake)
+    }
+
     /// Records that the reaper runs; returns whether it slept until now.
     pub(crate) fn awake(&mut self, aftermath: &mut Aftermath) -> bool {
         match std::mem::replace(&mut self.place, Place::Awake) {
@@ -111,17 +118,15 @@ impl State {
             .min()
     }
 
-    /// Whether the queue is driven for operations that are polled here.
+    /// Who drives the queue for operations that are polled here.
     #[inline]
-    pub(crate) fn has_reaper(&self, here: Here) -> bool {
-        self.seats.iter().any(|seat| seat.serves(here))
+    pub(super) fn reaper(&self, here: Here) -> Option<&Seat> {
+        self.seats.iter().find(|seat| seat.serves(here))
     }
 
-    /// Whether somebody who is awake will look at the queue and ring the doorbell, after the tasks that
-    /// can run now.
-    pub(super) fn is_attended(&self, here: Here) -> bool {
-        let mut seats = self.seats.iter();
-        seats.any(|seat| seat.runtime == here && matches!(seat.place, Place::Awake))
+    /// Whether the queue is driven for operations that are polled here.
+    pub(crate) fn has_reaper(&self, here: Here) -> bool {
+        self.reaper(here).is_some()
     }
 
     /// Takes a seat for this runtime, if it has none.

@@ -244,19 +244,20 @@ fn a_repeat_that_finds_no_slot_in_time_is_given_up() {
     let mut rig = rig(2);
     let (mut command, mut holdings, memory) = command(0);
     command.repeatable = true;
-    let (wakes, mut waker) = Wakes::new();
+    let (wakes, waker) = Wakes::new();
     let key = rig.after(|state, aftermath| {
         let (here, now) = (Here::now(), Instant::now());
         match state.start(
             &command,
             holdings.as_mut(),
-            &mut waker,
+            &mut Some(waker),
             here,
             now,
             aftermath,
         ) {
-            Progress::Waiting { key } => key,
-            Progress::Done(_) => panic!("done at once"),
+            Ok(Progress::Waiting { key }) => key,
+            Ok(Progress::Done(_)) => panic!("done at once"),
+            Err(_) => panic!("refused"),
         }
     });
     rig.device.fetch(1);

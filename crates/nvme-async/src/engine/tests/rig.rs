@@ -238,24 +238,21 @@ impl Rig {
     }
 
     pub(super) fn try_start(&mut self) -> Result<Started, Refusal> {
-        if let Some(refusal) = self.state.refusal(Here::now()) {
-            return Err(refusal);
-        }
         let (mut command, mut holdings, memory) = command(self.next_number);
         command.timeout = Some(self.timeout);
         command.repeatable = self.repeatable;
-        let (wakes, mut waker) = Wakes::new();
+        let (wakes, waker) = Wakes::new();
         let mut aftermath = Aftermath::default();
         let started = self.state.start(
             &command,
             holdings.as_mut(),
-            &mut waker,
+            &mut Some(waker),
             Here::now(),
             Instant::now(),
             &mut aftermath,
         );
         aftermath.run();
-        let Progress::Waiting { key } = started else {
+        let Progress::Waiting { key } = started? else {
             panic!("done at once");
         };
         self.next_number += 1;

@@ -346,7 +346,7 @@ impl Simulation {
     /// A controller that has ended takes nothing.
     fn check_refusal(&self) -> Result<(), String> {
         match self.queues[1]
-            .with(|state| state.refusal(Here::now()))
+            .with(|state| state.admit(Here::now()).err())
             .flatten()
         {
             Some(Refusal::Failed(Failure::Removed | Failure::ControllerFailed { .. })) => Ok(()),

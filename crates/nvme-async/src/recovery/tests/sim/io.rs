@@ -134,35 +134,31 @@ impl Simulation {
         let now = self.clock.now();
         loop {
             let shared = &self.queues[usize::from(queue)];
-            let refusal = shared.with(|state| state.refusal(Here::now()));
-            match refusal.ok_or("a queue was taken away")? {
-                Some(Refusal::Failed(failure)) => {
-                    let outcome = (Err(failure.into()), holdings.payload);
-                    self.resolve(number, outcome)?;
-                    return Ok(number);
-                }
-                Some(Refusal::NoReaper) => {
-                    self.claim(queue);
-                    continue;
-                }
-                None => {}
-            }
-            let mut waker = waker(Sleeper::Operation(number), &self.woken);
+            let waker = waker(Sleeper::Operation(number), &self.woken);
             let started = shared.attend(|state, aftermath| {
                 let here = Here::now();
                 state.start(
                     &command,
                     holdings.as_mut(),
-                    &mut waker,
+                    &mut Some(waker),
                     here,
                     now,
                     aftermath,
                 )
             });
             match started.ok_or("a queue was taken away")? {
-                Progress::Done(outcome) => self.resolve(number, (outcome, holdings.payload))?,
-                Progress::Waiting { key } => {
+                Ok(Progress::Done(outcome)) => {
+                    self.resolve(number, (outcome, holdings.payload))?;
+                }
+                Ok(Progress::Waiting { key }) => {
                     self.operations[number as usize - 1].stage = Stage::Waiting { key };
+                }
+                Err(Refusal::Failed(failure)) => {
+                    self.resolve(number, (Err(failure.into()), holdings.payload))?;
+                }
+                Err(Refusal::NoReaper) => {
+                    self.claim(queue);
+                    continue;
                 }
             }
             return Ok(number);
