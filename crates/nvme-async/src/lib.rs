@@ -53,6 +53,7 @@ mod namespace;
 mod options;
 mod queue;
 mod queue_pair;
+mod rare;
 mod recovery;
 pub mod runtime;
 mod url;

@@ -12,7 +12,7 @@ use iova::Mapped;
 use smallvec::SmallVec;
 
 pub(crate) use self::context::{DmaContext, Flow, ReserveBlock};
-pub(crate) use self::part::{End, Order, Part};
+pub(crate) use self::part::{End, Order, Part, Reason};
 pub(crate) use self::payload::{Convert, Payload};
 pub use self::payload::{IoBuffer, ReadBuffer, WriteBuffer};
 pub use self::registration::{RegisteredSlice, Registration};

@@ -14,6 +14,7 @@ use super::{Holdings, HoldingsMut, Payload, Reach};
 use crate::Error;
 use crate::engine::state::{Command, Outcome};
 use crate::engine::{Failed, InFlight, QueueAccess};
+use crate::rare::Rare;
 
 /// What a command is to do.
 #[derive(Clone)]
@@ -28,10 +29,16 @@ pub(crate) struct Order {
 /// How a command ended.
 pub(crate) enum End {
     Success,
+    /// Boxed, since an end goes through many hands.
+    Failure(Box<Reason>),
+}
+
+/// Why a command did not succeed.
+pub(crate) enum Reason {
     Status(Status),
     Failed(Failed),
     /// It was not submitted.
-    Unsubmitted(Box<Error>),
+    Unsubmitted(Error),
 }
 
 impl From<Outcome> for End {
@@ -39,9 +46,16 @@ impl From<Outcome> for End {
     fn from(outcome: Outcome) -> Self {
         match outcome {
             Ok(cqe) if cqe.status().is_success() => Self::Success,
-            Ok(cqe) => Self::Status(cqe.status()),
-            Err(failed) => Self::Failed(failed),
+            Ok(cqe) => Reason::Status(cqe.status()).into(),
+            Err(failed) => Reason::Failed(failed).into(),
         }
+    }
+}
+
+impl From<Reason> for End {
+    #[cold]
+    fn from(reason: Reason) -> Self {
+        Self::Failure(Box::new(reason))
     }
 }
 
@@ -100,14 +114,14 @@ impl<Q: QueueAccess> Future for Part<'_, Q> {
 /// somebody waits for that.
 pub(super) struct Course<'a, Q: QueueAccess> {
     /// Makes data reachable, where that could not be done without waiting.
-    later: Option<BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>>,
+    later: Rare<BoxFuture<'a, (Result<DataPointer, Error>, Holdings)>>,
     in_flight: InFlight<'a, Q>,
 }
 
 impl<Q: QueueAccess> Default for Course<'_, Q> {
     fn default() -> Self {
         Self {
-            later: None,
+            later: Rare::default(),
             in_flight: InFlight::default(),
         }
     }
@@ -180,7 +194,7 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
             Err(unready) => {
                 let (flow, range) = (order.flow, order.range.clone());
                 let later = dma.prepare_later(flow, unready, holdings.take_payload(), range);
-                self.later = Some(Box::pin(later));
+                *self.later = Some(Box::pin(later));
                 self.go_on(queue, order, payload, cx)
             }
         }
@@ -194,16 +208,16 @@ impl<'a, Q: QueueAccess> Course<'a, Q> {
         payload: &mut Payload,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        let Some(later) = &mut self.later else {
+        let Some(later) = &mut *self.later else {
             return Poll::Pending;
         };
         let (prepared, mut holdings) = ready!(later.as_mut().poll(cx));
-        self.later = None;
+        self.later.clear();
         match prepared {
             Ok(pointer) => self.submit_prepared(queue, order, pointer, payload, holdings, cx),
             Err(error) => {
                 *payload = holdings.take_payload();
-                Poll::Ready(End::Unsubmitted(Box::new(error)))
+                Poll::Ready(Reason::Unsubmitted(error).into())
             }
         }
     }

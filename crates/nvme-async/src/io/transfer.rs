@@ -1,6 +1,7 @@
 //! Requests of any length: from one to as many commands as it takes.
 
 use std::future::Future;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use crate::engine::QueueAccess;
 use crate::engine::state::Command;
 use crate::error::SplitError;
 use crate::namespace::NamespaceInner;
+use crate::rare::Rare;
 
 /// Commands of one split request that are under way at the same time.
 const MAX_PARTS_IN_FLIGHT: usize = 32;
@@ -71,10 +73,11 @@ pub(super) struct Request<'a, Q> {
 pub(super) struct Transfer<'a, Q: QueueAccess> {
     /// Without effect after the first poll.
     pub(super) request: Request<'a, Q>,
-    payload: Payload,
+    /// Dropped by hand: it is seldom there then, as with [`Rare`].
+    payload: ManuallyDrop<Payload>,
     stage: Stage,
     course: Course<'a, Q>,
-    parts: Option<Box<Parts<'a, Q>>>,
+    parts: Rare<Box<Parts<'a, Q>>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -109,10 +112,10 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
                 len,
                 timeout: namespace.timeout(),
             },
-            payload,
+            payload: ManuallyDrop::new(payload),
             stage: Stage::Start,
             course: Course::default(),
-            parts: None,
+            parts: Rare::default(),
         }
     }
 
@@ -122,7 +125,7 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
             let Request { namespace, len, .. } = self.request;
             // Before memory is allocated for a length that may be absurd.
             self.request.check()?;
-            self.payload = Payload::Dma(namespace.dma().read_buffer(len)?);
+            *self.payload = Payload::Dma(namespace.dma().read_buffer(len)?);
         }
         Ok(())
     }
@@ -179,20 +182,29 @@ impl<'a, Q: QueueAccess> Transfer<'a, Q> {
         }
         let queue = choose_queue(self.request.queues);
         let ranges = split(blocks, limits).collect();
-        self.parts = Some(Box::new(Parts::new(queue, ranges, self.take_payload())));
+        *self.parts = Some(Box::new(Parts::new(queue, ranges, self.take_payload())));
         Ok(None)
     }
 
     #[cold]
     fn poll_parts(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Box<Error>>> {
         // As with most futures, polling it again after it resolved never resolves.
-        let Some(parts) = &mut self.parts else {
+        let Some(parts) = &mut *self.parts else {
             return Poll::Pending;
         };
         let (result, payload) = ready!(parts.poll(&self.request, cx));
-        self.payload = payload;
-        self.parts = None;
+        *self.payload = payload;
+        self.parts.clear();
         Poll::Ready(Ok(result?))
+    }
+}
+
+impl<Q: QueueAccess> Drop for Transfer<'_, Q> {
+    #[inline]
+    fn drop(&mut self) {
+        if !matches!(*self.payload, Payload::None) {
+            drop(self.take_payload());
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::engine::submission::Drain;
 use crate::engine::{QueueAccess, Submission};
 use crate::error::CommandError;
 use crate::io::split::split;
-use crate::io::{End, Flow, Holdings, Order, Part, Payload, Write};
+use crate::io::{End, Flow, Holdings, Order, Part, Payload, Reason, Write};
 use crate::memory::DmaBuf;
 use crate::{CommandName, Error};
 
@@ -228,15 +228,17 @@ impl NamespaceInner {
         name: &'static str,
         blocks: Option<Range<u64>>,
     ) -> Result<(), Error> {
-        match end {
-            End::Success => Ok(()),
-            End::Status(status) => Err(Box::new(CommandError {
+        let End::Failure(reason) = end else {
+            return Ok(());
+        };
+        match *reason {
+            Reason::Status(status) => Err(Box::new(CommandError {
                 command: self.name(name, blocks),
                 status,
             })
             .into()),
-            End::Failed(failed) => Err(failed.into_error(self.name(name, blocks))),
-            End::Unsubmitted(error) => Err(*error),
+            Reason::Failed(failed) => Err(failed.into_error(self.name(name, blocks))),
+            Reason::Unsubmitted(error) => Err(error),
         }
     }
 

@@ -1,6 +1,5 @@
 //! Operations: commands that somebody may wait for, and what became of them.
 
-use std::mem::ManuallyDrop;
 use std::ops::{Index, IndexMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::task::Waker;
@@ -16,6 +15,7 @@ use super::{Class, Core, REAP_BATCH, State};
 use crate::Fate;
 use crate::io::{Holdings, HoldingsMut};
 use crate::queue::Lie;
+use crate::rare::Rare;
 use crate::recovery::ResetCause;
 
 /// Why a command has no completion.
@@ -419,8 +419,7 @@ pub(crate) struct Remains {
 /// For most submissions that is nothing, which costs next to nothing.
 #[derive(Default)]
 pub(crate) struct Aftermath {
-    /// Dropped by hand, to ask first whether there is anything.
-    contents: ManuallyDrop<Option<Contents>>,
+    contents: Rare<Contents>,
 }
 
 #[derive(Default)]
@@ -463,27 +462,13 @@ impl Aftermath {
     pub(crate) fn run(&mut self) {
         if let Some(contents) = &mut *self.contents {
             contents.run();
-            self.clear();
+            self.contents.clear();
         }
-    }
-
-    #[inline(never)]
-    fn clear(&mut self) {
-        *self.contents = None;
     }
 
     #[inline]
     fn contents(&mut self) -> &mut Contents {
         self.contents.get_or_insert_with(Contents::default)
-    }
-}
-
-impl Drop for Aftermath {
-    #[inline]
-    fn drop(&mut self) {
-        if self.contents.is_some() {
-            self.clear();
-        }
     }
 }
 

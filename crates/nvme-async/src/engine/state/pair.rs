@@ -94,6 +94,7 @@ impl State {
     }
 
     /// Tells the other one of a submission at `now`, the first one if this queue `was_idle`.
+    #[inline]
     pub(super) fn tell_of_submission(&self, was_idle: bool, now: Instant) {
         if let Some(partner) = &self.partner {
             self.tell(partner, was_idle && partner.others() == 0, now);
@@ -101,12 +102,14 @@ impl State {
     }
 
     /// Tells the other one of completions at `now`.
+    #[inline]
     pub(super) fn tell_of_completions(&self, now: Instant) {
         if let Some(partner) = &self.partner {
             self.tell(partner, true, now);
         }
     }
 
+    #[inline(never)]
     fn tell(&self, Partner { joint, side, .. }: &Partner, progress: bool, now: Instant) {
         joint.in_flight[*side].store(self.in_flight(), Ordering::Relaxed);
         if progress {
