@@ -210,7 +210,7 @@ fn those_that_wait_take_the_slots_of_those_that_were_dropped() {
             drop(write.await.expect("writes"));
         }
         assert_eq!(rig.device.counters().commands, 8);
-        assert_eq!(ledger.alive(), 0);
+        settle(&namespace, &ledger).await;
         drop(namespace);
         rig.close().await;
     });
@@ -246,7 +246,7 @@ fn completed_and_not_polled_since() {
         for mut operation in operations {
             assert!(poll!(&mut operation).is_ready());
         }
-        assert_eq!(ledger.alive(), 0);
+        settle(&namespace, &ledger).await;
         drop(namespace);
         rig.close().await;
     });
