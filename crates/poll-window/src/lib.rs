@@ -158,7 +158,8 @@ impl Situation {
         self.0.into()
     }
 
-    fn is_alone(self) -> bool {
+    /// Whether it is that of a single command.
+    pub fn is_alone(self) -> bool {
         self.index() < Self::FIRST_OF_MANY
     }
 

@@ -205,10 +205,15 @@ impl Window {
         self.probes = true;
     }
 
-    /// Whether a wait that begins now will more likely end with a poll than with an interrupt.
+    /// Whether a wait that begins now will probably end with a poll.
     pub(crate) fn expects_poll(&self, situation: Situation) -> bool {
         let began = self.begins[situation.index()];
-        self.max > 0 && self.policy.expects_poll(situation, began)
+        let expects = match situation.is_alone() {
+            true => self.policy.expects_poll(situation, began),
+            // A poll in vain is not for one of them alone: it looks for all that are outstanding.
+            false => matches!(self.policy.plan(situation, began), Plan::Poll { .. }),
+        };
+        self.max > 0 && expects
     }
 
     /// Records that so many completions were found at `now`, the first ones since `progress`.
