@@ -64,16 +64,21 @@ fn the_owner_of_a_biased_lock_and_others() {
     });
 }
 
+/// A thread that owns it for a moment, if nobody does.
+fn another_owner(biased: &Arc<Biased<Exclusive>>) -> thread::JoinHandle<()> {
+    let biased = biased.clone();
+    thread::spawn(move || {
+        if let Some(owner) = biased.own(|_| true) {
+            owner.with(Exclusive::increment);
+        }
+    })
+}
+
 #[test]
 fn an_owner_that_has_resigned_and_the_next_one() {
     check(3, || {
         let biased = Arc::new(Biased::new(Exclusive::default()));
-        let shared = biased.clone();
-        let other = thread::spawn(move || {
-            if let Some(owner) = shared.own(|_| true) {
-                owner.with(Exclusive::increment);
-            }
-        });
+        let other = another_owner(&biased);
         if let Some(owner) = biased.own(|_| true) {
             owner.with(Exclusive::increment);
             assert!(owner.resign());
@@ -89,12 +94,7 @@ fn an_owner_that_has_resigned_and_the_next_one() {
 fn owners_after_each_other() {
     check(3, || {
         let biased = Arc::new(Biased::new(Exclusive::default()));
-        let shared = biased.clone();
-        let other = thread::spawn(move || {
-            if let Some(owner) = shared.own(|_| true) {
-                owner.with(Exclusive::increment);
-            }
-        });
+        let other = another_owner(&biased);
         if let Some(owner) = biased.own(|_| true) {
             owner.with(Exclusive::increment);
         }
