@@ -34,7 +34,8 @@ impl Answer {
             Self::Reply(reply, commit) => commit.durable().await.map(|()| reply),
             Self::Value(found) => found.value().await.map(Reply::from),
             Self::Values(all) => {
-                let values = stream::iter(all).then(Found::value).map_ok(Reply::from);
+                let values = stream::iter(all).map(Found::value).buffered(READS);
+                let values = values.map_ok(Reply::from);
                 values.try_collect().await.map(Reply::Array)
             }
         };
@@ -68,6 +69,8 @@ impl From<Error> for String {
     }
 }
 
+/// Values of one request that are read at a time.
+const READS: usize = 32;
 const SYNTAX: &str = "syntax error";
 const NOT_AN_INTEGER: &str = "value is not an integer or out of range";
 
