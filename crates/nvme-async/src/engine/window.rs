@@ -401,6 +401,24 @@ mod tests {
         }
     }
 
+    /// It looks for a moment at what it has never seen.
+    #[test]
+    fn a_look_in_vain_is_not_expected_to_find_a_command() {
+        let mut window = Window::new(Costs::default(), MAX);
+        let start = Instant::now();
+        for _ in 0..300 {
+            let mut awake = start + Duration::from_nanos(3500);
+            while window.wait(one(), start, awake) == Wait::Poll {
+                awake += ONE;
+            }
+            window.completed(Look::Interrupted, 1, start, start + 3000 * ONE);
+        }
+        let early = start + Duration::from_nanos(3300);
+        assert_eq!(window.wait(one(), start, early), Wait::Poll);
+        assert!(!window.expects_poll(one()));
+        assert!(learned(10 * ONE).expects_poll(one()));
+    }
+
     /// As when recovery has taken commands back, or the other queue of a pair has completed one.
     #[test]
     fn a_poll_that_counts_from_another_time_begins_anew() {

@@ -295,6 +295,55 @@ fn a_queue_without_an_interrupt_is_looked_at() {
     assert!(looks < 60, "{looks}: ever less often");
 }
 
+/// How to wait for commands of 200 µs that are submitted so long after the one before was done, each after
+/// a command to the interrupting queue of the pair if there is one.
+fn learned(rest: Duration, mut interrupting: Option<&mut Rig>) -> Wait {
+    let mut rig = Rig::new(8, PollMode::Adaptive);
+    if let Some(other) = &mut interrupting {
+        other.state.pair(&mut rig.state);
+    }
+    let (mut now, latency) = (Instant::now(), Duration::from_micros(200));
+    for _ in 0..300 {
+        if let Some(other) = &mut interrupting {
+            now += rest;
+            let started = other
+                .try_start_at(now)
+                .unwrap_or_else(|_| panic!("refused"));
+            now += 20 * latency;
+            assert_eq!(other.work_at(Look::Interrupted, now), 1);
+            other.success(&started);
+        }
+        now += rest;
+        let started = rig.try_start_at(now).unwrap_or_else(|_| panic!("refused"));
+        let (mut awake, end) = (now, now + latency);
+        let look = loop {
+            awake = match rig.state.wait(awake) {
+                _ if awake >= end => break Look::Polled,
+                Wait::Poll => awake + Duration::from_micros(1),
+                Wait::Pause { until } if until < end => until,
+                Wait::Pause { .. } | Wait::Sleep => break Look::Interrupted,
+            };
+        };
+        now = end;
+        assert_eq!(rig.work_at(look, now), 1);
+        rig.success(&started);
+    }
+    let started = rig.try_start_at(now + rest);
+    assert!(started.is_ok());
+    rig.state.wait(now + rest)
+}
+
+#[test]
+fn it_is_awake_for_the_end_of_slow_commands_that_follow_each_other() {
+    let soon = Duration::from_micros(5);
+    assert!(matches!(learned(soon, None), Wait::Pause { .. }));
+    assert_eq!(learned(Duration::from_millis(2), None), Wait::Sleep);
+    // What the other queue of a pair does meanwhile is no rest.
+    let mut other = Rig::new(8, PollMode::Interrupt);
+    let wait = learned(soon, Some(&mut other));
+    assert!(matches!(wait, Wait::Pause { .. }), "{wait:?}");
+}
+
 #[test]
 fn commands_of_a_pair_go_where_they_are_polled_for() {
     let mut interrupting = Rig::new(256, PollMode::Interrupt);

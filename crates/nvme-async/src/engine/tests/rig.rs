@@ -238,6 +238,10 @@ impl Rig {
     }
 
     pub(super) fn try_start(&mut self) -> Result<Started, Refusal> {
+        self.try_start_at(Instant::now())
+    }
+
+    pub(super) fn try_start_at(&mut self, now: Instant) -> Result<Started, Refusal> {
         let (mut command, mut holdings, memory) = command(self.next_number);
         command.timeout = Some(self.timeout);
         command.repeatable = self.repeatable;
@@ -248,7 +252,7 @@ impl Rig {
             holdings.as_mut(),
             &mut Some(waker),
             Here::now(),
-            Instant::now(),
+            now,
             &mut aftermath,
         );
         aftermath.run();
@@ -279,6 +283,12 @@ impl Rig {
         self.state.ring_deferred();
         self.device.work();
         self.reap()
+    }
+
+    /// The device does all that it knows of, which is found then.
+    pub(super) fn work_at(&mut self, look: Look, now: Instant) -> usize {
+        self.device.work();
+        self.after(|state, aftermath| state.reap(look, now, aftermath))
     }
 
     pub(super) fn expire(&mut self, after: Duration) {
